@@ -1,0 +1,120 @@
+"""The main job on the images and the teacher in this folder: fill a store, train a student with it and one without.
+
+    python examples/demo.py [--quick] [--output runs/demo]
+
+Prints every command that it runs, and a table at the end. Stopped, it goes on where it was.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from timm_tinyvit.dataset import ImageDataset, collate, load_split
+from timm_tinyvit.store import LogitStore
+from timm_tinyvit.teacher import Teacher, create_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / 'examples' / 'fashion_mnist'
+
+
+def run(command: List[str]) -> float:
+    """Run a command of this project, print it as a user would type it, and return its seconds."""
+    print('$ ' + ' '.join(command).replace(f'{ROOT}/', ''), flush=True)
+    launcher = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', *command[1:]]
+    start = time.time()
+    status = subprocess.run(launcher, cwd=ROOT).returncode
+    if status:
+        sys.exit(status)
+    return time.time() - start
+
+
+def launch(*program: str) -> List[str]:
+    """The launch of a program on one process with all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return [
+        'accelerate', 'launch', '--num_processes', '1', '--num_machines', '1', '--mixed_precision', 'no',
+        '--dynamo_backend', 'no', '--num_cpu_threads_per_process', str(cores), *program]
+
+
+def teacher_accuracy(split: str) -> float:
+    """Top-1 accuracy in percent of the demo's teacher on test images."""
+    from timm.data import create_transform
+
+    teacher = Teacher(create_pretrained(str(DATA / 'teacher')), 'teacher', torch.device('cpu'))
+    data = ImageDataset(
+        load_split(str(DATA), split, is_training=False), create_transform(32, crop_pct=1., normalize=False))
+    right = 0
+    for start in range(0, len(data), 500):
+        batch = collate(data.__getitems__(list(range(start, min(start + 500, len(data))))))
+        right += int((teacher(batch['view']).argmax(dim=1) == batch['label']).sum())
+    return 100 * right / len(data)
+
+
+def read_metrics(folder: Path) -> List[Dict[str, str]]:
+    with open(folder / 'metrics.csv', newline='') as file:
+        return [row for row in csv.DictReader(file) if row['eval_top1']]
+
+
+def plot(runs: Dict[str, List[Dict[str, str]]], teacher: float, picture: Path) -> None:
+    """Accuracy by epoch of the students, and the teacher's as a line."""
+    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for (label, rows), color in zip(runs.items(), ('tab:gray', 'tab:orange')):
+        axes.plot(
+            [int(row['epoch']) + 1 for row in rows], [float(row['eval_top1']) for row in rows], marker='o',
+            label=label, color=color)
+    axes.axhline(teacher, color='tab:blue', linestyle='--', linewidth=1, label='teacher')
+    axes.set(xlabel='epoch', ylabel='top-1 accuracy (%)', title='TinyViT-5M, 1,000 images of Fashion-MNIST, 32 px')
+    axes.grid(alpha=0.3)
+    axes.legend(loc='lower right')
+    figure.savefig(picture, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--quick', action='store_true', help='4 epochs of 200 images, to see that everything runs')
+    parser.add_argument('--output', type=Path, default=Path('runs/demo'), help='folder for the store and the runs')
+    args = parser.parse_args()
+    output = (ROOT / args.output if not args.output.is_absolute() else args.output)
+    output = output.with_name(output.name + '-quick') if args.quick else output
+    flags = ['--config', 'demo', '--dataset', str(DATA), '--output', str(output)]
+    test_split = 'test'
+    if args.quick:
+        test_split = 'test[:200]'
+        flags += [
+            '--epochs', '4', '--warmup-epochs', '1', '--train-split', 'train[:200]', '--val-split', test_split,
+            '--shard-size', '100']
+    store_flags = ['--teacher', str(DATA / 'teacher'), '--logits', str(output / 'logits')]
+
+    script = str(ROOT / 'train_distill.py')
+    plain_seconds = run(launch(script, *flags, '--experiment', 'plain'))
+    distilled_seconds = run(launch(script, *flags, *store_flags, '--experiment', 'distilled'))
+
+    store = LogitStore.open(output / 'logits')
+    teacher = teacher_accuracy(test_split)
+    runs = {name: read_metrics(output / name) for name in ('plain', 'distilled')}
+    plain, distilled = (float(rows[-1]['eval_top1']) for rows in runs.values())
+    plot(runs, teacher, output / 'demo.png')
+    print(f"""
+                         top-1   seconds
+  teacher               {teacher:5.2f}%         -
+  student, labels only  {plain:5.2f}%    {plain_seconds:6.0f}
+  student, distilled    {distilled:5.2f}%    {distilled_seconds:6.0f}   (filling the store included)
+
+  gain {distilled - plain:+.2f} points; {store.manifest.record_width} bytes per view, \
+{store.size() / 1e6:.1f} MB for {store.manifest.epochs} epochs of {store.manifest.num_samples} images
+  plot: {(output / 'demo.png')}""".replace(f'{ROOT}/', ''))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,67 @@
+"""What several test files share: real images, a warm parent of real processes, and what a refusal must look like."""
+
+import io
+import multiprocessing
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import pytest
+
+from timm_tinyvit.errors import InputError
+
+EXAMPLES = Path(__file__).parents[1] / 'examples' / 'fashion_mnist'
+
+
+@pytest.fixture(scope='session')
+def fashion(tmp_path_factory):
+    """The 1,000 committed training images of Fashion-MNIST: grey PNGs of 28x28 with a label."""
+    return datasets.load_dataset(
+        'parquet', data_files=str(EXAMPLES / 'train.parquet'), split='train',
+        cache_dir=str(tmp_path_factory.mktemp('cache')))
+
+
+@pytest.fixture(scope='session')
+def refused():
+    """`with refused('some', 'words'):` expects one sentence for the user, with these words in it."""
+
+    @contextmanager
+    def expect(*words, error=InputError):
+        with pytest.raises(error) as caught:
+            yield
+        check_sentence(str(caught.value), *words)
+
+    return expect
+
+
+def check_sentence(message, *words):
+    assert message.strip() and '\n' not in message and 'Traceback' not in message
+    assert len(message) < 700, message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.fixture(scope='session')
+def one_sentence():
+    """Check that a message is one sentence with these words in it."""
+    return check_sentence
+
+
+@pytest.fixture(scope='session')
+def encode_image():
+    """The bytes of a PIL image in a file format."""
+
+    def encode(image, file_format='PNG', **options):
+        buffer = io.BytesIO()
+        image.save(buffer, format=file_format, **options)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope='session')
+def warm_processes():
+    """Real processes that need not import torch and timm: they are forked from a parent that did nothing else."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['pytest', 'timm_tinyvit.save_logits'])
+    return context

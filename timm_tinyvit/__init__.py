@@ -1,0 +1,9 @@
+"""TinyViT and fast pretraining distillation for timm.
+
+Importing this package registers the five TinyViT models with timm; everything else is imported from its own module.
+"""
+
+from .tiny_vit import TinyVit
+from .version import __version__
+
+__all__ = ['TinyVit', '__version__']

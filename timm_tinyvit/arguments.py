@@ -1,0 +1,176 @@
+"""The flags that the programs share, under the names of timm's train.py, and recipes: YAML files of flags.
+
+A flag on the command line wins over the recipe, the recipe over the default. An unknown flag or key is an error. The
+flags of a view have no defaults here, so that a program can tell what was asked for from what the store says.
+"""
+
+import argparse
+import difflib
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any, Dict, List, NoReturn, Optional, Sequence
+
+import torch
+import yaml
+
+from .errors import InputError
+from .replay import ViewRecipe
+
+__all__ = [
+    'STORE_DEFAULTS', 'ArgumentParser', 'add_data_arguments', 'add_store_arguments', 'add_view_arguments', 'amp_dtype', 'parse_arguments',
+    'recipe_names', 'view_arguments',
+]
+
+RECIPES = resources.files('timm_tinyvit') / 'recipes'
+
+# What a new store gets where no flag says otherwise.
+STORE_DEFAULTS = dict(topk=10, codec='float16', shard_size=16384, store_seed=0, teacher_batch_size=256)
+
+# Flag of timm's train.py -> entry of ViewRecipe.
+VIEW_FLAGS = {
+    'no_aug': 'no_aug', 'train_crop_mode': 'train_crop_mode', 'scale': 'scale', 'ratio': 'ratio', 'hflip': 'hflip',
+    'vflip': 'vflip', 'color_jitter': 'color_jitter', 'color_jitter_prob': 'color_jitter_prob',
+    'grayscale_prob': 'grayscale_prob', 'gaussian_blur_prob': 'gaussian_blur_prob', 'aa': 'auto_augment',
+    'train_interpolation': 'interpolation', 'view_mean': 'mean', 'view_std': 'std', 'reprob': 're_prob',
+    'remode': 're_mode', 'recount': 're_count',
+}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f'{message}; see --help')
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where images and labels come from."""
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', metavar='NAME', help='Hub name (hfds/NAME too), or a folder of parquet or images')
+    group.add_argument('--data-dir', metavar='DIR', help='a folder, where --dataset is not given')
+    group.add_argument('--train-split', metavar='NAME', help='training split, train by default')
+    group.add_argument('--input-key', metavar='NAME', help='image column')
+    group.add_argument('--target-key', metavar='NAME', help='label column')
+    group.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes per rank')
+
+
+def add_view_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a training view is made; what is not given comes from the store, or else from `ViewRecipe`."""
+    group = parser.add_argument_group('views (defaults: the store\'s, or those of ViewRecipe)')
+    group.add_argument('--img-size', type=int, metavar='N', help='height and width of the views')
+    group.add_argument('--no-aug', action='store_true', default=None, help='resize and centre crop only')
+    group.add_argument('--train-crop-mode', metavar='NAME', help='rrc, rkrc or rkrr')
+    group.add_argument('--scale', type=float, nargs=2, metavar='PCT', help='random resized crop: range of area')
+    group.add_argument('--ratio', type=float, nargs=2, metavar='RATIO', help='random resized crop: range of aspect')
+    group.add_argument('--hflip', type=float, metavar='P', help='probability of a horizontal flip')
+    group.add_argument('--vflip', type=float, metavar='P', help='probability of a vertical flip')
+    group.add_argument('--color-jitter', type=float, metavar='PCT', help='colour jitter, off where --aa is on')
+    group.add_argument('--color-jitter-prob', type=float, metavar='P', help='probability of colour jitter')
+    group.add_argument('--grayscale-prob', type=float, metavar='P', help='probability of grey')
+    group.add_argument('--gaussian-blur-prob', type=float, metavar='P', help='probability of blur')
+    group.add_argument('--aa', metavar='NAME', help='timm\'s AutoAugment policy, as in rand-m9-mstd0.5-inc1')
+    group.add_argument('--train-interpolation', metavar='NAME', help='bilinear, bicubic or random')
+    group.add_argument('--view-mean', type=float, nargs=3, metavar='X', help='mean: fill colour of RandAugment')
+    group.add_argument('--view-std', type=float, nargs=3, metavar='X', help='standard deviation: scale of erasing')
+    group.add_argument('--reprob', type=float, metavar='P', help='probability of random erasing')
+    group.add_argument('--remode', metavar='NAME', help='random erasing: const, rand or pixel')
+    group.add_argument('--recount', type=int, metavar='N', help='random erasing: most rectangles')
+
+
+def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    """The teacher, and the store that keeps what it says."""
+    group = parser.add_argument_group('teacher and store')
+    group.add_argument('--logits', metavar='DIR', help='the logit store')
+    group.add_argument(
+        '--teacher', metavar='NAME', help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
+    group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the teacher of that name')
+    group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
+    group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
+    group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
+    stored = f'(default: the store\'s, or {{}} for a new one)'
+    for name, metavar, help in (
+        ('topk', 'K', 'classes kept per view'),
+        ('codec', 'NAME', 'codec of the records'),
+        ('shard_size', 'N', 'samples per file of the store'),
+        ('store_seed', 'S', 'seed of the views'),
+        ('teacher_batch_size', 'N', 'views per teacher batch'),
+    ):
+        default = STORE_DEFAULTS[name]
+        group.add_argument(
+            f'--{name.replace("_", "-")}', type=type(default), metavar=metavar,
+            help=f'{help} (default: the store\'s, or {default} for a new one)')
+
+
+def view_arguments(args: argparse.Namespace) -> Dict[str, Any]:
+    """Entries of `ViewRecipe` that were asked for, on the command line or in a recipe."""
+    given = {entry: getattr(args, flag) for flag, entry in VIEW_FLAGS.items() if getattr(args, flag) is not None}
+    if args.img_size is not None:
+        given['input_size'] = (3, args.img_size, args.img_size)
+    recipe = ViewRecipe(**given).to_dict()
+    return {entry: recipe[entry] for entry in given}
+
+
+def amp_dtype(name: Optional[str]) -> Optional[torch.dtype]:
+    """The torch type of an --amp-dtype flag."""
+    return None if name is None else getattr(torch, name)
+
+
+def recipe_names() -> List[str]:
+    """Names of the recipes in this package."""
+    return sorted(
+        item.name.removesuffix('.yaml') for item in RECIPES.iterdir() if item.name.endswith('.yaml'))
+
+
+def parse_arguments(parser: ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse flags, over those of the recipe that `--config` names: a path, or the name of one in this package.
+
+    Raises:
+        InputError: A flag or key is unknown or has a wrong value, or there is no such recipe.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser.add_argument('-c', '--config', metavar='FILE', help=f'recipe: a YAML file, or {", ".join(recipe_names())}')
+    peek = ArgumentParser(add_help=False)
+    peek.add_argument('-c', '--config')
+    config = peek.parse_known_args(argv)[0].config
+    recipe = [] if config is None else _recipe_flags(parser, config)
+    args, unknown = parser.parse_known_args(recipe + argv)
+    if unknown:
+        raise InputError(f'unknown argument {unknown[0]}{_nearest(parser, unknown[0].partition("=")[0])}')
+    return args
+
+
+def _nearest(parser: argparse.ArgumentParser, name: str) -> str:
+    near = difflib.get_close_matches(name, parser._option_string_actions, 1)
+    return f'; did you mean {near[0]}?' if near else '; see --help'
+
+
+def _recipe_flags(parser: argparse.ArgumentParser, config: str) -> List[str]:
+    """The flags of a recipe as they would stand on the command line."""
+    file = Path(config)
+    if not file.is_file() and config in recipe_names():
+        file = RECIPES / f'{config}.yaml'
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+    except OSError:
+        raise InputError(f'there is no recipe {config}; give a YAML file, or one of {", ".join(recipe_names())}')
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f'the recipe {config} is not readable as YAML: {" ".join(str(error).split())}')
+    if not isinstance(recipe, dict):
+        raise InputError(f'the recipe {config} is a {type(recipe).__name__}; expected lines like `lr: 0.001`')
+    flags = []
+    for key, value in recipe.items():
+        flag = '--' + str(key).replace('_', '-')
+        action = parser._option_string_actions.get(flag)
+        if action is None or flag == '--config':
+            raise InputError(f'the recipe {config} has an unknown key {key!r}{_nearest(parser, flag)}')
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise InputError(f'the recipe {config} has {key}: {value!r}; expected true or false')
+            flags += [flag] if value else []
+        elif value is not None:
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return flags

@@ -1,0 +1,45 @@
+"""Models as the Hub and timm take them: safetensors and timm's config.json."""
+
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from safetensors.torch import save
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
+from torch import nn
+
+from .store import write_aside
+
+__all__ = ['export_model']
+
+
+def export_model(
+        folder: Path,
+        model: nn.Module,
+        label_names: Optional[List[str]] = None,
+        data_config: Optional[Dict[str, Any]] = None,
+) -> None:
+    """Write a model so that plain timm loads it: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+
+    Args:
+        folder: Takes model.safetensors and config.json, each replaced as a whole.
+        model: A timm model.
+        label_names: Names of its classes.
+        data_config: How images were prepared when it was evaluated: `input_size`, `crop_pct`, `interpolation` and the
+            like, as in timm; by default what its configuration says.
+    """
+    # Channels-last weights must be laid out anew, which timm's save_for_hf does not do.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_aside(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
+    config = folder / 'config.json'
+    aside = folder / '.config.json.tmp'
+    save_config_for_hf(
+        model, str(aside), model_config={'label_names': list(label_names)} if label_names else None,
+        data_config=data_config)
+    # The factory's record of `img_size` means nothing to a class that has window sizes instead.
+    settings = json.loads(aside.read_text())
+    if hasattr(model, 'window_sizes'):
+        settings['model_args'].pop('img_size', None)
+        settings['model_args']['window_sizes'] = list(model.window_sizes)
+        aside.write_text(json.dumps(settings, indent=2))
+    aside.replace(config)

@@ -1,0 +1,33 @@
+"""The processes of one launch, as accelerate made them."""
+
+import os
+from typing import Optional
+
+import torch
+from accelerate import Accelerator
+
+from .errors import InputError
+
+__all__ = ['create_accelerator']
+
+PRECISIONS = {None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}
+
+
+def create_accelerator(amp_dtype: Optional[str] = None) -> Accelerator:
+    """An accelerator over all processes that were launched, on the accelerators of this machine or else its CPU.
+
+    Args:
+        amp_dtype: Autocast to `bfloat16` or `float16`.
+
+    Raises:
+        InputError: More processes were launched than work together.
+    """
+    # Without `cpu` accelerate makes no process group on a machine that has no accelerator: every process would take
+    # itself for the only one.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype])
+    launched = int(os.environ.get('WORLD_SIZE', '1'))
+    if accelerator.num_processes != launched:
+        raise InputError(
+            f'{launched} processes were launched and {accelerator.num_processes} work together; on a machine without '
+            f'GPUs launch them with `accelerate launch --multi_gpu --num_processes {launched}`, without --cpu')
+    return accelerator

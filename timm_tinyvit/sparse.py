@@ -1,0 +1,205 @@
+"""Sparse targets, and the soft-target cross-entropy computed on them without the dense target.
+
+A teacher's opinion of a view is kept as k class ids with their log-probabilities and the log of the remaining mass.
+The loss here equals the dense soft-target cross-entropy of the paper (TinyViT, ECCV 2022, arXiv 2207.10666) to
+float32 rounding, forward and backward, at every temperature, and needs memory for the student's logits and their
+gradient only. This module knows torch alone: no files, no images.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Optional, Tuple
+
+import torch
+
+__all__ = ['REMAINDERS', 'SparseTargets', 'sparse_soft_target_cross_entropy']
+
+REMAINDERS = ('uniform', 'none')
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """Teacher probabilities of B views, k of C classes each, at temperature 1.
+
+    Attributes:
+        ids: Class ids, int64 [B, k]; entries from `num_valid` on are padding.
+        log_probs: Natural-log probabilities of these classes, float [B, k].
+        log_rest: Log of the probability mass of all other classes, float [B], or None where there is no such mass: k
+            equals the number of classes, or the remainder rule is `none`.
+        num_valid: How many entries of a row count, int64 [B].
+        num_classes: C.
+        remainder: What the other classes get: `uniform`, equal shares of the rest mass, as in the paper; `none`,
+            nothing, for unbiased samples whose listed masses are the whole estimate.
+    """
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    log_rest: Optional[torch.Tensor]
+    num_valid: torch.Tensor
+    num_classes: int
+    remainder: str = 'uniform'
+
+    def __post_init__(self) -> None:
+        if self.remainder not in REMAINDERS:
+            raise ValueError(f'the remainder rule is {self.remainder!r}; use one of {", ".join(REMAINDERS)}')
+        if self.ids.ndim != 2 or self.ids.shape != self.log_probs.shape:
+            raise ValueError(
+                f'ids and log_probs must both be [B, k], but are {list(self.ids.shape)} and '
+                f'{list(self.log_probs.shape)}')
+        for name in ('log_rest', 'num_valid'):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.ids.shape[:1]:
+                raise ValueError(f'{name} must be [B] = {[len(self)]}, but is {list(value.shape)}')
+        if self.k > self.num_classes:
+            raise ValueError(f'k = {self.k} is more than the {self.num_classes} classes; choose a smaller k')
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """Which entries are not padding, bool [B, k]."""
+        return torch.arange(self.k, device=self.ids.device) < self.num_valid[:, None]
+
+    @classmethod
+    def from_logits(cls, logits: torch.Tensor, k: int) -> 'SparseTargets':
+        """Keep the k most probable classes of each row, most probable first.
+
+        Args:
+            logits: Teacher logits [B, C] of any float type; probabilities are computed in float32 (float64 stays).
+            k: Number of classes to keep, 1 to C.
+
+        Returns:
+            Targets with the remainder rule `uniform`, on the device of `logits`.
+
+        Raises:
+            ValueError: The logits are not [B, C], hold NaN or infinity, or k is out of range.
+        """
+        if logits.ndim != 2:
+            raise ValueError(f'teacher logits must be [B, C], but are {list(logits.shape)}')
+        num_classes = logits.shape[1]
+        if not 1 <= k <= num_classes:
+            raise ValueError(f'k = {k} does not fit {num_classes} classes; choose k from 1 to {num_classes}')
+        bad_rows = (~torch.isfinite(logits)).any(dim=1).sum().item()
+        if bad_rows:
+            raise ValueError(
+                f'{bad_rows} of {len(logits)} rows of teacher logits hold NaN or infinity; '
+                f'check the teacher, or run it with another --amp-dtype')
+        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
+        top, ids = log_probs.topk(k, dim=1)
+        log_rest = None
+        if k < num_classes:
+            # From the other classes themselves: 1 - sum(top) has no digits left where the teacher is sure.
+            log_rest = log_probs.scatter(1, ids, -math.inf).logsumexp(dim=1)
+        num_valid = torch.full((len(logits),), k, device=logits.device)
+        return cls(ids, top, log_rest, num_valid, num_classes)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> 'SparseTargets':
+        """The same targets on another device."""
+        move = dict(device=device, non_blocking=non_blocking)
+        return replace(
+            self,
+            ids=self.ids.to(**move),
+            log_probs=self.log_probs.to(**move),
+            log_rest=None if self.log_rest is None else self.log_rest.to(**move),
+            num_valid=self.num_valid.to(**move),
+        )
+
+    def probabilities(self, temperature: float = 1.0) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Probabilities at a temperature: of the listed classes, and of each class that is not listed.
+
+        With the rule `uniform` a row is a distribution and sums to one. With `none` it is an estimate of one and
+        keeps the mass of its listed classes; it is unbiased at temperature 1 alone.
+
+        Returns:
+            The listed probabilities [B, k], zero in the padding, and the probability of any other class [B].
+        """
+        if not temperature > 0:
+            raise ValueError(f'the temperature is {temperature}; it must be above 0')
+        valid = self.valid
+        scaled = (self.log_probs / temperature).masked_fill(~valid, -math.inf)  # [B, k]
+        if self.remainder == 'none':
+            log_mass = self.log_probs.masked_fill(~valid, -math.inf).logsumexp(dim=1)
+            log_norm = scaled.logsumexp(dim=1) - log_mass
+            return (scaled - log_norm[:, None]).exp(), torch.zeros_like(log_norm)
+        if self.log_rest is None:
+            return scaled.softmax(dim=1), torch.zeros_like(scaled[:, 0])
+        num_rest = (self.num_classes - self.num_valid).to(scaled.dtype)
+        log_num_rest = num_rest.clamp(min=1).log()
+        rest = ((self.log_rest - log_num_rest) / temperature).masked_fill(num_rest == 0, -math.inf)  # [B]
+        log_norm = torch.cat([scaled, (rest + log_num_rest)[:, None]], dim=1).logsumexp(dim=1)
+        return (scaled - log_norm[:, None]).exp(), (rest - log_norm).exp()
+
+    def split(self, temperature: float = 1.0) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The dense target as a sum: `rest` [B] in every class, and `delta` [B, k] more at `ids`, 0 in the padding."""
+        probs, rest = self.probabilities(temperature)
+        return torch.where(self.valid, probs - rest[:, None], 0.), rest
+
+    def densify(self, temperature: float = 1.0) -> torch.Tensor:
+        """The dense target [B, C] that these targets stand for, at a temperature."""
+        delta, rest = self.split(temperature)
+        return rest[:, None].expand(-1, self.num_classes).scatter_add(1, self.ids, delta)
+
+
+class _SparseSoftTargetCrossEntropy(torch.autograd.Function):
+    """Rows of -sum_c t_c log softmax(z / T)_c, where t is `rest` everywhere plus `delta` at `ids`."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, delta, rest, temperature):
+        scaled = logits.to(delta.dtype) / temperature  # [B, C]
+        # The loss does not change when a row is shifted; centred, sum(z) * rest cancels no digits.
+        scaled -= scaled.amax(dim=1, keepdim=True)
+        log_norm = scaled.logsumexp(dim=1)
+        mass = delta.sum(dim=1) + rest * logits.shape[1]
+        loss = mass * log_norm - rest * scaled.sum(dim=1) - (delta * scaled.gather(1, ids)).sum(dim=1)
+        ctx.save_for_backward(logits, ids, delta, rest, mass)
+        ctx.temperature = temperature
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        logits, ids, delta, rest, mass = ctx.saved_tensors
+        scale = (grad_output / ctx.temperature)[:, None]
+        grad = (logits.to(delta.dtype) / ctx.temperature).softmax(dim=1)
+        grad *= mass[:, None] * scale
+        grad -= rest[:, None] * scale
+        grad.scatter_add_(1, ids, -delta * scale)
+        return grad.to(logits.dtype), None, None, None, None
+
+
+def sparse_soft_target_cross_entropy(
+        logits: torch.Tensor,
+        targets: SparseTargets,
+        temperature: float = 1.0,
+        reduction: str = 'mean',
+) -> torch.Tensor:
+    """Soft-target cross-entropy of student logits to sparse teacher targets, both at a temperature.
+
+    Equal to `-(targets.densify(T) * log_softmax(logits / T)).sum(1)`; multiply by T squared to keep the size of the
+    gradients (Hinton et al., arXiv 1503.02531). Float16 and bfloat16 logits are computed in float32.
+
+    Args:
+        logits: Student logits [B, C].
+        targets: Teacher targets of the same B views, on the same device.
+        temperature: Softens teacher and student alike, above 0.
+        reduction: `mean` or `sum` over the batch, or `none` for [B].
+
+    Raises:
+        ValueError: Shapes do not match, or an argument is out of range.
+    """
+    if logits.shape != (len(targets), targets.num_classes):
+        raise ValueError(
+            f'student logits are {list(logits.shape)}, but the targets are for [{len(targets)}, '
+            f'{targets.num_classes}]; give the student the number of classes of its store')
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    delta, rest = targets.split(temperature)
+    loss = _SparseSoftTargetCrossEntropy.apply(logits, targets.ids, delta.to(dtype), rest.to(dtype), temperature)
+    if reduction == 'none':
+        return loss
+    if reduction not in ('mean', 'sum'):
+        raise ValueError(f'reduction is {reduction!r}; use mean, sum or none')
+    return loss.mean() if reduction == 'mean' else loss.sum()
