@@ -36,10 +36,13 @@ def export_model(
     save_config_for_hf(
         model, str(aside), model_config={'label_names': list(label_names)} if label_names else None,
         data_config=data_config)
-    # The factory's record of `img_size` means nothing to a class that has window sizes instead.
     settings = json.loads(aside.read_text())
+    # These speak of the weights that the model's name stands for, not of the ones written here.
+    for key in ('tag', 'license', 'origin_url', 'paper_ids', 'paper_name'):
+        settings['pretrained_cfg'].pop(key, None)
+    # The factory's record of `img_size` means nothing to a class that has window sizes instead.
     if hasattr(model, 'window_sizes'):
         settings['model_args'].pop('img_size', None)
         settings['model_args']['window_sizes'] = list(model.window_sizes)
-        aside.write_text(json.dumps(settings, indent=2))
-    aside.replace(config)
+    write_aside(config, json.dumps(settings, indent=2).encode())
+    aside.unlink()

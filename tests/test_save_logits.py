@@ -1,0 +1,172 @@
+"""The program that fills, checks and describes a store, with a real timm model over real images."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from timm_tinyvit import save_logits
+from timm_tinyvit.dataset import SparseLogitDataset, collate, load_split
+from timm_tinyvit.hub import export_model
+from timm_tinyvit.sparse import SparseTargets
+from timm_tinyvit.store import LogitStore
+
+DATA = str(Path(__file__).resolve().parents[1] / 'examples' / 'fashion_mnist')
+VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--aa', 'rand-m9-mstd0.5-inc1']
+COMMON = ['--dataset', DATA, '--train-split', 'train[:100]', *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3']
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('teacher')
+    export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 64, 64)})
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory, teacher) -> Path:
+    path = tmp_path_factory.mktemp('stores') / 'logits'
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
+    return path
+
+
+def tree(path: Path) -> dict:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()}
+
+
+def refusal(argv, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        save_logits.main([str(argument) for argument in argv])
+    assert exit.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith('error: ')
+    return last
+
+
+def test_what_is_stored_is_what_the_teacher_says_of_the_replayed_view(store, teacher):
+    opened, replay = save_logits.open_store(store, {})
+    model = timm.create_model(f'local-dir:{teacher}', pretrained=True).eval()
+    data = SparseLogitDataset(load_split(DATA, 'train[:100]', True), replay, opened)
+    batch = collate(data.__getitems__([(1, index) for index in (3, 99, 40)]))
+    # The teacher takes 64 pixels and sees the 32-pixel view resized.
+    views = torch.nn.functional.interpolate(batch['view'].float(), (64, 64), mode='bicubic', antialias=True) / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    with torch.no_grad():
+        expected = SparseTargets.from_logits(model((views - mean) / std), 3)
+    stored = opened.codec.decode(batch['record'])
+    assert torch.equal(stored.ids, expected.ids)
+    assert torch.allclose(stored.log_probs, expected.log_probs, atol=2e-3)
+    assert torch.allclose(stored.log_rest, expected.log_rest, atol=1e-4)
+
+
+def test_the_manifest_says_how_everything_was_made(store):
+    manifest = json.loads((store / 'store.json').read_text())
+    assert (manifest['num_samples'], manifest['num_classes'], manifest['k'], manifest['epochs']) == (100, 10, 3, 2)
+    assert set(manifest['teacher']) >= {
+        'name', 'weights', 'mean', 'std', 'input_size', 'dtype', 'batch_size', 'device'}
+    assert manifest['recipe']['auto_augment'] == 'rand-m9-mstd0.5-inc1'
+    assert set(manifest['versions']) == {
+        'timm', 'torchvision', 'torch', 'pillow', 'libjpeg', 'numpy', 'datasets', 'python'}
+    assert str(Path.home()) not in json.dumps(manifest) and '/' not in manifest['teacher']['name']
+
+
+def test_the_same_command_fills_just_what_is_missing(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    kept = path / 'epoch-00000' / 'shard-00001.arrow'
+    before = kept.stat().st_mtime_ns
+    (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
+    assert tree(path) == tree(store) and kept.stat().st_mtime_ns == before
+
+
+def test_epochs_can_be_filled_in_pieces_and_the_store_grows(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    for epochs in ('0:1', '1:2'):
+        save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', epochs])
+    assert tree(path) == tree(store)
+
+
+def test_a_moved_teacher_is_still_the_same_teacher(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    shutil.copytree(teacher, tmp_path / 'elsewhere')
+    (path / 'epoch-00000' / 'shard-00000.arrow').unlink()
+    save_logits.main([*COMMON, '--teacher', str(tmp_path / 'elsewhere'), '--logits', str(path), '--epochs', '2'])
+    assert tree(path) == tree(store)
+
+
+def test_a_checkpoint_of_a_named_model_is_a_teacher_too(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    save_logits.main([
+        *COMMON, '--teacher', 'test_resnet', '--teacher-checkpoint', f'{teacher}/model.safetensors',
+        '--teacher-num-classes', '10', '--logits', str(path), '--epochs', '1'])
+    manifests = [LogitStore.open(folder).manifest for folder in (path, store)]
+    assert manifests[0].teacher['weights'] == manifests[1].teacher['weights']
+
+
+def test_check_finds_the_stored_targets_again(store, teacher, capsys):
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(store), '--check'])
+    said = capsys.readouterr().out
+    found = re.search(r'(\d+) views: ([\d.]+)% other ids, .* by (\S+) in the mean, (\S+) at most', said)
+    assert int(found[1]) == 200 and float(found[2]) == 0 and float(found[4]) < 5e-3
+
+
+def test_describe_prints_completeness_size_and_accuracy(store, capsys):
+    save_logits.main(['--logits', str(store), '--describe', '--dataset', DATA, '--train-split', 'train[:100]'])
+    said = capsys.readouterr().out
+    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said
+    assert '20 bytes per view' in said and 'topk, k = 3' in said
+    labels = np.array(load_split(DATA, 'train[:100]', True)['label'])
+    opened = LogitStore.open(store)
+    accuracy = []
+    for epoch in range(2):
+        first = opened.codec.decode(torch.from_numpy(opened.read(epoch, np.arange(100)))).ids[:, 0]
+        accuracy.append(100 * (first.numpy() == labels).mean())
+    assert f'{np.mean(accuracy):.2f}% top-1' in said
+
+
+def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
+    fill = [*COMMON, '--teacher', teacher, '--epochs', '1', '--logits']
+    cases = [
+        (['--logits', store], '--dataset is missing'),
+        ([*COMMON, '--logits', store, '--epochs', '1'], '--teacher is missing'),
+        ([*COMMON, '--teacher', teacher], '--logits is missing'),
+        ([*COMMON, '--teacher', teacher, '--logits', store], '--epochs is missing'),
+        ([*fill, store, '--epochs', '5:2'], "epochs '5:2' are none"),
+        ([*fill, tmp_path / 'new', '--topk', '11'], 'k = 11 does not fit 10 classes'),
+        ([*fill, tmp_path / 'new', '--codec', 'zip'], "there is no codec 'zip'"),
+        ([*fill, tmp_path / 'new', '--teacher', tmp_path], 'cannot be had'),
+        ([*fill, tmp_path / 'new', '--aa', 'rand-q1-m9'], 'timm cannot make the transform'),
+        ([*fill, tmp_path / 'new', '--remode', 'none'], "the erasing mode is 'none'"),
+        ([*fill, store, '--store-seed', '1'], 'seed: 0, 1'),
+        ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, 99'),
+        ([*fill, store, '--hflip', '0'], 'hflip 0.0 instead of 0.5'),
+        (['--describe', '--logits', tmp_path], 'there is no logit store at'),
+        ([*fill, teacher], 'is not a logit store; give --logits a new folder'),
+    ]
+    for argv, expected in cases:
+        assert expected in refusal(argv, capsys)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_teacher_that_says_nan_is_refused(teacher, tmp_path, capsys):
+    model = timm.create_model(f'local-dir:{teacher}', pretrained=True)
+    torch.nn.init.constant_(model.get_classifier().bias, float('nan'))
+    export_model(tmp_path / 'broken', model)
+    said = refusal([*COMMON, '--teacher', tmp_path / 'broken', '--logits', tmp_path / 'new', '--epochs', '1'], capsys)
+    assert 'epoch 0, shard 0: 32 of 32 rows of teacher logits hold NaN or infinity' in said
+
+
+def test_check_refuses_another_teacher(store, tmp_path, capsys):
+    torch.manual_seed(1)
+    export_model(tmp_path / 'other', timm.create_model('test_resnet', num_classes=10))
+    said = refusal([*COMMON, '--teacher', tmp_path / 'other', '--logits', store, '--check'], capsys)
+    assert 'is not the teacher of the store' in said
