@@ -15,7 +15,8 @@ import random
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import timm
@@ -60,7 +61,7 @@ FREE_SETTINGS = {
 }
 
 
-def settings(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of this script: timm's names, with defaults near the paper's."""
     parser = ArgumentParser(prog='train_distill', description=__doc__.split('\n')[0])
     add_data_arguments(parser)
@@ -121,9 +122,14 @@ def settings(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args.dataset = args.dataset or args.data_dir
     if not args.dataset:
         raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')
-    for name, low, high in (('alpha', 0, 1), ('smoothing', 0, 1), ('batch_size', 1, math.inf), ('epochs', 1, math.inf)):
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f'--{name.replace("_", "-")} is {getattr(args, name)}; expected {low} to {high}')
+    ranges = dict(
+        alpha=(0, 1), smoothing=(0, 1), batch_size=(1, math.inf), epochs=(1, math.inf), store_epochs=(1, math.inf),
+        seed=(0, 2**32 - 1), workers=(0, math.inf), val_interval=(1, math.inf), checkpoint_hist=(1, math.inf),
+        recovery_interval=(0, math.inf), log_interval=(1, math.inf), warmup_epochs=(0, math.inf))
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise InputError(f'--{name.replace("_", "-")} is {value}; expected {low} to {high}')
     if args.temperature <= 0:
         raise InputError(f'--temperature is {args.temperature}; expected a number above 0')
     if args.teacher and not args.logits:
@@ -136,7 +142,7 @@ def prepare_store(
         accelerator: Accelerator,
         dataset: Any,
         log: Any,
-) -> Tuple[LogitStore, Replay]:
+) -> tuple[LogitStore, Replay]:
     """The filled store of `--logits`; with `--teacher`, epochs that it lacks are filled first."""
     if args.teacher:
         fingerprint = dataset_fingerprint(dataset, args.input_key, args.target_key)
@@ -165,7 +171,7 @@ def prepare_store(
     return store, replay
 
 
-def create_student(args: argparse.Namespace, num_classes: int, size: Tuple[int, int]) -> nn.Module:
+def create_student(args: argparse.Namespace, num_classes: int, size: tuple[int, int]) -> nn.Module:
     """The student for views of this size."""
     rates = {'drop_rate': args.drop, **({} if args.drop_path is None else {'drop_path_rate': args.drop_path})}
     try:
@@ -182,7 +188,7 @@ def create_student(args: argparse.Namespace, num_classes: int, size: Tuple[int, 
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, prepare: ModelInput, loader: DataLoader, accelerator: Accelerator) -> Dict[str, float]:
+def evaluate(model: nn.Module, prepare: ModelInput, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:
     """Loss, top-1 and top-5 accuracy in percent over the samples of all ranks."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, samples
@@ -198,7 +204,7 @@ def evaluate(model: nn.Module, prepare: ModelInput, loader: DataLoader, accelera
     return {'eval_loss': loss / count, 'eval_top1': 100 * top1 / count, 'eval_top5': 100 * top5 / count}
 
 
-def eval_config(args: argparse.Namespace, model: nn.Module, size: Tuple[int, int]) -> Dict[str, Any]:
+def eval_config(args: argparse.Namespace, model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     """How images are prepared for evaluation: the model's configuration, changed by the flags, at this size."""
     flags = {'crop_pct': args.crop_pct, 'interpolation': args.interpolation or '', 'input_size': (3, *size)}
     return resolve_data_config(flags, model=model)
@@ -206,7 +212,7 @@ def eval_config(args: argparse.Namespace, model: nn.Module, size: Tuple[int, int
 
 def eval_loader(
         dataset: Any,
-        config: Dict[str, Any],
+        config: dict[str, Any],
         args: argparse.Namespace,
         rank: int,
         world_size: int,
@@ -224,7 +230,7 @@ def eval_loader(
         num_workers=args.workers, collate_fn=collate, generator=torch.Generator())
 
 
-def random_state() -> Dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """State of this rank's generators, of types that load with `weights_only`."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
@@ -235,7 +241,7 @@ def random_state() -> Dict[str, Any]:
     }
 
 
-def set_random_state(state: Dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     """Put this rank's generators back."""
     random.setstate(state['python'])
     np.random.set_state((state['numpy'][0], np.array(state['numpy'][1], dtype=np.uint32), *state['numpy'][2:]))
@@ -244,7 +250,7 @@ def set_random_state(state: Dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state['cuda'])
 
 
-def save_checkpoint(folder: Path, state: Dict[str, Any], keep: int) -> None:
+def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint aside, rename it, and remove all but the last ones."""
     aside = folder / 'checkpoint.tmp'
     torch.save(state, aside)
@@ -253,7 +259,7 @@ def save_checkpoint(folder: Path, state: Dict[str, Any], keep: int) -> None:
         old.unlink()
 
 
-def load_last_checkpoint(folder: Path, settings: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+def load_last_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The last checkpoint of this run, or None; refuses one of other settings."""
     files = sorted(folder.glob('checkpoint-*.pt'))
     if not files:
@@ -272,7 +278,7 @@ def load_last_checkpoint(folder: Path, settings: Dict[str, Any]) -> Optional[Dic
     return state
 
 
-def write_metrics(folder: Path, history: List[Dict[str, float]]) -> None:
+def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     """All epochs so far as metrics.csv, and their plot."""
     columns = list({key: None for row in history for key in row})
     with open(folder / 'metrics.tmp', 'w', newline='') as file:
@@ -284,7 +290,7 @@ def write_metrics(folder: Path, history: List[Dict[str, float]]) -> None:
 
 
 @reports_input_errors
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train with these arguments, by default the command line's."""
     args = settings(argv)
     accelerator = create_accelerator(args.amp_dtype)
@@ -359,7 +365,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     model, optimizer = accelerator.prepare(student, optimizer)
 
     # Resume, where there is something to resume.
-    history: List[Dict[str, float]] = []
+    history: list[dict[str, float]] = []
     first_epoch, first_step, best = 0, 0, -1.
     sums = torch.zeros(3, device=device)  # loss, label loss, distillation loss of the epoch so far
     if state is not None:

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Dict, List
 
 import torch
 
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / 'examples' / 'fashion_mnist' / 'teacher'
 
 
-def train(data: Path, output: Path, seed: int, distilled: bool, flags: List[str]) -> Dict[str, float]:
+def train(data: Path, output: Path, seed: int, distilled: bool, flags: list[str]) -> dict[str, float]:
     """Train one student and return the last line of its metrics."""
     name = f'{"distilled" if distilled else "plain"}-{seed}'
     command = [
@@ -53,7 +52,7 @@ def main() -> None:
         source = ['--source', args.source] if args.source else []
         subprocess.run([*draw, '--test', '10000', *source], check=True, stdout=sys.stderr)
 
-    results: Dict[str, List[Dict[str, float]]] = {'plain': [], 'distilled': []}
+    results: dict[str, list[dict[str, float]]] = {'plain': [], 'distilled': []}
     for seed in args.seeds:
         for name, found in results.items():
             found.append(train(data, args.output, seed, name == 'distilled', args.flags))

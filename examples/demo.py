@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'examples' / 'fashion_mnist'
 
 
-def run(command: List[str]) -> float:
+def run(command: list[str]) -> float:
     """Run a command of this project, print it as a user would type it, and return its seconds."""
     print('$ ' + ' '.join(command).replace(f'{ROOT}/', ''), flush=True)
     launcher = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', *command[1:]]
@@ -37,7 +36,7 @@ def run(command: List[str]) -> float:
     return time.time() - start
 
 
-def launch(*program: str) -> List[str]:
+def launch(*program: str) -> list[str]:
     """The launch of a program on one process with all cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return [
@@ -59,12 +58,12 @@ def teacher_accuracy(split: str) -> float:
     return 100 * right / len(data)
 
 
-def read_metrics(folder: Path) -> List[Dict[str, str]]:
+def read_metrics(folder: Path) -> list[dict[str, str]]:
     with open(folder / 'metrics.csv', newline='') as file:
         return [row for row in csv.DictReader(file) if row['eval_top1']]
 
 
-def plot(runs: Dict[str, List[Dict[str, str]]], teacher: float, picture: Path) -> None:
+def plot(runs: dict[str, list[dict[str, str]]], teacher: float, picture: Path) -> None:
     """Accuracy by epoch of the students, and the teacher's as a line."""
     figure = Figure(figsize=(6, 3.6), layout='constrained')
     FigureCanvasAgg(figure)

@@ -18,7 +18,8 @@ from timm_tinyvit.store import LogitStore
 
 DATA = str(Path(__file__).resolve().parents[1] / 'examples' / 'fashion_mnist')
 VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--aa', 'rand-m9-mstd0.5-inc1']
-COMMON = ['--dataset', DATA, '--train-split', 'train[:100]', *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3']
+COMMON = ['--dataset', DATA, '--train-split', 'train[:100]', *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3',
+          '--codec', 'float16']
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,8 @@ import difflib
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, List, NoReturn, Optional, Sequence
+from typing import Any, NoReturn
+from collections.abc import Sequence
 
 import torch
 import yaml
@@ -18,14 +19,14 @@ from .errors import InputError
 from .replay import ViewRecipe
 
 __all__ = [
-    'STORE_DEFAULTS', 'ArgumentParser', 'add_data_arguments', 'add_store_arguments', 'add_view_arguments', 'amp_dtype', 'parse_arguments',
-    'recipe_names', 'view_arguments',
+    'STORE_DEFAULTS', 'ArgumentParser', 'add_data_arguments', 'add_store_arguments', 'add_view_arguments',
+    'amp_dtype', 'parse_arguments', 'recipe_names', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit') / 'recipes'
 
 # What a new store gets where no flag says otherwise.
-STORE_DEFAULTS = dict(topk=10, codec='float16', shard_size=16384, store_seed=0, teacher_batch_size=256)
+STORE_DEFAULTS = dict(topk=10, codec='compact', shard_size=16384, store_seed=0, teacher_batch_size=256)
 
 # Flag of timm's train.py -> entry of ViewRecipe.
 VIEW_FLAGS = {
@@ -91,7 +92,6 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
     group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
-    stored = f'(default: the store\'s, or {{}} for a new one)'
     for name, metavar, help in (
         ('topk', 'K', 'classes kept per view'),
         ('codec', 'NAME', 'codec of the records'),
@@ -105,7 +105,7 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
             help=f'{help} (default: the store\'s, or {default} for a new one)')
 
 
-def view_arguments(args: argparse.Namespace) -> Dict[str, Any]:
+def view_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Entries of `ViewRecipe` that were asked for, on the command line or in a recipe."""
     given = {entry: getattr(args, flag) for flag, entry in VIEW_FLAGS.items() if getattr(args, flag) is not None}
     if args.img_size is not None:
@@ -114,18 +114,18 @@ def view_arguments(args: argparse.Namespace) -> Dict[str, Any]:
     return {entry: recipe[entry] for entry in given}
 
 
-def amp_dtype(name: Optional[str]) -> Optional[torch.dtype]:
+def amp_dtype(name: str | None) -> torch.dtype | None:
     """The torch type of an --amp-dtype flag."""
     return None if name is None else getattr(torch, name)
 
 
-def recipe_names() -> List[str]:
+def recipe_names() -> list[str]:
     """Names of the recipes in this package."""
     return sorted(
         item.name.removesuffix('.yaml') for item in RECIPES.iterdir() if item.name.endswith('.yaml'))
 
 
-def parse_arguments(parser: ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_arguments(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse flags, over those of the recipe that `--config` names: a path, or the name of one in this package.
 
     Raises:
@@ -148,7 +148,7 @@ def _nearest(parser: argparse.ArgumentParser, name: str) -> str:
     return f'; did you mean {near[0]}?' if near else '; see --help'
 
 
-def _recipe_flags(parser: argparse.ArgumentParser, config: str) -> List[str]:
+def _recipe_flags(parser: argparse.ArgumentParser, config: str) -> list[str]:
     """The flags of a recipe as they would stand on the command line."""
     file = Path(config)
     if not file.is_file() and config in recipe_names():

@@ -8,18 +8,17 @@ The last byte of a record is never zero, since readers of Arrow files like to st
 """
 
 from abc import ABC, abstractmethod
-from typing import Dict, Type
 
 import numpy as np
 import torch
 
 from .sparse import REMAINDERS, SparseTargets
 
-__all__ = ['CODECS', 'Codec', 'Float16Codec', 'create_codec']
+__all__ = ['Codec', 'Float16Codec', 'codecs', 'create_codec']
 
 
 class Codec(ABC):
-    """What every codec provides; a subclass sets `name` and `width` and is listed in `CODECS`.
+    """What every codec provides; a subclass sets `name` and `width` and is listed in `codecs`.
 
     Args:
         num_classes: Number of classes of the teacher.
@@ -136,7 +135,11 @@ class Float16Codec(Codec):
         return np.stack([total % 256, 1 + total % 255], axis=1)  # [B, 2]
 
 
-CODECS: Dict[str, Type[Codec]] = {codec.name: codec for codec in (Float16Codec,)}
+def codecs() -> dict[str, type[Codec]]:
+    """The codecs by name."""
+    from .compact import CompactCodec, SmallCompactCodec  # they are built on this module
+
+    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, Float16Codec)}
 
 
 def create_codec(name: str, num_classes: int, k: int, remainder: str = 'uniform') -> Codec:
@@ -145,6 +148,7 @@ def create_codec(name: str, num_classes: int, k: int, remainder: str = 'uniform'
     Raises:
         ValueError: No codec has this name, k does not fit, or the remainder rule is unknown.
     """
-    if name not in CODECS:
-        raise ValueError(f'there is no codec {name!r}; use one of {", ".join(sorted(CODECS))}')
-    return CODECS[name](num_classes, k, remainder)
+    known = codecs()
+    if name not in known:
+        raise ValueError(f'there is no codec {name!r}; use one of {", ".join(sorted(known))}')
+    return known[name](num_classes, k, remainder)

@@ -7,7 +7,8 @@ file format and whatever format the data set was set to.
 
 import hashlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -29,10 +30,10 @@ NUM_FINGERPRINT_ROWS = 256
 IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp')
 LABEL_KEYS = ('label', 'labels', 'cls', 'fine_label', 'target')
 
-Key = Tuple[int, int]
+Key = tuple[int, int]
 
 
-def load_split(name: str, split: Optional[str], is_training: bool) -> datasets.Dataset:
+def load_split(name: str, split: str | None, is_training: bool) -> datasets.Dataset:
     """Load one split of a data set.
 
     Args:
@@ -83,7 +84,7 @@ def load_split(name: str, split: Optional[str], is_training: bool) -> datasets.D
     return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
-def find_column(dataset: datasets.Dataset, key: Optional[str], is_image: bool) -> Optional[str]:
+def find_column(dataset: datasets.Dataset, key: str | None, is_image: bool) -> str | None:
     """The name of the image or label column: the given one, or the one that is there under a usual name.
 
     Raises:
@@ -117,7 +118,7 @@ def _holds_labels(feature: Any) -> bool:
         isinstance(feature, datasets.Value) and feature.dtype.removeprefix('u').startswith('int'))
 
 
-def class_names(dataset: datasets.Dataset, label_key: str) -> Optional[List[str]]:
+def class_names(dataset: datasets.Dataset, label_key: str) -> list[str] | None:
     """Names of the classes, where the label column knows them."""
     return getattr(dataset.features[label_key], 'names', None)
 
@@ -141,8 +142,8 @@ class ImageDataset(Dataset):
             self,
             dataset: datasets.Dataset,
             transform: Callable[[Image.Image], torch.Tensor],
-            image_key: Optional[str] = None,
-            label_key: Optional[str] = None,
+            image_key: str | None = None,
+            label_key: str | None = None,
     ):
         self.image_key = find_column(dataset, image_key, is_image=True)
         self.label_key = find_column(dataset, label_key, is_image=False)
@@ -153,14 +154,14 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: List[int]) -> List[Dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         images, labels = self.fetch(indices)
         return [dict(view=self.transform(image), label=label) for image, label in zip(images, labels)]
 
-    def fetch(self, indices: List[int]) -> Tuple[List[Image.Image], List[int]]:
+    def fetch(self, indices: list[int]) -> tuple[list[Image.Image], list[int]]:
         """Decoded RGB images and labels of some rows, read in one go.
 
         Raises:
@@ -175,7 +176,7 @@ class ImageDataset(Dataset):
         ], labels
 
 
-def _decode(source: Optional[Dict[str, Any]], index: int) -> Image.Image:
+def _decode(source: dict[str, Any] | None, index: int) -> Image.Image:
     try:
         if not source or (source['bytes'] is None and source['path'] is None):
             raise OSError('it is empty')
@@ -209,9 +210,9 @@ class SparseLogitDataset(ImageDataset):
             self,
             dataset: datasets.Dataset,
             replay: Replay,
-            store: Optional[LogitStore] = None,
-            image_key: Optional[str] = None,
-            label_key: Optional[str] = None,
+            store: LogitStore | None = None,
+            image_key: str | None = None,
+            label_key: str | None = None,
     ):
         super().__init__(dataset, replay, image_key, label_key)
         self.replay = replay
@@ -219,10 +220,10 @@ class SparseLogitDataset(ImageDataset):
         if store is not None:
             check_fingerprint(store, dataset_fingerprint(dataset, self.image_key, self.label_key))
 
-    def __getitem__(self, key: Key) -> Dict[str, Any]:
+    def __getitem__(self, key: Key) -> dict[str, Any]:
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: List[Key]) -> List[Dict[str, Any]]:
+    def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
         images, labels = self.fetch([index for _, index in keys])
         samples = [dict(view=view, label=label) for view, label in zip(self.replay.views(images, keys), labels)]
         if self.store is not None:
@@ -230,7 +231,7 @@ class SparseLogitDataset(ImageDataset):
                 sample['record'] = record
         return samples
 
-    def _records(self, keys: List[Key]) -> torch.Tensor:
+    def _records(self, keys: list[Key]) -> torch.Tensor:
         epochs, indices = np.array(keys, dtype=np.int64).T
         records = np.empty((len(keys), self.store.manifest.record_width), dtype=np.uint8)
         for epoch in np.unique(epochs).tolist():
@@ -243,7 +244,7 @@ class SparseLogitDataset(ImageDataset):
         return torch.from_numpy(records)
 
 
-def collate(samples: Sequence[Dict[str, Any]]) -> Dict[str, torch.Tensor]:
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch: `view` uint8 [B, 3, H, W], `label` int64 [B], and `record` uint8 [B, width] where there are records."""
     batch = {
         'view': torch.stack([sample['view'] for sample in samples]),
@@ -279,7 +280,7 @@ class EpochBatchSampler(BatchSampler):
             seed: int,
             rank: int = 0,
             world_size: int = 1,
-            store_epochs: Optional[int] = None,
+            store_epochs: int | None = None,
     ):
         if num_samples < batch_size * world_size:
             raise InputError(
@@ -303,7 +304,7 @@ class EpochBatchSampler(BatchSampler):
         """Batches of one whole epoch."""
         return self.num_samples // (self.batch_size * self.world_size)
 
-    def __iter__(self) -> Iterator[List[Key]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         view_epoch = self.epoch if self.store_epochs is None else self.epoch % self.store_epochs
         order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(self.num_samples)
         for batch in range(self.start, len(self)):
@@ -313,9 +314,9 @@ class EpochBatchSampler(BatchSampler):
 
 def dataset_fingerprint(
         dataset: datasets.Dataset,
-        image_key: Optional[str] = None,
-        label_key: Optional[str] = None,
-) -> Dict[str, Any]:
+        image_key: str | None = None,
+        label_key: str | None = None,
+) -> dict[str, Any]:
     """What a data set is, on every machine and in every file format: rows, and a hash of labels and encoded images.
 
     All labels are hashed, and the encoded bytes of 256 rows spread evenly over the data.
@@ -342,7 +343,7 @@ def dataset_fingerprint(
     return {'num_samples': rows, 'hash': digest.hexdigest()}
 
 
-def check_fingerprint(store: LogitStore, fingerprint: Dict[str, Any]) -> None:
+def check_fingerprint(store: LogitStore, fingerprint: dict[str, Any]) -> None:
     """Refuse a data set that is not the store's.
 
     Raises:

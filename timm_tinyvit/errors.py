@@ -8,7 +8,7 @@ non-zero status; every other exception is a bug and keeps its traceback.
 import functools
 import os
 import sys
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 __all__ = ['InputError', 'reports_input_errors']
 
@@ -25,11 +25,11 @@ class InputError(ValueError):
         super().__init__(message)
 
 
-def reports_input_errors(main: Callable[[Optional[Sequence[str]]], None]) -> Callable[[Optional[Sequence[str]]], None]:
+def reports_input_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
     """Decorate a program's `main`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C 130."""
 
     @functools.wraps(main)
-    def wrapper(argv: Optional[Sequence[str]] = None) -> None:
+    def wrapper(argv: Sequence[str] | None = None) -> None:
         try:
             main(argv)
         except InputError as error:

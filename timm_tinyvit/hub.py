@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from safetensors.torch import save
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
@@ -16,8 +16,8 @@ __all__ = ['export_model']
 def export_model(
         folder: Path,
         model: nn.Module,
-        label_names: Optional[List[str]] = None,
-        data_config: Optional[Dict[str, Any]] = None,
+        label_names: list[str] | None = None,
+        data_config: dict[str, Any] | None = None,
 ) -> None:
     """Write a model so that plain timm loads it: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
@@ -40,9 +40,5 @@ def export_model(
     # These speak of the weights that the model's name stands for, not of the ones written here.
     for key in ('tag', 'license', 'origin_url', 'paper_ids', 'paper_name'):
         settings['pretrained_cfg'].pop(key, None)
-    # The factory's record of `img_size` means nothing to a class that has window sizes instead.
-    if hasattr(model, 'window_sizes'):
-        settings['model_args'].pop('img_size', None)
-        settings['model_args']['window_sizes'] = list(model.window_sizes)
     write_aside(config, json.dumps(settings, indent=2).encode())
     aside.unlink()

@@ -1,7 +1,6 @@
 """The processes of one launch, as accelerate made them."""
 
 import os
-from typing import Optional
 
 import torch
 from accelerate import Accelerator
@@ -13,7 +12,7 @@ __all__ = ['create_accelerator']
 PRECISIONS = {None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}
 
 
-def create_accelerator(amp_dtype: Optional[str] = None) -> Accelerator:
+def create_accelerator(amp_dtype: str | None = None) -> Accelerator:
     """An accelerator over all processes that were launched, on the accelerators of this machine or else its CPU.
 
     Args:

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import PIL
@@ -52,21 +53,21 @@ class ViewRecipe:
     Raises:
         InputError: A value that timm's factory does not take.
     """
-    input_size: Tuple[int, int, int] = (3, 224, 224)
+    input_size: tuple[int, int, int] = (3, 224, 224)
     no_aug: bool = False
     train_crop_mode: str = 'rrc'
-    scale: Tuple[float, float] = (0.08, 1.0)
-    ratio: Tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
     vflip: float = 0.
-    color_jitter: Union[float, Tuple[float, ...]] = 0.4
-    color_jitter_prob: Optional[float] = None
+    color_jitter: float | tuple[float, ...] = 0.4
+    color_jitter_prob: float | None = None
     grayscale_prob: float = 0.
     gaussian_blur_prob: float = 0.
-    auto_augment: Optional[str] = None
+    auto_augment: str | None = None
     interpolation: str = 'bicubic'
-    mean: Tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: Tuple[float, ...] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     re_prob: float = 0.
     re_mode: str = 'pixel'
     re_count: int = 1
@@ -99,12 +100,12 @@ class ViewRecipe:
         if self.re_mode not in ('const', 'rand', 'pixel'):
             raise InputError(f'the erasing mode is {self.re_mode!r}; use const, rand or pixel')
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Dict[str, Any]) -> 'ViewRecipe':
+    def from_dict(cls, values: dict[str, Any]) -> 'ViewRecipe':
         """The recipe of a manifest.
 
         Raises:
@@ -116,7 +117,7 @@ class ViewRecipe:
         return cls(**values)
 
 
-def decode_image(data: Union[bytes, str, Path]) -> Image.Image:
+def decode_image(data: bytes | str | Path) -> Image.Image:
     """An encoded image, or the file of one, as the RGB image that the transforms see, turned upright by its EXIF tag.
 
     Raises:
@@ -178,7 +179,7 @@ class Replay:
             self._transform = create_transform(**arguments, is_training=True, normalize=False)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise InputError(f'timm cannot make the transform of this recipe: {error!r}')
-        self._erase: Optional[Callable] = None
+        self._erase: Callable | None = None
         if recipe.re_prob > 0 and not recipe.no_aug:
             self._erase = RandomErasing(
                 recipe.re_prob, mode=recipe.re_mode, max_count=recipe.re_count, num_splits=0, device='cpu')
@@ -190,7 +191,7 @@ class Replay:
         with preserve_random_state():
             return self._view(image, epoch, index)
 
-    def views(self, images: Sequence[Image.Image], keys: Sequence[Tuple[int, int]]) -> List[torch.Tensor]:
+    def views(self, images: Sequence[Image.Image], keys: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """The views, each uint8 [3, H, W], of images with their (epoch, index): cheaper than one by one."""
         with preserve_random_state():
             return [self._view(image, *key) for image, key in zip(images, keys, strict=True)]
@@ -214,7 +215,7 @@ class Replay:
         return digest.hexdigest()
 
 
-def _probe_images() -> List[Image.Image]:
+def _probe_images() -> list[Image.Image]:
     """Images from integer arithmetic, the same on every machine, and one that goes through the JPEG decoder."""
     images = [decode_image(Path(__file__).with_name('probe.jpg'))]
     for width, height in ((500, 375), (320, 333), (97, 64), (28, 28)):
@@ -224,7 +225,7 @@ def _probe_images() -> List[Image.Image]:
     return images
 
 
-def library_versions() -> Dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of everything that has a hand in the bytes of a view."""
     names = ('timm', 'torchvision', 'torch', 'numpy', 'datasets')
     turbo = pillow_features.version_feature('libjpeg_turbo')
@@ -236,7 +237,7 @@ def library_versions() -> Dict[str, str]:
     }
 
 
-def check_probe(replay: Replay, probe: str, versions: Dict[str, str]) -> Optional[str]:
+def check_probe(replay: Replay, probe: str, versions: dict[str, str]) -> str | None:
     """Compare this machine's views with those that a store was made from.
 
     Args:

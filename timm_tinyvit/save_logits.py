@@ -6,7 +6,8 @@ share of the missing shards. Stopped at any moment, the same command fills just 
 
 import argparse
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -43,9 +44,9 @@ def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
 
 def open_store(
         path: str,
-        given_view: Dict[str, Any],
+        given_view: dict[str, Any],
         log: Callable[[str], None] = print,
-) -> Tuple[LogitStore, Replay]:
+) -> tuple[LogitStore, Replay]:
     """Open a store whose views this machine can replay.
 
     Args:
@@ -57,6 +58,11 @@ def open_store(
         InputError: There is no store, or its views are not those asked for or not those that this machine makes.
     """
     store = LogitStore.open(path)
+    teacher = store.manifest.teacher
+    batch_size = teacher.get('batch_size')
+    if not {'name', 'weights', 'dtype', 'device', 'input_size'} <= set(teacher) or type(batch_size) is not int or \
+            batch_size < 1:
+        raise InputError(f'the manifest of {path} says too little of its teacher to go on from; copy the store again')
     recipe = ViewRecipe.from_dict(store.manifest.recipe)
     stored = recipe.to_dict()
     other = [
@@ -75,10 +81,10 @@ def open_store(
 def create_store(
         args: argparse.Namespace,
         teacher: Teacher,
-        fingerprint: Dict[str, Any],
+        fingerprint: dict[str, Any],
         epochs: int,
         log: Callable[[str], None] = print,
-) -> Tuple[LogitStore, Replay]:
+) -> tuple[LogitStore, Replay]:
     """Make the store that the flags describe, or open the one that is there if it is made the same way.
 
     Settings without a flag come from the store that is there, or else from `STORE_DEFAULTS`.
@@ -122,7 +128,7 @@ def create_store(
 class _ShardBatches:
     """Teacher batches of (epoch, index) pairs, shard by shard: no batch crosses a shard."""
 
-    def __init__(self, manifest: Manifest, shards: Sequence[Tuple[int, int]]):
+    def __init__(self, manifest: Manifest, shards: Sequence[tuple[int, int]]):
         self.manifest = manifest
         self.shards = shards
         self.batch_size = manifest.teacher['batch_size']
@@ -130,7 +136,7 @@ class _ShardBatches:
     def __len__(self) -> int:
         return sum(-(-self.manifest.shard_rows(shard) // self.batch_size) for _, shard in self.shards)
 
-    def __iter__(self) -> Iterator[List[Key]]:
+    def __iter__(self) -> Iterator[list[Key]]:
         for epoch, shard in self.shards:
             first = shard * self.manifest.shard_size
             stop = first + self.manifest.shard_rows(shard)
@@ -182,7 +188,7 @@ def fill_store(
         stream = iter(loader)
         for epoch, shard in shards:
             rows = store.manifest.shard_rows(shard)
-            records: List[np.ndarray] = []
+            records: list[np.ndarray] = []
             for _ in range(-(-rows // batches.batch_size)):
                 views = next(stream)['view']
                 try:
@@ -197,7 +203,7 @@ def fill_store(
     return num_views
 
 
-def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -> Dict[str, float]:
+def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -> dict[str, float]:
     """Run the teacher again on a sample of stored views.
 
     Returns:
@@ -254,7 +260,7 @@ def top1(store: LogitStore, epoch: int, labels: np.ndarray) -> float:
     return right / len(indices)
 
 
-def describe_store(store: LogitStore, labels: Optional[np.ndarray] = None) -> str:
+def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
     """The manifest, what is on disk, and with labels the teacher's accuracy, as text."""
     manifest = store.manifest
     missing = store.missing(range(manifest.epochs))
@@ -324,7 +330,7 @@ def _require(args: argparse.Namespace, *names: str) -> None:
 
 
 @reports_input_errors
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the program with these arguments, by default the command line's."""
     args = parse_arguments(_parser(), argv)
     args.dataset = args.dataset or args.data_dir

@@ -8,7 +8,6 @@ gradient only. This module knows torch alone: no files, no images.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Optional, Tuple
 
 import torch
 
@@ -33,7 +32,7 @@ class SparseTargets:
     """
     ids: torch.Tensor
     log_probs: torch.Tensor
-    log_rest: Optional[torch.Tensor]
+    log_rest: torch.Tensor | None
     num_valid: torch.Tensor
     num_classes: int
     remainder: str = 'uniform'
@@ -108,7 +107,7 @@ class SparseTargets:
             num_valid=self.num_valid.to(**move),
         )
 
-    def probabilities(self, temperature: float = 1.0) -> Tuple[torch.Tensor, torch.Tensor]:
+    def probabilities(self, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities at a temperature: of the listed classes, and of each class that is not listed.
 
         With the rule `uniform` a row is a distribution and sums to one. With `none` it is an estimate of one and
@@ -133,7 +132,7 @@ class SparseTargets:
         log_norm = torch.cat([scaled, (rest + log_num_rest)[:, None]], dim=1).logsumexp(dim=1)
         return (scaled - log_norm[:, None]).exp(), (rest - log_norm).exp()
 
-    def split(self, temperature: float = 1.0) -> Tuple[torch.Tensor, torch.Tensor]:
+    def split(self, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense target as a sum: `rest` [B] in every class, and `delta` [B, k] more at `ids`, 0 in the padding."""
         probs, rest = self.probabilities(temperature)
         return torch.where(self.valid, probs - rest[:, None], 0.), rest

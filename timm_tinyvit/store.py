@@ -18,7 +18,8 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Tuple, Union
+from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -70,11 +71,11 @@ class Manifest:
     sparsifier: str = 'topk'
     remainder: str = 'uniform'
     codec: str = 'float16'
-    teacher: Dict[str, Any] = field(default_factory=dict)
-    recipe: Dict[str, Any] = field(default_factory=dict)
-    versions: Dict[str, str] = field(default_factory=dict)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     probe: str = ''
-    dataset: Dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     version: int = FORMAT_VERSION
 
@@ -83,7 +84,7 @@ class Manifest:
         """Shards of one epoch."""
         return -(-self.num_samples // self.shard_size)
 
-    def _decisive(self) -> Dict[str, Any]:
+    def _decisive(self) -> dict[str, Any]:
         """All that decides a shard's bytes: not the epochs, which grow, and no name or version behind the same hash."""
         values = {key: value for key, value in asdict(self).items() if key not in ('epochs', 'versions')}
         values['teacher'].pop('name', None)
@@ -99,7 +100,7 @@ class Manifest:
         """Samples in a shard."""
         return min(self.shard_size, self.num_samples - shard * self.shard_size)
 
-    def differences(self, other: 'Manifest') -> List[str]:
+    def differences(self, other: 'Manifest') -> list[str]:
         """Which fields make another manifest's shards different ones, each as `name: here, there`."""
         found = []
         there = other._decisive()
@@ -144,6 +145,8 @@ class Manifest:
         for name, limit in limits.items():
             if not 1 <= getattr(manifest, name) <= limit:
                 raise InputError(f'{source} is damaged: {name} is {getattr(manifest, name)}, expected 1 to {limit}')
+        if manifest.num_shards > 1 << 24:
+            raise InputError(f'{source} is damaged: {manifest.num_shards} shards an epoch, expected 16,777,216 at most')
         if not 0 <= manifest.epochs <= 100_000:
             raise InputError(f'{source} is damaged: epochs is {manifest.epochs}, expected 0 to 100,000')
         if not -1 << 63 <= manifest.seed < 1 << 63:
@@ -157,7 +160,7 @@ class Manifest:
         return manifest
 
 
-def write_aside(path: Path, data: Union[bytes, Sequence[bytes]]) -> None:
+def write_aside(path: Path, data: bytes | Sequence[bytes]) -> None:
     """Write a file so that it is there whole or not at all, also after a kill or a power cut.
 
     Raises:
@@ -229,22 +232,22 @@ class LogitStore:
         self.manifest = manifest
         self.codec: Codec = create_codec(manifest.codec, manifest.num_classes, manifest.k, manifest.remainder)
         self._epoch = -1
-        self._records: Dict[int, np.ndarray] = {}
+        self._records: dict[int, np.ndarray] = {}
 
-    def __getstate__(self) -> Tuple[Path, Manifest]:
+    def __getstate__(self) -> tuple[Path, Manifest]:
         # Maps do not travel to loader workers; each worker maps what it reads.
         return self.path, self.manifest
 
-    def __setstate__(self, state: Tuple[Path, Manifest]) -> None:
+    def __setstate__(self, state: tuple[Path, Manifest]) -> None:
         self.__init__(*state)
 
     @staticmethod
-    def exists(path: Union[str, Path]) -> bool:
+    def exists(path: str | Path) -> bool:
         """Whether there is a manifest at this path."""
         return (Path(path) / MANIFEST_NAME).exists()
 
     @classmethod
-    def create(cls, path: Union[str, Path], manifest: Manifest) -> 'LogitStore':
+    def create(cls, path: str | Path, manifest: Manifest) -> 'LogitStore':
         """Make an empty store, or open the one of the same manifest that is there.
 
         A store that is there grows to `manifest.epochs` if it was meant to hold fewer.
@@ -271,7 +274,7 @@ class LogitStore:
         return store
 
     @classmethod
-    def open(cls, path: Union[str, Path]) -> 'LogitStore':
+    def open(cls, path: str | Path) -> 'LogitStore':
         """Open a store by its manifest; shards are looked at when they are read.
 
         Raises:
@@ -299,7 +302,7 @@ class LogitStore:
     def shard_path(self, epoch: int, shard: int) -> Path:
         return self.path / f'epoch-{epoch:05d}' / f'shard-{shard:05d}.arrow'
 
-    def missing(self, epochs: Iterable[int]) -> List[Tuple[int, int]]:
+    def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
         """The (epoch, shard) pairs of these epochs that are not on disk yet."""
         found = []
         for epoch in epochs:

@@ -3,7 +3,7 @@
 import hashlib
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -18,7 +18,7 @@ __all__ = ['ModelInput', 'Teacher', 'create_pretrained']
 
 
 class ModelInput(nn.Module):
-    """Views, uint8 [B, 3, H, W], as a model wants them: resized if it takes another size, and normalised, on its device.
+    """Views, uint8 [B, 3, H, W], as a model wants them, made on its device: resized if need be, and normalised.
 
     Args:
         mean: The model's mean, in units of the 0 to 1 pixel scale.
@@ -26,7 +26,7 @@ class ModelInput(nn.Module):
         size: Height and width that the model takes; None to leave the views' own.
     """
 
-    def __init__(self, mean: Tuple[float, ...], std: Tuple[float, ...], size: Optional[Tuple[int, int]] = None):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], size: tuple[int, int] | None = None):
         super().__init__()
         self.size = size
         self.register_buffer('scale', 1 / (255 * torch.tensor(std)).view(1, -1, 1, 1), persistent=False)
@@ -39,7 +39,7 @@ class ModelInput(nn.Module):
         return torch.addcmul(self.shift, x, self.scale)
 
 
-def create_pretrained(name: str, checkpoint: Optional[str] = None, num_classes: Optional[int] = None) -> nn.Module:
+def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int | None = None) -> nn.Module:
     """A timm model with its weights.
 
     Args:
@@ -87,9 +87,9 @@ class Teacher:
             model: nn.Module,
             name: str,
             device: torch.device,
-            amp_dtype: Optional[torch.dtype] = None,
+            amp_dtype: torch.dtype | None = None,
             compile: bool = False,
-            size: Optional[Tuple[int, int]] = None,
+            size: tuple[int, int] | None = None,
     ):
         config = resolve_data_config({}, model=model)
         self.name = name
@@ -112,7 +112,7 @@ class Teacher:
             logits = self._model(self._input(views.to(self.device, non_blocking=True)))
         return logits.float()
 
-    def describe(self, batch_size: int) -> Dict[str, Any]:
+    def describe(self, batch_size: int) -> dict[str, Any]:
         """What a store's manifest says of its teacher."""
         return {
             'name': self.name,

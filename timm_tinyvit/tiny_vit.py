@@ -8,6 +8,7 @@ its convolution whenever it normalises with running statistics, and nothing deri
 Windows follow the image size, at creation (`img_size=`) and afterwards (`set_input_size`).
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def calc_window_sizes(img_size: int | Sequence[int]) -> tuple[int, int, int, int
     """
     sides = to_2tuple(img_size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f'img_size is {img_size!r}, but must be a positive integer or a pair (height, width) of them.')
+        raise ValueError(f'img_size is {img_size!r}, but must be a positive integer or a pair (height, width).')
     last = -(-min(sides) // 32)
     return last, last, -(-min(sides) // 16), last
 
@@ -68,7 +69,7 @@ def calc_window_sizes(img_size: int | Sequence[int]) -> tuple[int, int, int, int
 def _check_window_sizes(window_sizes: Sequence[int], num_stages: int) -> tuple[int, ...]:
     window_sizes = tuple(window_sizes)
     if len(window_sizes) != num_stages or not all(isinstance(size, int) and size > 0 for size in window_sizes):
-        raise ValueError(f'window_sizes is {window_sizes}, but must hold one positive integer per stage ({num_stages}).')
+        raise ValueError(f'window_sizes is {window_sizes}, but must be {num_stages} positive integers, one per stage.')
     return window_sizes
 
 
@@ -96,17 +97,25 @@ def resize_attention_biases(biases: torch.Tensor, window_size: int) -> torch.Ten
     return table.reshape(num_heads, window_size * window_size).to(biases.dtype)
 
 
+_TENSOR_TYPES = (torch.Tensor, nn.Parameter)
+
+
+@torch.jit.ignore
 def _is_cpu(x: torch.Tensor) -> bool:
     # what is traced or exported may run elsewhere, and a proxy or a subclass has no device to go by
     return (
-        type(x) in (torch.Tensor, nn.Parameter) and x.is_cpu
+        type(x) in _TENSOR_TYPES and x.is_cpu
         and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
     )
 
 
 def _is_hooked(*modules: nn.Module) -> bool:
+    # accelerate hooks a module by giving it a `forward` of its own
     return _has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        or 'forward' in m.__dict__
+        for m in modules
+    )
 
 
 def _is_plain(module: nn.Module, module_type: type[nn.Module]) -> bool:
@@ -121,20 +130,24 @@ _HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldn
 
 def _prefers_conv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
-        _HAS_MKL_AND_ONEDNN and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+        _HAS_MKL_AND_ONEDNN and type(weight) in _TENSOR_TYPES and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled('cpu')
         and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
     )
 
 
 def _linear_by_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # F.linear of [..., in], as a 1x1 convolution
-    batch = x.shape[0]
-    if not torch.compiler.is_compiling():
-        # with a single thread, PyTorch gives batches below 16 to a slower kernel; up to 64, the split costs nothing
+    """`F.linear` of [..., in], as a 1x1 convolution of what looks like channels-last images."""
+    if torch.compiler.is_compiling():
+        # the compiler wants a height and a width; tokens [B, N, C] come from square windows
+        y = x if x.ndim == 4 else x.reshape(x.shape[0], math.isqrt(x.shape[1]), -1, x.shape[-1])
+    else:
         num_rows = x.numel() // x.shape[-1]
-        batch = next((n for n in range(16, 65) if num_rows % n == 0), 1)
-    y = x.reshape(batch, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    y = F.conv2d(y, weight[:, :, None, None], bias)
+        if num_rows < 128:  # too few to be worth the convolution's overhead
+            return F.linear(x, weight, bias)
+        # with a single thread, PyTorch gives batches below 16 to a slower kernel; up to 64, the split costs nothing
+        y = x.reshape(next((n for n in range(16, 65) if num_rows % n == 0), 1), -1, 1, x.shape[-1])
+    y = F.conv2d(y.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -183,7 +196,9 @@ def _in_slices(
     size = max(1, _SLICE_BYTES // (image_numel * x.element_size()))
     if size < x.shape[0]:
         layers = list(module.modules())[1:]
-        if not _is_hooked(*layers) and not any(layer.training for layer in layers):
+        # a batch norm that trains or has no running statistics looks at all images together
+        by_itself = not any(layer.training or getattr(layer, 'running_var', layer) is None for layer in layers)
+        if by_itself and not _is_hooked(*layers):
             return torch.cat([fn(images) for images in x.split(size)])
     return fn(x)
 
@@ -237,18 +252,18 @@ class ConvNorm(nn.Sequential):
         return weight.to(dtype), bias.to(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _is_plain(self.conv, nn.Conv2d):
-            if self._bn_is_fixed():
-                return _conv(self.conv, x, *self._folded())
-            return self.bn(_conv(self.conv, x, self.conv.weight, None))
-        return self.bn(self.conv(x))
+        if torch.jit.is_scripting():
+            return self.bn(self.conv(x))
+        else:
+            return self._forward(x)
 
-    def _bn_is_fixed(self) -> bool:
-        bn = self.bn
-        return (
-            _is_plain(bn, nn.BatchNorm2d) and not bn.training
-            and bn.running_var is not None and bn.weight is not None
-        )
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        conv, bn = self.conv, self.bn
+        if not _is_plain(conv, nn.Conv2d):
+            return bn(conv(x))
+        if bn.training or not _is_plain(bn, nn.BatchNorm2d) or bn.running_var is None or bn.weight is None:
+            return bn(_conv(conv, x, conv.weight, None))
+        return _conv(conv, x, *self._folded())
 
     @torch.no_grad()
     def fuse(self) -> FusedConv:
@@ -426,7 +441,7 @@ class NormMlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and _is_cpu(x):
-            return _in_slices(self, self._forward_cpu, x, x[0].numel() // x.shape[-1] * self.fc1.out_features)
+            return _in_slices(self, self._forward_cpu, x, math.prod(x.shape[1:-1]) * self.fc1.out_features)
         x = self.drop1(self.act(self.fc1(self.norm(x))))
         return self.drop2(self.fc2(x))
 
@@ -495,9 +510,10 @@ class Attention(nn.Module):
 
     def _biases(self) -> torch.Tensor:
         # index_select is several times cheaper than advanced indexing, cheap enough that nothing needs to be cached
+        N = self.attention_bias_idxs.shape[0]
         biases = self.attention_biases.index_select(1, self.attention_bias_idxs.view(-1))
         # four dimensions: the CPU's fused attention takes no mask of three
-        return biases.view(1, self.num_heads, *self.attention_bias_idxs.shape)  # [1, heads, N, N]
+        return biases.view(1, self.num_heads, N, N)
 
     def _attend(self, qkv: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
         B, N, _ = qkv.shape
@@ -688,6 +704,8 @@ class TinyVit(nn.Module):
         window_sizes: Side of the attention windows of each stage, kept current by `set_input_size`.
     """
 
+    __jit_unused_properties__ = ['_model_args']
+
     def __init__(
             self,
             in_chans: int = 3,
@@ -791,21 +809,39 @@ class TinyVit(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay_keywords(self) -> set[str]:
+        """Parts of the names of parameters that take no weight decay, as the official optimizer asks for them."""
         return {'attention_biases'}
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay, besides those of one dimension."""
         return {name for name, _ in self.named_parameters() if 'attention_biases' in name}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {
-            'stem': r'^patch_embed',
-            'blocks': r'^stages\.(\d+)' if coarse else [
-                (r'^stages\.(\d+).downsample', (0,)),
-                (r'^stages\.(\d+)\.\w+\.(\d+)', None),
-            ]
-        }
+    def group_matcher(self, coarse: bool = False) -> dict[str, str] | Callable[[str], int]:
+        """Groups of parameters from the image to the classifier, for `timm.models.group_parameters`.
+
+        Args:
+            coarse: One group per stage instead of one per block.
+
+        Returns:
+            Regular expressions of the groups if `coarse`; else a function from a parameter's name to its layer, those
+            of the paper's layer-wise learning rates: the stem goes with the first block, a downsampling with the
+            block in front of it and the head with the last block.
+        """
+        if coarse:
+            return {'stem': r'^patch_embed', 'blocks': r'^stages\.(\d+)'}
+        return self._layer_of
+
+    @torch.jit.ignore
+    def _layer_of(self, name: str) -> int:
+        if name.startswith('patch_embed'):
+            return 0
+        match = re.match(r'stages\.(\d+)\.(?:downsample|blocks\.(\d+))', name)
+        if match is None:
+            return sum(self.depths) - 1
+        stage, block = match.groups()
+        return sum(self.depths[:int(stage)]) + (-1 if block is None else int(block))
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -11,7 +11,6 @@ import argparse
 import gzip
 import io
 from pathlib import Path
-from typing import Tuple
 
 import datasets
 import numpy as np
@@ -30,7 +29,7 @@ def read_idx(file: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=4 + 4 * data[3]).reshape(sizes)
 
 
-def read_split(source: str, split: str) -> Tuple[np.ndarray, np.ndarray]:
+def read_split(source: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 [N, 28, 28], and labels, int [N], of `train` or `test`."""
     if Path(source).is_dir():
         stem = 'train' if split == 'train' else 't10k'
