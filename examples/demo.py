@@ -50,7 +50,8 @@ def teacher_accuracy(split: str) -> float:
 
     teacher = Teacher(create_pretrained(str(DATA / 'teacher')), 'teacher', torch.device('cpu'))
     data = ImageDataset(
-        load_split(str(DATA), split, is_training=False), create_transform(32, crop_pct=1., normalize=False))
+        load_split(str(DATA), split, is_training=False),
+        create_transform(32, crop_pct=1., interpolation='bicubic', normalize=False))
     right = 0
     for start in range(0, len(data), 500):
         batch = collate(data.__getitems__(list(range(start, min(start + 500, len(data))))))
@@ -73,7 +74,7 @@ def plot(runs: dict[str, list[dict[str, str]]], teacher: float, picture: Path) -
             [int(row['epoch']) + 1 for row in rows], [float(row['eval_top1']) for row in rows], marker='o',
             label=label, color=color)
     axes.axhline(teacher, color='tab:blue', linestyle='--', linewidth=1, label='teacher')
-    axes.set(xlabel='epoch', ylabel='top-1 accuracy (%)', title='TinyViT-5M, 1,000 images of Fashion-MNIST, 32 px')
+    axes.set(xlabel='epoch', ylabel='top-1 accuracy (%)', title='TinyViT-5M, 500 images of Fashion-MNIST, 32 px')
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right')
     figure.savefig(picture, dpi=110)
@@ -81,7 +82,7 @@ def plot(runs: dict[str, list[dict[str, str]]], teacher: float, picture: Path) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--quick', action='store_true', help='4 epochs of 200 images, to see that everything runs')
+    parser.add_argument('--quick', action='store_true', help='4 epochs of 200 images, to see that all runs')
     parser.add_argument('--output', type=Path, default=Path('runs/demo'), help='folder for the store and the runs')
     args = parser.parse_args()
     output = (ROOT / args.output if not args.output.is_absolute() else args.output)
@@ -95,6 +96,7 @@ def main() -> None:
             '--shard-size', '100']
     store_flags = ['--teacher', str(DATA / 'teacher'), '--logits', str(output / 'logits')]
 
+    fresh = not output.exists()
     script = str(ROOT / 'train_distill.py')
     plain_seconds = run(launch(script, *flags, '--experiment', 'plain'))
     distilled_seconds = run(launch(script, *flags, *store_flags, '--experiment', 'distilled'))
@@ -104,14 +106,15 @@ def main() -> None:
     runs = {name: read_metrics(output / name) for name in ('plain', 'distilled')}
     plain, distilled = (float(rows[-1]['eval_top1']) for rows in runs.values())
     plot(runs, teacher, output / 'demo.png')
+    resumed = ' (of this start; the run goes on from an earlier one)' if not fresh else ''
     print(f"""
-                         top-1   seconds
-  teacher               {teacher:5.2f}%         -
+                         top-1   seconds{resumed}
+  teacher               {teacher:5.2f}%         -   sees the same {store.manifest.recipe["input_size"][1]}-pixel images
   student, labels only  {plain:5.2f}%    {plain_seconds:6.0f}
-  student, distilled    {distilled:5.2f}%    {distilled_seconds:6.0f}   (filling the store included)
+  student, distilled    {distilled:5.2f}%    {distilled_seconds:6.0f}   filling the store included
 
   gain {distilled - plain:+.2f} points; {store.manifest.record_width} bytes per view, \
-{store.size() / 1e6:.1f} MB for {store.manifest.epochs} epochs of {store.manifest.num_samples} images
+{store.manifest.epochs} epochs of {store.manifest.num_samples} views in {store.size() / 1e3:.0f} kB
   plot: {(output / 'demo.png')}""".replace(f'{ROOT}/', ''))
 
 
