@@ -10,7 +10,9 @@ arXiv 2207.10666).
 
 import argparse
 import csv
+import io
 import math
+import operator
 import random
 import time
 import warnings
@@ -47,7 +49,7 @@ from timm_tinyvit.hub import export_model
 from timm_tinyvit.launch import create_accelerator
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
-from timm_tinyvit.save_logits import create_store, create_teacher, fill_store, open_store
+from timm_tinyvit.save_logits import create_store, create_teacher, fill_store, open_store, read_labels
 from timm_tinyvit.sparse import sparse_soft_target_cross_entropy
 from timm_tinyvit.store import LogitStore, write_aside
 from timm_tinyvit.teacher import ModelInput
@@ -69,7 +71,8 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_view_arguments(parser)
     add_store_arguments(parser)
     group = parser.add_argument_group('distillation')
-    group.add_argument('--store-epochs', type=int, metavar='E', help='epochs of a new store (default: --epochs)')
+    group.add_argument('--store-epochs', type=int, metavar='E',
+                       help='epochs that the store is meant to hold (default: its own, or --epochs)')
     group.add_argument('--alpha', type=float, default=1., metavar='A',
                        help='weight of the distillation loss; the label loss has 1 - A')
     group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
@@ -122,16 +125,21 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.dataset = args.dataset or args.data_dir
     if not args.dataset:
         raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')
-    ranges = dict(
-        alpha=(0, 1), smoothing=(0, 1), batch_size=(1, math.inf), epochs=(1, math.inf), store_epochs=(1, math.inf),
-        seed=(0, 2**32 - 1), workers=(0, math.inf), val_interval=(1, math.inf), checkpoint_hist=(1, math.inf),
-        recovery_interval=(0, math.inf), log_interval=(1, math.inf), warmup_epochs=(0, math.inf))
-    for name, (low, high) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f'--{name.replace("_", "-")} is {value}; expected {low} to {high}')
-    if args.temperature <= 0:
-        raise InputError(f'--temperature is {args.temperature}; expected a number above 0')
+    at_least = dict(
+        batch_size=1, validation_batch_size=1, epochs=1, store_epochs=1, val_interval=1, checkpoint_hist=1,
+        log_interval=1, num_classes=1, lr_base_size=1, workers=0, recovery_interval=0, warmup_epochs=0,
+        cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0, clip_grad=0, momentum=0)
+    at_most = dict(alpha=1, smoothing=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1)
+    above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0)
+    for limits, holds, words in (
+        (at_least, operator.ge, 'at least'), (at_most, operator.le, 'at most'), (above, operator.gt, 'more than'),
+    ):
+        for name, limit in limits.items():
+            value = getattr(args, name)
+            if value is not None and not holds(value, limit):
+                raise InputError(f'--{name.replace("_", "-")} is {value}; expected {words} {limit}')
+    if args.sched == 'none':
+        raise InputError('--sched none is not a schedule here; use --sched constant')
     if args.teacher and not args.logits:
         raise InputError('--teacher without --logits: name the folder that keeps what the teacher says')
     return args
@@ -144,15 +152,16 @@ def prepare_store(
         log: Any,
 ) -> tuple[LogitStore, Replay]:
     """The filled store of `--logits`; with `--teacher`, epochs that it lacks are filled first."""
+    num_epochs = args.epochs + args.cooldown_epochs
     if args.teacher:
         fingerprint = dataset_fingerprint(dataset, args.input_key, args.target_key)
         teacher = create_teacher(args, accelerator.device)
         with accelerator.main_process_first():
-            known = LogitStore.open(args.logits).manifest.epochs if LogitStore.exists(args.logits) else args.epochs
+            known = LogitStore.open(args.logits).manifest.epochs if LogitStore.exists(args.logits) else num_epochs
             store, replay = create_store(args, teacher, fingerprint, args.store_epochs or known, log)
             if accelerator.is_main_process:
                 store.remove_stale()
-        needed = range(min(store.manifest.epochs, args.epochs))
+        needed = range(min(store.manifest.epochs, num_epochs))
         data = SparseLogitDataset(dataset, replay, None, args.input_key, args.target_key)
         fill_store(
             store, teacher, data, needed, accelerator.process_index, accelerator.num_processes, args.workers,
@@ -160,15 +169,29 @@ def prepare_store(
         accelerator.wait_for_everyone()
     else:
         store, replay = open_store(args.logits, view_arguments(args), log)
-    missing = store.missing(range(min(store.manifest.epochs, args.epochs)))
+    missing = store.missing(range(min(store.manifest.epochs, num_epochs)))
     if missing:
         raise InputError(
             f'the store {args.logits} lacks {len(missing)} shards, the first of epoch {missing[0][0]}; give its '
             f'--teacher to fill them, or run the save_logits command that made it again')
-    if store.manifest.epochs < args.epochs:
-        log(f'the store has {store.manifest.epochs} epochs for {args.epochs}: epoch e uses e modulo '
+    if store.manifest.epochs < num_epochs:
+        log(f'the store has {store.manifest.epochs} epochs for {num_epochs}: epoch e uses e modulo '
             f'{store.manifest.epochs}')
     return store, replay
+
+
+def check_labels(dataset: Any, label_key: str | None, num_classes: int, flag: str) -> None:
+    """Refuse a split whose labels the student cannot have."""
+    if label_key is None:
+        raise InputError(f'the data of {flag} have no label column, only {", ".join(dataset.column_names)}; '
+                         f'name it with --target-key')
+    if not len(dataset):
+        raise InputError(f'the data of {flag} are empty; name another split')
+    labels = read_labels(dataset, label_key)
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        raise InputError(f'sample {bad[0]} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
+                         f'{num_classes} classes; check --target-key, --num-classes and {flag}')
 
 
 def create_student(args: argparse.Namespace, num_classes: int, size: tuple[int, int]) -> nn.Module:
@@ -178,18 +201,24 @@ def create_student(args: argparse.Namespace, num_classes: int, size: tuple[int, 
         model = timm.create_model(
             args.model, pretrained=args.pretrained, num_classes=num_classes,
             checkpoint_path=args.initial_checkpoint or '', **rates, **args.model_kwargs)
+        if hasattr(model, 'set_input_size'):
+            model.set_input_size(img_size=size)
+        # Models of a fixed size say so only when they see another one.
+        model.eval()(torch.zeros(1, 3, *size))
     except Exception as error:
         # Unknown names, arguments, files and Hub failures each raise their own kind.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f'the student {args.model} cannot be made: {reason}')
-    if hasattr(model, 'set_input_size'):
-        model.set_input_size(img_size=size)
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise InputError(f'the student {args.model} cannot be made for {size[0]}x{size[1]} pixels: {reason}; check '
+                         f'--model, --model-kwargs, --img-size and --initial-checkpoint')
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, prepare: ModelInput, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:
-    """Loss, top-1 and top-5 accuracy in percent over the samples of all ranks."""
+    """Loss, top-1 and top-5 accuracy in percent over the samples of all ranks.
+
+    The model is the bare one: ranks may have different numbers of batches, and DDP's forward would wait for all.
+    """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, samples
     for batch in loader:
@@ -218,13 +247,13 @@ def eval_loader(
         world_size: int,
 ) -> DataLoader:
     """This rank's part of an evaluation split, as uint8 batches."""
-    transform = create_transform(
-        config['input_size'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
-        interpolation=config['interpolation'], normalize=False)
+    try:
+        transform = create_transform(
+            config['input_size'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
+            interpolation=config['interpolation'], normalize=False)
+    except (KeyError, ValueError) as error:
+        raise InputError(f'timm cannot make the evaluation transform: {error!r}; check --interpolation')
     data = ImageDataset(dataset, transform, args.input_key, args.target_key)
-    if data.label_key is None:
-        raise InputError(f'the evaluation split has no label column, only {", ".join(dataset.column_names)}; '
-                         f'name it with --target-key')
     return DataLoader(
         Subset(data, range(rank, len(data), world_size)), batch_size=args.validation_batch_size or args.batch_size,
         num_workers=args.workers, collate_fn=collate, generator=torch.Generator())
@@ -252,9 +281,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
     """Write a checkpoint aside, rename it, and remove all but the last ones."""
-    aside = folder / 'checkpoint.tmp'
-    torch.save(state, aside)
-    aside.replace(folder / f'checkpoint-{state["epoch"]:04d}-{state["step"]:06d}.pt')
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_aside(folder / f'checkpoint-{state["epoch"]:04d}-{state["step"]:06d}.pt', buffer.getbuffer())
     for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
         old.unlink()
 
@@ -281,11 +310,11 @@ def load_last_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, An
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     """All epochs so far as metrics.csv, and their plot."""
     columns = list({key: None for row in history for key in row})
-    with open(folder / 'metrics.tmp', 'w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)
-    (folder / 'metrics.tmp').replace(folder / 'metrics.csv')
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(history)
+    write_aside(folder / 'metrics.csv', text.getvalue().encode())
     plot_metrics(folder / 'metrics.csv', folder / 'metrics.png')
 
 
@@ -304,7 +333,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             tqdm.write(line)
 
     folder = Path(args.output) / (args.experiment or args.model.replace('/', '_').replace(':', '_'))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
@@ -325,6 +357,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     decisive['data'] = dataset_fingerprint(train_set, args.input_key, args.target_key)
     decisive['store'] = store.manifest.identity if store else None
     state = load_last_checkpoint(folder, decisive)
+    if state is not None and len(state['random']) != world_size:
+        raise InputError(f'the run in {folder} was started with {len(state["random"])} process(es), not {world_size}; '
+                         f'launch as many to resume it, or give another --experiment')
     if state is None and show:
         write_aside(folder / 'args.yaml', yaml.safe_dump(vars(args), default_flow_style=None).encode())
 
@@ -337,9 +372,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if store and num_classes != store.manifest.num_classes:
         raise InputError(f'the student has {num_classes} classes, the store {args.logits} '
                          f'{store.manifest.num_classes}; leave --num-classes out, or use another store')
-    if (label_key is None or names and len(names) > num_classes) and not (store and args.alpha == 1):
-        raise InputError(f'the labels ({len(names or [])} classes in column {label_key}) do not fit the {num_classes} '
-                         f'classes of the student; check --target-key and --num-classes')
+    if store is None or args.alpha < 1:
+        check_labels(train_set, label_key, num_classes, '--train-split')
+    check_labels(val_set, find_column(val_set, args.target_key, is_image=False), num_classes, '--val-split')
     set_seed(args.seed)
     student = create_student(args, num_classes, size)
     config = eval_config(args, student, size)
@@ -358,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer = create_optimizer_v2(student, **{**optimizer_kwargs(args), 'lr': lr})
         scheduler, num_epochs = create_scheduler_v2(
             optimizer, **{**scheduler_kwargs(args), 'step_on_epochs': False}, updates_per_epoch=len(sampler))
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise InputError(f'timm cannot make the optimiser {args.opt} or the schedule {args.sched}: {error}')
     alpha = args.alpha if store is not None else 0.
     label_loss = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
@@ -373,12 +408,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(state['optimizer'])
         scheduler.load_state_dict(state['scheduler'])
         first_epoch, first_step, best, history = (state[key] for key in ('epoch', 'step', 'best', 'history'))
-        sums = state['sums'][rank].to(device) if rank < len(state['sums']) else sums
-        if len(state['random']) == world_size:
-            set_random_state(state['random'][rank])
-        else:
-            log(f'the run goes on with {world_size} processes instead of {len(state["random"])}: its random states, '
-                f'and so its weights, will not be those of an uninterrupted run')
+        sums = state['sums'][rank].to(device)
+        set_random_state(state['random'][rank])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state['scaler'])
         log(f'resuming {folder} at epoch {first_epoch}, step {first_step}')
     else:
         # Ranks must not drop the same paths.
@@ -390,7 +423,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_checkpoint(folder, {
                 'epoch': epoch, 'step': step, 'best': best, 'history': history, 'sums': all_sums, 'random': randoms,
                 'model': student.state_dict(), 'optimizer': optimizer.state_dict(),
-                'scheduler': scheduler.state_dict(), 'settings': decisive}, args.checkpoint_hist)
+                'scheduler': scheduler.state_dict(), 'settings': decisive,
+                'scaler': None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            }, args.checkpoint_hist)
 
     # The loop.
     num_params = sum(p.numel() for p in student.parameters())
@@ -443,7 +478,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             'images_per_second': (len(sampler) - first_step) * args.batch_size * world_size / seconds,
         }
         if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
-            row.update(evaluate(model, prepare, val_loader, accelerator))
+            row.update(evaluate(student, prepare, val_loader, accelerator))
+        if not math.isfinite(row['loss']):
+            raise InputError(f'the loss of epoch {epoch + 1} is {row["loss"]}; lower --lr, or leave --amp-dtype out')
         history.append(row)
         first_step = 0
         sums.zero_()

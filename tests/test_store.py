@@ -662,7 +662,8 @@ def program(warm_processes, images, teacher_folder, tmp_path):
     def run(store, epochs, shard_size=150, **options):
         argv = [
             '--dataset', str(images), '--teacher', str(teacher_folder), '--logits', str(store), '--topk', '3',
-            '--epochs', str(epochs), '--img-size', '32', '--shard-size', str(shard_size), '--workers', '0']
+            '--epochs', str(epochs), '--img-size', '32', '--shard-size', str(shard_size), '--workers', '0',
+            '--codec', 'float16']
         output = tmp_path / 'output.txt'
         process = warm_processes.Process(target=run_save_logits, args=(argv, str(output)), kwargs=options)
         process.start()

@@ -91,7 +91,7 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the teacher of that name')
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
-    group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
+    group.add_argument('--teacher-compile', '--compile', action='store_true', help='torch.compile the teacher')
     for name, metavar, help in (
         ('topk', 'K', 'classes kept per view'),
         ('codec', 'NAME', 'codec of the records'),
@@ -137,7 +137,13 @@ def parse_arguments(parser: ArgumentParser, argv: Sequence[str] | None = None) -
     peek.add_argument('-c', '--config')
     config = peek.parse_known_args(argv)[0].config
     recipe = [] if config is None else _recipe_flags(parser, config)
-    args, unknown = parser.parse_known_args(recipe + argv)
+    try:
+        args, unknown = parser.parse_known_args(recipe + argv)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        # timm's ParseKwargs unpacks what it gets.
+        raise InputError(f'the arguments cannot be read ({error}); write pairs like name=value after --model-kwargs')
     if unknown:
         raise InputError(f'unknown argument {unknown[0]}{_nearest(parser, unknown[0].partition("=")[0])}')
     return args

@@ -38,6 +38,11 @@ def reports_input_errors(main: Callable[[Sequence[str] | None], None]) -> Callab
         except KeyboardInterrupt:
             print('stopped: the same command goes on from what is on disk', file=sys.stderr, flush=True)
             status = 130
+        except RuntimeError as error:
+            if os.environ.get('RANK', '0') == '0' or 'onnection' not in str(error):
+                raise
+            # Another rank has said what is wrong and left.
+            status = 1
         else:
             return
         if int(os.environ.get('WORLD_SIZE', '1')) > 1:

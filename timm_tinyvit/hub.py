@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save
@@ -31,14 +32,13 @@ def export_model(
     # Channels-last weights must be laid out anew, which timm's save_for_hf does not do.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_aside(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
-    config = folder / 'config.json'
-    aside = folder / '.config.json.tmp'
-    save_config_for_hf(
-        model, str(aside), model_config={'label_names': list(label_names)} if label_names else None,
-        data_config=data_config)
-    settings = json.loads(aside.read_text())
+    with TemporaryDirectory() as aside:
+        config = Path(aside) / 'config.json'
+        save_config_for_hf(
+            model, str(config), model_config={'label_names': list(label_names)} if label_names else None,
+            data_config=data_config)
+        settings = json.loads(config.read_text())
     # These speak of the weights that the model's name stands for, not of the ones written here.
     for key in ('tag', 'license', 'origin_url', 'paper_ids', 'paper_name'):
         settings['pretrained_cfg'].pop(key, None)
-    write_aside(config, json.dumps(settings, indent=2).encode())
-    aside.unlink()
+    write_aside(folder / 'config.json', json.dumps(settings, indent=2).encode())

@@ -1,9 +1,11 @@
 """The processes of one launch, as accelerate made them."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import InputError
 
@@ -23,7 +25,10 @@ def create_accelerator(amp_dtype: str | None = None) -> Accelerator:
     """
     # Without `cpu` accelerate makes no process group on a machine that has no accelerator: every process would take
     # itself for the only one.
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype])
+    # Ranks wait while one downloads the data, or has more shards to fill than the others.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype], kwargs_handlers=[patience])
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     if accelerator.num_processes != launched:
         raise InputError(

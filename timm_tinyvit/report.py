@@ -1,7 +1,10 @@
 """Pictures of a run."""
 
 import csv
+import io
 from pathlib import Path
+
+from .store import write_aside
 
 __all__ = ['plot_metrics']
 
@@ -35,5 +38,7 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
     for axes in (losses, accuracy):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(picture, dpi=110)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format='png')
+    write_aside(picture, buffer.getbuffer())
     return True

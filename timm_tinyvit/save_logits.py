@@ -107,6 +107,12 @@ def create_store(
         width = create_codec(settings['codec'], teacher.num_classes, settings['topk']).width
     except ValueError as error:
         raise InputError(f'{error} (--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes)')
+    for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
+                            ('store_seed', -1 << 63, (1 << 63) - 1)):
+        if not low <= settings[name] <= high:
+            raise InputError(f'--{name.replace("_", "-")} is {settings[name]}; expected {low} to {high}')
+    if not fingerprint['num_samples']:
+        raise InputError('the training data are empty; name another --train-split')
     manifest = Manifest(
         num_samples=fingerprint['num_samples'],
         num_classes=teacher.num_classes,
@@ -335,7 +341,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(_parser(), argv)
     args.dataset = args.dataset or args.data_dir
     _require(args, 'logits')
+    accelerator = create_accelerator()
     if args.describe:
+        if not accelerator.is_main_process:
+            return
         store = LogitStore.open(args.logits)
         labels = None
         if args.dataset:
@@ -348,9 +357,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     _require(args, 'dataset', 'teacher')
-    accelerator = create_accelerator()
     with accelerator.main_process_first():
         dataset = load_split(args.dataset, args.train_split, is_training=True)
+    if args.check and not accelerator.is_main_process:
+        return
     teacher = create_teacher(args, accelerator.device)
     if args.check:
         store, replay = open_store(args.logits, view_arguments(args))

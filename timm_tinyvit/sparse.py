@@ -86,7 +86,7 @@ class SparseTargets:
         if bad_rows:
             raise ValueError(
                 f'{bad_rows} of {len(logits)} rows of teacher logits hold NaN or infinity; '
-                f'check the teacher, or run it with another --amp-dtype')
+                f'check the teacher, or run it in float32')
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
         top, ids = log_probs.topk(k, dim=1)
         log_rest = None

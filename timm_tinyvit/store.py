@@ -160,7 +160,7 @@ class Manifest:
         return manifest
 
 
-def write_aside(path: Path, data: bytes | Sequence[bytes]) -> None:
+def write_aside(path: Path, data: bytes | memoryview | Sequence[bytes]) -> None:
     """Write a file so that it is there whole or not at all, also after a kill or a power cut.
 
     Raises:
@@ -170,17 +170,18 @@ def write_aside(path: Path, data: bytes | Sequence[bytes]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, 'wb') as file:
-            for part in [data] if isinstance(data, bytes) else data:
+            for part in [data] if isinstance(data, (bytes, memoryview)) else data:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        # The new name must be on disk too.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if os.name == 'posix':  # elsewhere a folder cannot be opened
+            # The new name must be on disk too.
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         try:
             aside.unlink(missing_ok=True)
@@ -202,7 +203,7 @@ def _remove_stale(folder: Path) -> None:
     for aside in folder.glob('.*.tmp'):
         host, _, pid = aside.name.removesuffix('.tmp').rpartition('.')
         try:
-            if host.endswith('.' + socket.gethostname()) and pid.isdigit():
+            if os.name == 'posix' and host.endswith('.' + socket.gethostname()) and pid.isdigit():
                 try:
                     os.kill(int(pid), 0)
                     stale = False
