@@ -5,23 +5,29 @@ import json
 import pickle
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
-import numpy as np
+import accelerate
 import pytest
 import timm
 import torch
+from golden_weights import golden_image, golden_tensor, relative_difference
 from safetensors.torch import save_file
 from timm.models import group_parameters, save_for_hf
 from timm.models import tiny_vit as timm_tiny_vit
 from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import reparameterize_model
+from timm.utils import freeze, reparameterize_model
 from torch import nn
 
 from timm_tinyvit import tiny_vit
-from timm_tinyvit.tiny_vit import TinyVit, calc_window_sizes, checkpoint_filter_fn, resize_attention_biases
+from timm_tinyvit.tiny_vit import (
+    TinyVit,
+    calc_window_sizes,
+    checkpoint_filter_fn,
+    rename_official,
+    resize_attention_biases,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / 'golden' / 'tinyvit.json').read_text())
 BUILDS = GOLDEN['builds']
@@ -30,29 +36,6 @@ TAGS = [
     *(f'{name}.{tag}' for name in VARIANTS[:3] for tag in ('dist_in22k', 'dist_in22k_ft_in1k', 'in1k')),
     *(f'{name}.dist_in22k_ft_in1k' for name in VARIANTS[3:]),
 ]
-
-
-def golden_tensor(name, shape):
-    normal = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if name.endswith('num_batches_tracked'):
-        return torch.zeros(shape, dtype=torch.int64)
-    if name.endswith('running_var'):
-        value = 0.5 + np.abs(normal)
-    elif name.endswith('running_mean'):
-        value = 0.1 * normal
-    elif name.endswith('attention_biases'):
-        value = 0.5 * normal
-    elif len(shape) == 1 and name.endswith('weight'):
-        value = 1 + 0.1 * normal
-    elif len(shape) == 1:
-        value = 0.1 * normal
-    else:
-        value = normal / np.sqrt(np.prod(shape[1:]))
-    return torch.from_numpy(np.asarray(value, dtype=np.float32))
-
-
-def golden_image(size):
-    return torch.from_numpy(np.random.RandomState(0).standard_normal((1, 3, size, size)).astype(np.float32))
 
 
 def official_state_dict(build):
@@ -104,10 +87,6 @@ def images(batch_size=2, size=64, seed=0, dtype=torch.float32):
     return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def relative_difference(result, reference):
-    return ((result - reference).abs().max() / reference.abs().max()).item()
-
-
 # The official code's figures
 
 @pytest.mark.parametrize('build', BUILDS)
@@ -128,8 +107,7 @@ def test_gradients_are_those_of_the_official_code(build):
     model = create_golden(build)
     model(golden_image(golden['img_size'])).square().mean().backward()
     grads = {name: param.grad for name, param in model.named_parameters()}
-    for official_name, expected in golden['grad_l2'].items():
-        name = tiny_vit._timm_name(official_name)
+    for name, expected in rename_official(golden['grad_l2']).items():
         assert grads[name].norm().item() == pytest.approx(expected, rel=1e-3), name
 
 
@@ -138,7 +116,7 @@ def test_every_official_tensor_has_its_place_and_shape(build):
     golden = BUILDS[build]
     model = timm.create_model(
         build.split()[0], num_classes=golden['num_classes'], window_sizes=golden['window_sizes'], device='meta')
-    mapped = {tiny_vit._timm_name(name): tuple(shape) for name, shape in zip(GOLDEN['names'], golden['shapes'])}
+    mapped = rename_official(dict(zip(GOLDEN['names'], map(tuple, golden['shapes']))))
     assert mapped == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert sum(param.numel() for param in model.parameters()) == golden['params']
 
@@ -429,6 +407,41 @@ def test_gradients_in_float64_are_those_of_timms_class(batch_size, train):
         assert torch.allclose(ours.double(), theirs.double(), rtol=1e-10)
 
 
+@pytest.mark.parametrize('batch_size', [1, 4])
+@pytest.mark.parametrize('train', [False, True])
+def test_gradients_in_float32_are_those_of_float64(batch_size, train):
+    model = create_small(img_size=96).train(train)
+    reference = copy.deepcopy(model).double()
+    for m in (model, reference):
+        m(images(batch_size, size=96).to(m.head.fc.weight.dtype)).square().sum().backward()
+    scale = max(param.grad.abs().max() for param in reference.parameters())
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters()):
+        assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4 * scale), name
+
+
+@pytest.mark.parametrize('shape', [
+    (1, 127, 8), (128, 8), (1, 131, 8), (4, 7, 7, 8), (3, 7, 7, 8), (20, 7, 7, 8), (64, 2, 8)])
+@pytest.mark.parametrize('layout', ['contiguous', 'transposed', 'expanded'])
+def test_a_linear_layer_by_convolution_is_a_linear_layer(shape, layout):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    if layout == 'transposed':
+        x = x.transpose(0, -2).contiguous().transpose(0, -2)
+    elif layout == 'expanded':
+        x = x[..., :1, :].expand(shape)
+    layer = nn.Linear(8, 24)
+    output_grad = torch.randn(*shape[:-1], 24, generator=generator)
+    results = []
+    for linear in (tiny_vit._linear_by_conv, nn.functional.linear):
+        inputs = x.clone().requires_grad_()
+        layer.zero_grad()
+        y = linear(inputs, layer.weight, layer.bias)
+        y.backward(output_grad)
+        results.append([y, inputs.grad, layer.weight.grad.clone(), layer.bias.grad.clone()])
+    for ours, theirs in zip(*results):
+        assert ours.shape == theirs.shape and relative_difference(ours, theirs) <= 1e-5
+
+
 def test_gradients_of_a_single_image_are_the_slopes():
     model = create_small().double()
     x, step = images(1, dtype=torch.float64), images(1, seed=1, dtype=torch.float64)
@@ -579,6 +592,31 @@ def test_other_ways_to_reach_into_a_module_work_too(monkeypatch):
         isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+def test_offloaded_weights_are_fetched(monkeypatch):
+    monkeypatch.setattr(tiny_vit, '_SLICE_BYTES', 1)
+    model, x = create_small(), images(3)
+    with torch.no_grad():
+        expected = model(x)
+        offloaded = accelerate.cpu_offload(model, execution_device='cpu')
+        assert {param.device.type for param in offloaded.parameters()} == {'meta'}
+        assert relative_difference(offloaded(x), expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings('ignore:There is a performance drop')
+def test_per_sample_gradients_by_torch_func_add_up():
+    model, x = create_small(), images(3)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    model(x).square().sum().backward()
+    scale = max(param.grad.abs().max() for param in weights.values())
+    for name, param in weights.items():
+        assert torch.allclose(grads[name].sum(0), param.grad, rtol=1e-3, atol=1e-5 * scale), name
+
+
 def test_synchronised_batch_norm_is_called():
     model, x = create_small(), images(3)
     with torch.no_grad():
@@ -590,6 +628,20 @@ def test_synchronised_batch_norm_is_called():
                 module.forward = lambda x, forward=module.forward: called.append(1) or forward(x)
         assert relative_difference(converted(x), expected) <= 1e-5
     assert len(called) == 27
+
+
+def test_frozen_and_absorbed_batch_norms_give_the_same_logits():
+    model, x = create_small(), images(3)
+    with torch.no_grad():
+        expected = model(x)
+        absorbed = copy.deepcopy(model)
+        for module in absorbed.modules():
+            if isinstance(module, tiny_vit.ConvNorm):
+                module.conv, module.bn = nn.utils.fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+        assert relative_difference(absorbed(x), expected) <= 1e-5
+        freeze(model)
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert relative_difference(model.train()(x), expected) <= 1e-5
 
 
 def test_batch_norm_that_learns_without_gradients_sees_the_whole_batch(monkeypatch):
@@ -716,8 +768,7 @@ def test_layer_decay_gives_every_parameter_the_papers_scale(name):
     groups = param_groups_layer_decay(
         model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.8)
     scales = {names[id(param)]: group['lr_scale'] for group in groups for param in group['params']}
-    expected = {tiny_vit._timm_name(official): scale for official, scale in GOLDEN['lr_scales'].items()}
-    assert scales == pytest.approx(expected)
+    assert scales == pytest.approx(rename_official(GOLDEN['lr_scales']))
 
 
 def test_weight_decay_spares_what_the_official_optimizer_spares():
@@ -741,6 +792,7 @@ def test_coarse_groups_are_the_stem_the_stages_and_the_head():
 
 # Compilers
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
 def test_torchscript_gives_the_same_logits():
     model = create_small()
     with torch.no_grad():

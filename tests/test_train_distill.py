@@ -168,6 +168,53 @@ def test_a_killed_run_started_again_ends_with_the_same_weights(distilled, tmp_pa
         assert [row[key] for row in rows] == [row[key] for row in again]
 
 
+def test_two_processes_killed_and_started_again_end_with_the_same_weights(distilled, tmp_path):
+    """And with one evaluation sample, which leaves a rank without any."""
+    arguments = [*SMALL, '--logits', str(distilled[1]), '--output', str(tmp_path), '--val-split', 'test[:1]', '-b', '8']
+    straight = launch(*arguments, '--experiment', 'straight', processes=2)
+    killed = [*arguments, '--experiment', 'killed', '--recovery-interval', '1', '--checkpoint-hist', '1']
+    said = straight.communicate()[0]
+    assert straight.returncode == 0, said
+    first = launch(*killed, processes=2)
+    while not list((tmp_path / 'killed').glob('checkpoint-0000-00000[3-5].pt')):
+        time.sleep(0.01)
+        assert first.poll() is None, first.communicate()[0]
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not list((tmp_path / 'killed').glob('checkpoint-0002-*.pt'))
+    alone = launch(*killed)
+    assert 'was started with 2 process(es), not 1' in alone.communicate()[0] and alone.returncode != 0
+    second = launch(*killed, processes=2)
+    said = second.communicate()[0]
+    assert second.returncode == 0 and 'resuming' in said, said
+    one, two = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('straight', 'killed'))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize('limit', [20_000, 1_000_000, 30_000_000], ids=['plot', 'model', 'checkpoint'])
+def test_a_full_disk_stops_training_with_one_sentence(distilled, tmp_path, limit):
+    """As a file-size limit, at which writing fails like on a full disk; once it is gone the same command finishes."""
+    resource = pytest.importorskip('resource')
+    arguments = [sys.executable, str(ROOT / 'train_distill.py'), *SMALL, '--logits', str(distilled[1]),
+                 '--output', str(tmp_path), '--experiment', 'run', '--epochs', '1', '--store-epochs', '2']
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    full = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert full.returncode == 2 and 'Traceback' not in full.stderr, full.stderr
+    assert 'the file-size limit is reached' in full.stderr.splitlines()[-1]
+    assert not [file for file in (tmp_path / 'run').rglob('*') if file.name.endswith('.tmp')]
+    subprocess.run(arguments, env=environment, capture_output=True, check=True)
+    assert (tmp_path / 'run' / 'best' / 'model.safetensors').stat().st_size > 1_000_000
+
+
+def test_cooldown_epochs_are_filled_too(teacher, tmp_path):
+    train_distill.main([
+        *SMALL, '--model', 'test_resnet', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '1',
+        '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--output', str(tmp_path)])
+    assert LogitStore.open(tmp_path / 'logits').manifest.epochs == 2
+
+
 def test_a_run_of_other_settings_is_not_resumed(distilled, capsys):
     run, store = distilled
     said = message_of(
@@ -233,6 +280,16 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*here, '--opt', 'no_such_optimiser'], 'no_such_optimiser'),
         ([*here, '-b', '97'], 'fewer than one batch of 97'),
         ([*here, '--alpha', '1.5'], '--alpha is 1.5'),
+        ([*here, '--temperature', 'nan'], '--temperature is nan'),
+        ([*here, '-vb', '-1'], '--validation-batch-size is -1'),
+        ([*here, '--num-classes', '5'], 'sample 0 of --train-split has label 7'),
+        ([*here, '--val-split', 'test[:0]'], 'the data of --val-split are empty'),
+        ([*here, '--interpolation', 'cubist'], 'check --interpolation'),
+        ([*here, '--model', 'mixer_s16_224'], 'cannot be made for 32x32 pixels'),
+        ([*here, '--model-kwargs', 'depth'], 'write pairs like name=value'),
+        ([*here, '--sched', 'none'], 'use --sched constant'),
+        ([*here, '--output', Path(DATA) / 'draw.py'], 'choose another --output'),
+        ([*here, '--logits', tmp_path / 'new', '--teacher', teacher, '--shard-size', '0'], '--shard-size is 0'),
         ([*here, '--target-key', 'name'], "no column 'name'"),
         ([*here, '--teacher', teacher], '--teacher without --logits'),
     ]

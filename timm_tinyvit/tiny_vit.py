@@ -3,9 +3,12 @@
 TinyViT (arXiv 2207.10666) is a convolutional stem and one stage of inverted residuals, then three stages of windowed
 attention with a depthwise convolution inside each block. The state dict has timm's names, so that weights trained here
 load in plain timm and the weights of timm's Hub repos load here; the official `.pth` files load through
-`checkpoint_filter_fn`. What differs from timm's class is how the same function is computed: batch norm is folded into
-its convolution whenever it normalises with running statistics, and nothing derived from the weights is ever cached.
-Windows follow the image size, at creation (`img_size=`) and afterwards (`set_input_size`).
+`checkpoint_filter_fn`. Windows follow the image size, at creation (`img_size=`) and afterwards (`set_input_size`).
+
+What differs from timm's class is how the same function is computed. Batch norm is folded into its convolution whenever
+it normalises with running statistics, in every forward pass: nothing that derives from the weights is ever cached. On a
+CPU the memory is channels-last, linear layers go where AVX-512 is used, and inference takes a few images at a time
+where that keeps the activations in the cache. Whoever hooks or replaces a module sees it called as in timm.
 """
 
 import math
@@ -40,7 +43,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ['TinyVit', 'calc_window_sizes', 'checkpoint_filter_fn']
+__all__ = ['TinyVit', 'calc_window_sizes', 'checkpoint_filter_fn', 'rename_official', 'resize_attention_biases']
 
 
 def calc_window_sizes(img_size: int | Sequence[int]) -> tuple[int, int, int, int]:
@@ -87,7 +90,7 @@ def resize_attention_biases(biases: torch.Tensor, window_size: int) -> torch.Ten
         ValueError: If the old table does not belong to a square window.
     """
     num_heads, length = biases.shape
-    old_size = round(length ** 0.5)
+    old_size = math.isqrt(length)
     if old_size * old_size != length:
         raise ValueError(f'A table of {length} attention biases does not belong to a square window.')
     if old_size == window_size:
@@ -159,11 +162,11 @@ def _linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _conv(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if _is_cpu(x):
-        x = x.contiguous(memory_format=torch.channels_last)
-        pointwise = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.groups == 1
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last; vmap knows no memory formats
+        pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
         if pointwise and not torch.compiler.is_compiling() and _prefers_conv(x, weight):
             return _linear_by_conv(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return layer._conv_forward(x, weight, bias)
 
 
 def _activate(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -261,8 +264,11 @@ class ConvNorm(nn.Sequential):
         conv, bn = self.conv, self.bn
         if not _is_plain(conv, nn.Conv2d):
             return bn(conv(x))
-        if bn.training or not _is_plain(bn, nn.BatchNorm2d) or bn.running_var is None or bn.weight is None:
-            return bn(_conv(conv, x, conv.weight, None))
+        if (
+            bn.training or conv.bias is not None or not _is_plain(bn, nn.BatchNorm2d)
+            or bn.running_var is None or bn.weight is None
+        ):
+            return bn(_conv(conv, x, conv.weight, conv.bias))
         return _conv(conv, x, *self._folded())
 
     @torch.no_grad()
@@ -880,6 +886,8 @@ class TinyVit(nn.Module):
     ) -> None:
         """Give the attention the windows of another image size; the biases are interpolated.
 
+        The biases become new parameters, so an optimizer is made afterwards.
+
         Args:
             img_size: Side of a square image, or (height, width); any size will do.
             window_sizes: Side of the windows of each stage, instead of those that follow from `img_size`.
@@ -990,12 +998,18 @@ _OFFICIAL_NAMES = tuple((re.compile(pattern), name) for pattern, name in (
 ))
 
 
-def _timm_name(name: str) -> str:
-    # the official code puts the downsampling at the end of a stage, timm at the start of the next
-    name = re.sub(r'^layers\.(\d+)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.', name)
-    for pattern, replacement in _OFFICIAL_NAMES:
-        name = pattern.sub(replacement, name)
-    return name
+def rename_official(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Give the entries of a state dict of the official code timm's names; timm's own names stay as they are."""
+    out = {}
+    for name, value in state_dict.items():
+        if name.endswith('attention_bias_idxs'):
+            continue  # follows from the window size
+        # the official code puts the downsampling at the end of a stage, timm at the start of the next
+        name = re.sub(r'^layers\.(\d+)\.downsample\.', lambda m: f'stages.{int(m[1]) + 1}.downsample.', name)
+        for pattern, replacement in _OFFICIAL_NAMES:
+            name = pattern.sub(replacement, name)
+        out[name] = value
+    return out
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -1008,16 +1022,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Returns:
         State dict with timm's names.
     """
-    state_dict = state_dict.get('model', state_dict)
     target = model.state_dict()
-    out = {}
-    for name, value in state_dict.items():
-        if name.endswith('attention_bias_idxs'):
-            continue  # derived from the window size, not a weight
-        name = _timm_name(name)
+    out = rename_official(state_dict.get('model', state_dict))
+    for name, value in out.items():
         if name.endswith('attention_biases') and name in target:
-            value = resize_attention_biases(value, round(target[name].shape[1] ** 0.5))
-        out[name] = value
+            out[name] = resize_attention_biases(value, math.isqrt(target[name].shape[1]))
     return out
 
 
