@@ -46,7 +46,7 @@ from timm_tinyvit.dataset import (
 )
 from timm_tinyvit.errors import InputError, reports_input_errors
 from timm_tinyvit.hub import export_model
-from timm_tinyvit.launch import create_accelerator
+from timm_tinyvit.launch import create_accelerator, progress_seconds
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
 from timm_tinyvit.save_logits import create_store, create_teacher, fill_store, open_store, read_labels
@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         start, waited = time.time(), 0.
         bar = tqdm(
             loader, total=len(sampler), initial=first_step, desc=f'epoch {epoch + 1}/{num_epochs}', unit='step',
-            leave=False, disable=not show or args.quiet)
+            leave=False, disable=not show or args.quiet, mininterval=progress_seconds())
         tick = time.time()
         for step, batch in enumerate(bar, start=first_step):
             waited += time.time() - tick

@@ -1,6 +1,7 @@
 """The processes of one launch, as accelerate made them."""
 
 import os
+import sys
 from datetime import timedelta
 
 import torch
@@ -9,7 +10,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from .errors import InputError
 
-__all__ = ['create_accelerator']
+__all__ = ['create_accelerator', 'progress_seconds']
 
 PRECISIONS = {None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}
 
@@ -35,3 +36,8 @@ def create_accelerator(amp_dtype: str | None = None) -> Accelerator:
             f'{launched} processes were launched and {accelerator.num_processes} work together; on a machine without '
             f'GPUs launch them with `accelerate launch --multi_gpu --num_processes {launched}`, without --cpu')
     return accelerator
+
+
+def progress_seconds() -> float:
+    """Seconds between two drawings of a progress bar: few where it moves, many where each is a line of a log file."""
+    return 0.1 if sys.stderr.isatty() else 30.

@@ -22,7 +22,7 @@ from .arguments import (
 from .codec import create_codec
 from .dataset import Key, SparseLogitDataset, collate, dataset_fingerprint, load_split
 from .errors import InputError, reports_input_errors
-from .launch import create_accelerator
+from .launch import create_accelerator, progress_seconds
 from .replay import Replay, ViewRecipe, check_probe, library_versions
 from .sparse import SparseTargets
 from .store import LogitStore, Manifest
@@ -190,7 +190,9 @@ def fill_store(
     num_views = sum(store.manifest.shard_rows(shard) for _, shard in shards)
     written = 0
     label = 'teacher' if world_size == 1 else f'teacher (rank 0 of {world_size})'
-    with tqdm(total=num_views, unit='view', desc=label, disable=not show_progress) as bar:
+    with tqdm(
+            total=num_views, unit='view', desc=label, disable=not show_progress,
+            mininterval=progress_seconds()) as bar:
         stream = iter(loader)
         for epoch, shard in shards:
             rows = store.manifest.shard_rows(shard)
