@@ -792,7 +792,8 @@ def test_coarse_groups_are_the_stem_the_stages_and_the_head():
 
 # Compilers
 
-@pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::torch.jit.TracerWarning')
+@pytest.mark.filterwarnings(
+    'ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
 def test_torchscript_gives_the_same_logits():
     model = create_small()
     with torch.no_grad():

@@ -1,8 +1,10 @@
 """TinyViT and fast pretraining distillation for timm.
 
-Importing this package registers the five TinyViT models with timm; everything else is imported from its own module.
+Importing this package registers the five TinyViT models and the paper's CLIP teacher with timm; everything else is
+imported from its own module.
 """
 
+from . import clip_teacher  # noqa: F401  registers the teacher
 from .tiny_vit import TinyVit
 from .version import __version__
 

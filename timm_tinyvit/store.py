@@ -18,7 +18,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -137,7 +137,7 @@ class Manifest:
             odd = sorted(set(values) ^ set(types))
             raise InputError(f'{source} is damaged: unknown or missing entries {", ".join(odd)}')
         for name, value in values.items():
-            kind = types[name] if isinstance(types[name], type) else dict
+            kind = get_origin(types[name]) or types[name]
             if type(value) is not kind:
                 raise InputError(f'{source} is damaged: {name} is {value!r}, expected {kind.__name__}')
         manifest = cls(**values)
