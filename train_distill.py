@@ -228,7 +228,7 @@ def evaluate(model: nn.Module, prepare: ModelInput, loader: DataLoader, accelera
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
         loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
-        sums += torch.stack([loss, best[:, 0].sum(), best.sum(), torch.tensor(len(labels))]).double().cpu()
+        sums += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(labels))]).double().cpu()
     loss, top1, top5, count = accelerator.reduce(sums.to(accelerator.device, torch.float32), 'sum').tolist()
     return {'eval_loss': loss / count, 'eval_top1': 100 * top1 / count, 'eval_top5': 100 * top5 / count}
 
