@@ -45,11 +45,12 @@ from timm_tinyvit.dataset import (
     load_split,
 )
 from timm_tinyvit.errors import InputError, reports_input_errors
+from timm_tinyvit.fill import fill_store
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.launch import create_accelerator, progress_seconds
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
-from timm_tinyvit.save_logits import create_store, create_teacher, fill_store, open_store, read_labels
+from timm_tinyvit.save_logits import create_store, create_teacher, open_store, read_labels
 from timm_tinyvit.sparse import sparse_soft_target_cross_entropy
 from timm_tinyvit.store import LogitStore, write_aside
 from timm_tinyvit.teacher import ModelInput
@@ -161,7 +162,7 @@ def prepare_store(
             store, replay = create_store(args, teacher, fingerprint, args.store_epochs or known, log)
             if accelerator.is_main_process:
                 store.remove_stale()
-        needed = range(min(store.manifest.epochs, num_epochs))
+        needed = store.manifest.stored_epochs[:num_epochs]
         data = SparseLogitDataset(dataset, replay, None, args.input_key, args.target_key)
         fill_store(
             store, teacher, data, needed, accelerator.process_index, accelerator.num_processes, args.workers,
@@ -169,7 +170,7 @@ def prepare_store(
         accelerator.wait_for_everyone()
     else:
         store, replay = open_store(args.logits, view_arguments(args), log)
-    missing = store.missing(range(min(store.manifest.epochs, num_epochs)))
+    missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:
         raise InputError(
             f'the store {args.logits} lacks {len(missing)} shards, the first of epoch {missing[0][0]}; give its '
@@ -383,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Optimiser and schedule, by update.
     sampler = EpochBatchSampler(
-        len(train_data), args.batch_size, args.seed, rank, world_size, store.manifest.epochs if store else None)
+        len(train_data), args.batch_size, args.seed, rank, world_size, store.manifest.stored_epochs if store else None)
     # A generator of its own: a loader draws a seed whenever it starts, and a resumed epoch starts once more.
     loader = DataLoader(
         train_data, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate, generator=torch.Generator(),

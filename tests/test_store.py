@@ -26,6 +26,7 @@ from timm.models import save_for_hf
 from timm_tinyvit import save_logits, store as store_module
 from timm_tinyvit.codec import create_codec
 from timm_tinyvit.dataset import SparseLogitDataset, dataset_fingerprint
+from timm_tinyvit.fill import fill_store
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.store import FOOTER_SIZE, LogitStore, Manifest, write_aside
 from timm_tinyvit.teacher import Teacher
@@ -110,7 +111,7 @@ def test_text_that_is_no_manifest_is_refused(text, words, tmp_path, refused):
 
 
 @pytest.mark.parametrize('changes, words', [
-    (dict(version=2), ['version 2', 'reads 1']),
+    (dict(version=1), ['version 1', 'reads 2']),
     (dict(version='1'), ['version']),
     (dict(colour='red'), ['unknown or missing', 'colour']),
     (dict(seed=None), ['seed', 'None']),
@@ -443,7 +444,7 @@ def fill(path, job, pipe=None, rank=0, world_size=1, num_workers=0, before=None)
     if pipe is not None:
         pipe.send('ready')
         pipe.recv()
-    save_logits.fill_store(
+    fill_store(
         store, teacher, data, range(manifest.epochs), rank, world_size, num_workers, show_progress=False)
 
 

@@ -26,7 +26,8 @@ __all__ = [
 RECIPES = resources.files('timm_tinyvit') / 'recipes'
 
 # What a new store gets where no flag says otherwise.
-STORE_DEFAULTS = dict(topk=10, codec='compact', shard_size=16384, store_seed=0, teacher_batch_size=256)
+STORE_DEFAULTS = dict(
+    sparsifier='topk', topk=10, top_p=0.95, codec=None, key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
 
 # Flag of timm's train.py -> entry of ViewRecipe.
 VIEW_FLAGS = {
@@ -92,17 +93,21 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
     group.add_argument('--teacher-compile', '--compile', action='store_true', help='torch.compile the teacher')
-    for name, metavar, help in (
-        ('topk', 'K', 'classes kept per view'),
-        ('codec', 'NAME', 'codec of the records'),
-        ('shard_size', 'N', 'samples per file of the store'),
-        ('store_seed', 'S', 'seed of the views'),
-        ('teacher_batch_size', 'N', 'views per teacher batch'),
+    for name, kind, metavar, help in (
+        ('sparsifier', str, 'NAME', 'which classes are kept: topk, nucleus or sample'),
+        ('topk', int, 'K', 'classes kept per view: the most of them for nucleus, the draws for sample'),
+        ('top_p', float, 'P', 'mass that nucleus covers'),
+        ('codec', str, 'NAME', 'codec of the records'),
+        ('key', str, 'NAME', 'column whose strings or integers name the samples; their position without one'),
+        ('shard_size', int, 'N', 'samples per file of the store'),
+        ('store_seed', int, 'S', 'seed of the views'),
+        ('teacher_batch_size', int, 'N', 'views per teacher batch'),
     ):
         default = STORE_DEFAULTS[name]
+        what = {None: 'what suits the sparsifier', '': 'none'}.get(default, default)
         group.add_argument(
-            f'--{name.replace("_", "-")}', type=type(default), metavar=metavar,
-            help=f'{help} (default: the store\'s, or {default} for a new one)')
+            f'--{name.replace("_", "-")}', type=kind, metavar=metavar,
+            help=f'{help} (default: the store\'s, or {what} for a new one)')
 
 
 def view_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""SparseTargets to fixed-width records and back.
+"""SparseTargets to records and back.
 
-A codec turns every row of a `SparseTargets` into `width` bytes. Encoding happens once, on the way to disk, in numpy;
+A codec turns every row of a `SparseTargets` into `width` bytes, or, where lengths vary, into as many bytes as it takes,
+which in memory are padded to `width`. Encoding happens once, on the way to disk, in numpy;
 decoding happens in every training step, in torch, on whatever device the records are: all shapes are static and
 nothing waits for the device. `check` is the part that can fail; it runs where the records come from disk.
 
@@ -24,9 +25,15 @@ class Codec(ABC):
         num_classes: Number of classes of the teacher.
         k: Number of entries per record.
         remainder: The remainder rule of the decoded targets, see `SparseTargets`.
+
+    Attributes:
+        name: Its name, as in `--codec`.
+        width: Bytes of a record in memory.
+        is_variable: Whether records are shorter on disk than in memory; then it has `pack` and `unpack` too.
     """
     name: str
     width: int
+    is_variable = False
 
     def __init__(self, num_classes: int, k: int, remainder: str = 'uniform'):
         if not 1 <= k <= num_classes:
@@ -49,6 +56,14 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, records: torch.Tensor) -> SparseTargets:
         """Targets of checked records, uint8 [B, width], on the device of the records."""
+
+    def pack(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Records in memory, uint8 [B, width], as they are on disk: uint8 [bytes], with offsets int64 [B + 1]."""
+        raise NotImplementedError(f'records of codec {self.name} are the same on disk and in memory')
+
+    def unpack(self, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """The opposite of `pack`; raises a ValueError that names the first record of a length that there is not."""
+        raise NotImplementedError(f'records of codec {self.name} are the same on disk and in memory')
 
     def _check_shape(self, records: np.ndarray) -> None:
         if records.ndim != 2 or records.shape[1] != self.width:

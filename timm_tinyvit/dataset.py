@@ -192,8 +192,8 @@ def _decode(source: dict[str, Any] | None, index: int) -> Image.Image:
 class SparseLogitDataset(ImageDataset):
     """The views of a store, each with its label and, once the store is filled, its record.
 
-    Indexed by (epoch, index) pairs. Yields `view` uint8 [3, H, W], `label` int, and with a store `record` uint8
-    [width]: a codec decodes records where the model is.
+    Indexed by (epoch, index) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store `record`
+    uint8 [width]: a codec decodes records where the model is.
 
     Args:
         dataset: A map-style Hugging Face data set with an image column.
@@ -225,7 +225,9 @@ class SparseLogitDataset(ImageDataset):
 
     def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
         images, labels = self.fetch([index for _, index in keys])
-        samples = [dict(view=view, label=label) for view, label in zip(self.replay.views(images, keys), labels)]
+        samples = [
+            dict(view=view, label=label, index=index)
+            for view, label, (_, index) in zip(self.replay.views(images, keys), labels, keys)]
         if self.store is not None:
             for sample, record in zip(samples, self._records(keys)):
                 sample['record'] = record
@@ -245,11 +247,11 @@ class SparseLogitDataset(ImageDataset):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch: `view` uint8 [B, 3, H, W], `label` int64 [B], and `record` uint8 [B, width] where there are records."""
-    batch = {
-        'view': torch.stack([sample['view'] for sample in samples]),
-        'label': torch.tensor([sample['label'] for sample in samples]),
-    }
+    """A batch: `view` uint8 [B, 3, H, W], and where there are `label`, `index` int64 [B], `record` [B, width]."""
+    batch = {'view': torch.stack([sample['view'] for sample in samples])}
+    for name in ('label', 'index'):
+        if name in samples[0]:
+            batch[name] = torch.tensor([sample[name] for sample in samples])
     if 'record' in samples[0]:
         batch['record'] = torch.stack([sample['record'] for sample in samples])
     return batch
@@ -267,7 +269,7 @@ class EpochBatchSampler(BatchSampler):
         seed: Seed of the order.
         rank: This rank.
         world_size: Number of ranks.
-        store_epochs: Epochs that the store holds; training epoch e uses store epoch e modulo this. None for e itself.
+        store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
 
     Raises:
         InputError: The data set is smaller than one batch of all ranks.
@@ -280,7 +282,7 @@ class EpochBatchSampler(BatchSampler):
             seed: int,
             rank: int = 0,
             world_size: int = 1,
-            store_epochs: int | None = None,
+            store_epochs: Sequence[int] | None = None,
     ):
         if num_samples < batch_size * world_size:
             raise InputError(
@@ -305,7 +307,9 @@ class EpochBatchSampler(BatchSampler):
         return self.num_samples // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        view_epoch = self.epoch if self.store_epochs is None else self.epoch % self.store_epochs
+        view_epoch = self.epoch
+        if self.store_epochs is not None:
+            view_epoch = self.store_epochs[self.epoch % len(self.store_epochs)]
         order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(self.num_samples)
         for batch in range(self.start, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size

@@ -7,28 +7,28 @@ share of the missing shards. Stopped at any moment, the same command fills just 
 import argparse
 from pathlib import Path
 from typing import Any
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from .arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_store_arguments, add_view_arguments, amp_dtype,
     parse_arguments, view_arguments,
 )
 from .codec import create_codec
-from .dataset import Key, SparseLogitDataset, collate, dataset_fingerprint, load_split
+from .dataset import SparseLogitDataset, collate, dataset_fingerprint, load_split
 from .errors import InputError, reports_input_errors
-from .launch import create_accelerator, progress_seconds
+from .fill import fill_store
+from .launch import create_accelerator
 from .replay import Replay, ViewRecipe, check_probe, library_versions
 from .sparse import SparseTargets
+from .sparsifier import create_sparsifier
 from .store import LogitStore, Manifest
 from .teacher import Teacher, create_pretrained
 
-__all__ = ['check_store', 'create_store', 'create_teacher', 'describe_store', 'fill_store', 'open_store', 'top1']
+__all__ = ['check_store', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'top1']
 
 NUM_CHECKED = 512
 NUM_SCORED = 100_000
@@ -98,15 +98,21 @@ def create_store(
         there, replay = open_store(args.logits, view_arguments(args), log)
         manifest = there.manifest
         settings = dict(
-            topk=manifest.k, codec=manifest.codec, shard_size=manifest.shard_size, store_seed=manifest.seed,
+            sparsifier=manifest.sparsifier, topk=manifest.k, top_p=manifest.top_p, codec=manifest.codec,
+            key=manifest.key, shard_size=manifest.shard_size, store_seed=manifest.seed,
             teacher_batch_size=manifest.teacher['batch_size'])
     settings.update({key: getattr(args, key) for key in settings if getattr(args, key) is not None})
     if there is None:
         replay = Replay(ViewRecipe(**view_arguments(args)), settings['store_seed'])
     try:
-        width = create_codec(settings['codec'], teacher.num_classes, settings['topk']).width
+        top_p = settings['top_p'] if settings['sparsifier'] == 'nucleus' else 1.0
+        sparsifier = create_sparsifier(settings['sparsifier'], settings['topk'], top_p)
+        name = settings['codec'] or sparsifier.default_codec
+        codec = create_codec(name, teacher.num_classes, settings['topk'], sparsifier.remainder)
     except ValueError as error:
-        raise InputError(f'{error} (--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes)')
+        raise InputError(
+            f'{error} (--sparsifier, --topk, --top-p, --codec; the teacher {teacher.name} has '
+            f'{teacher.num_classes} classes)')
     for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
                             ('store_seed', -1 << 63, (1 << 63) - 1)):
         if not low <= settings[name] <= high:
@@ -117,11 +123,15 @@ def create_store(
         num_samples=fingerprint['num_samples'],
         num_classes=teacher.num_classes,
         k=settings['topk'],
-        record_width=width,
+        record_width=codec.width,
         epochs=epochs,
         seed=settings['store_seed'],
         shard_size=settings['shard_size'],
-        codec=settings['codec'],
+        sparsifier=sparsifier.name,
+        top_p=top_p,
+        remainder=sparsifier.remainder,
+        codec=codec.name,
+        key=settings['key'],
         teacher=teacher.describe(settings['teacher_batch_size']),
         recipe=replay.recipe.to_dict(),
         versions=library_versions(),
@@ -129,86 +139,6 @@ def create_store(
         dataset=fingerprint,
     )
     return LogitStore.create(args.logits, manifest), replay
-
-
-class _ShardBatches:
-    """Teacher batches of (epoch, index) pairs, shard by shard: no batch crosses a shard."""
-
-    def __init__(self, manifest: Manifest, shards: Sequence[tuple[int, int]]):
-        self.manifest = manifest
-        self.shards = shards
-        self.batch_size = manifest.teacher['batch_size']
-
-    def __len__(self) -> int:
-        return sum(-(-self.manifest.shard_rows(shard) // self.batch_size) for _, shard in self.shards)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for epoch, shard in self.shards:
-            first = shard * self.manifest.shard_size
-            stop = first + self.manifest.shard_rows(shard)
-            for start in range(first, stop, self.batch_size):
-                yield [(epoch, index) for index in range(start, min(start + self.batch_size, stop))]
-
-
-def fill_store(
-        store: LogitStore,
-        teacher: Teacher,
-        data: SparseLogitDataset,
-        epochs: Sequence[int],
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
-        show_progress: bool = True,
-) -> int:
-    """Fill this rank's share of the shards that these epochs lack.
-
-    Args:
-        store: The store.
-        teacher: Its teacher.
-        data: The data set with the store's replay, and no store.
-        epochs: Which epochs of the store.
-        rank: This rank.
-        world_size: Number of ranks.
-        num_workers: Loader processes.
-        show_progress: Show a bar with views per second and bytes.
-
-    Returns:
-        How many views this rank has looked at.
-
-    Raises:
-        InputError: An image cannot be decoded, the teacher says NaN, or the disk is full; finished shards stay.
-    """
-    # By number and not by place in the list: another rank may have written a shard before this one looks.
-    shards = [
-        (epoch, shard) for epoch, shard in store.missing(epochs)
-        if (epoch * store.manifest.num_shards + shard) % world_size == rank
-    ]
-    batches = _ShardBatches(store.manifest, shards)
-    loader = DataLoader(
-        data, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
-        pin_memory=teacher.device.type == 'cuda')
-    num_views = sum(store.manifest.shard_rows(shard) for _, shard in shards)
-    written = 0
-    label = 'teacher' if world_size == 1 else f'teacher (rank 0 of {world_size})'
-    with tqdm(
-            total=num_views, unit='view', desc=label, disable=not show_progress,
-            mininterval=progress_seconds()) as bar:
-        stream = iter(loader)
-        for epoch, shard in shards:
-            rows = store.manifest.shard_rows(shard)
-            records: list[np.ndarray] = []
-            for _ in range(-(-rows // batches.batch_size)):
-                views = next(stream)['view']
-                try:
-                    targets = SparseTargets.from_logits(teacher(views), store.manifest.k)
-                except ValueError as error:
-                    raise InputError(f'epoch {epoch}, shard {shard}: {error}')
-                records.append(store.codec.encode(targets))
-                bar.update(len(views))
-            store.write_shard(epoch, shard, np.concatenate(records))
-            written += rows * store.manifest.record_width
-            bar.set_postfix_str(f'{written / 1e6:.1f} MB')
-    return num_views
 
 
 def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -> dict[str, float]:
@@ -221,7 +151,8 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
     Raises:
         InputError: The store holds no complete epoch.
     """
-    epochs = [epoch for epoch in range(store.manifest.epochs) if not store.missing([epoch])]
+    manifest = store.manifest
+    epochs = [epoch for epoch in manifest.stored_epochs if not store.missing([epoch])]
     if not epochs:
         raise InputError(f'the store {store.path} holds no complete epoch yet; fill it first')
     picks = np.random.Generator(np.random.PCG64(0))
@@ -231,11 +162,11 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
         zip(picks.choice(epochs, count), picks.integers(store.manifest.num_samples, size=count))
     ]
     other, errors = 0, []
-    batch_size = store.manifest.teacher['batch_size']
+    batch_size = manifest.teacher['batch_size']
     for start in range(0, count, batch_size):
         batch = collate(data.__getitems__(keys[start:start + batch_size]))
         stored = store.codec.decode(batch['record'])
-        fresh = SparseTargets.from_logits(teacher(batch['view']).cpu(), store.manifest.k)
+        fresh = SparseTargets.from_logits(teacher(batch['view']).cpu(), manifest.k)
         same = stored.ids[:, :, None] == fresh.ids[:, None, :]  # [B, k, k]
         other += int((stored.valid & ~same.any(dim=2)).sum())
         rows, here, there = same.nonzero(as_tuple=True)
@@ -271,7 +202,7 @@ def top1(store: LogitStore, epoch: int, labels: np.ndarray) -> float:
 def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
     """The manifest, what is on disk, and with labels the teacher's accuracy, as text."""
     manifest = store.manifest
-    missing = store.missing(range(manifest.epochs))
+    missing = store.missing(manifest.stored_epochs)
     incomplete = {epoch for epoch, _ in missing}
     total = manifest.epochs * manifest.num_shards
     views = manifest.epochs * manifest.num_samples
@@ -291,7 +222,7 @@ def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
         f'views            {", ".join(f"{key}={value}" for key, value in manifest.recipe.items())}',
         f'made with        {", ".join(f"{key} {value}" for key, value in manifest.versions.items())}',
     ]
-    complete = [epoch for epoch in range(manifest.epochs) if epoch not in incomplete]
+    complete = [epoch for epoch in manifest.stored_epochs if epoch not in incomplete]
     if labels is None:
         lines.append('teacher accuracy unknown; give --dataset to compare with the labels')
     elif complete:

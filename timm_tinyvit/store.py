@@ -30,7 +30,7 @@ from .errors import InputError
 __all__ = ['FORMAT', 'LogitStore', 'Manifest', 'write_aside']
 
 FORMAT = 'timm_tinyvit.logits'
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = 'store.json'
 MAGIC = b'TTVSHARD'
 FOOTER_SIZE = len(MAGIC) + 16
@@ -46,13 +46,17 @@ class Manifest:
         num_samples: Rows of the data set.
         num_classes: Classes of the teacher.
         k: Entries per record.
-        record_width: Bytes per record.
+        record_width: Bytes per record; the most of them where their number varies.
         epochs: How many passes over the data the store is meant to hold.
         seed: The store's seed; a view is a function of (seed, epoch, sample).
         shard_size: Samples per shard; the last shard of an epoch holds the rest.
-        sparsifier: How classes are chosen: `topk`.
+        first_epoch: Number of its first epoch, above 0 where the earlier ones were left out when it was copied.
+        first_sample: Sample of its first row, above 0 where the earlier ones were left out when it was copied.
+        sparsifier: How classes are chosen: `topk`, `nucleus` or `sample`.
+        top_p: Mass that `nucleus` covers; 1 for the others.
         remainder: What the other classes get, see `SparseTargets`.
         codec: Name of the codec of the records.
+        key: Column whose values name the samples, or empty where their position does.
         teacher: Name, weights' hash, mean, std, input size, dtype, batch size and device kind of the teacher.
         recipe: How a view is made: the arguments of timm's transform factory, the decoder, the EXIF rule.
         versions: Versions of everything that has a hand in the views.
@@ -68,9 +72,13 @@ class Manifest:
     epochs: int
     seed: int
     shard_size: int
+    first_epoch: int = 0
+    first_sample: int = 0
     sparsifier: str = 'topk'
+    top_p: float = 1.0
     remainder: str = 'uniform'
     codec: str = 'float16'
+    key: str = ''
     teacher: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -85,8 +93,9 @@ class Manifest:
         return -(-self.num_samples // self.shard_size)
 
     def _decisive(self) -> dict[str, Any]:
-        """All that decides a shard's bytes: not the epochs, which grow, and no name or version behind the same hash."""
-        values = {key: value for key, value in asdict(self).items() if key not in ('epochs', 'versions')}
+        """All that decides a shard's bytes: not which epochs there are, and no name or version behind the same hash."""
+        free = ('epochs', 'first_epoch', 'versions')
+        values = {key: value for key, value in asdict(self).items() if key not in free}
         values['teacher'].pop('name', None)
         return values
 
@@ -95,6 +104,11 @@ class Manifest:
         """Hash that ties a shard to its store."""
         fixed = self._decisive()
         return hashlib.blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @property
+    def stored_epochs(self) -> range:
+        """Numbers of the epochs that the store is meant to hold."""
+        return range(self.first_epoch, self.first_epoch + self.epochs)
 
     def shard_rows(self, shard: int) -> int:
         """Samples in a shard."""
@@ -147,8 +161,9 @@ class Manifest:
                 raise InputError(f'{source} is damaged: {name} is {getattr(manifest, name)}, expected 1 to {limit}')
         if manifest.num_shards > 1 << 24:
             raise InputError(f'{source} is damaged: {manifest.num_shards} shards an epoch, expected 16,777,216 at most')
-        if not 0 <= manifest.epochs <= 100_000:
-            raise InputError(f'{source} is damaged: epochs is {manifest.epochs}, expected 0 to 100,000')
+        for name, limit in dict(epochs=100_000, first_epoch=100_000, first_sample=1 << 40, top_p=1).items():
+            if not 0 <= getattr(manifest, name) <= limit:
+                raise InputError(f'{source} is damaged: {name} is {getattr(manifest, name)}, expected 0 to {limit}')
         if not -1 << 63 <= manifest.seed < 1 << 63:
             raise InputError(f'{source} is damaged: seed is {manifest.seed}, expected a number of 64 bits')
         try:
