@@ -7,6 +7,7 @@ gradient only. This module knows torch alone: no files, no images.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ import torch
 __all__ = ['REMAINDERS', 'SparseTargets', 'sparse_soft_target_cross_entropy']
 
 REMAINDERS = ('uniform', 'none')
+CACHED_LOGITS = 1 << 18  # 1 MiB
 
 
 @dataclass(frozen=True)
@@ -143,31 +145,60 @@ class SparseTargets:
         return rest[:, None].expand(-1, self.num_classes).scatter_add(1, self.ids, delta)
 
 
+def _passes(logits: torch.Tensor) -> Iterator[slice]:
+    """Rows to work on at a time: on a CPU as many as stay in its cache, which more than doubles the speed."""
+    rows = len(logits)
+    if logits.device.type == 'cpu':
+        rows = max(1, CACHED_LOGITS // logits.shape[1])
+    return (slice(first, first + rows) for first in range(0, len(logits), max(1, rows)))
+
+
+def _scaled(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> torch.Tensor:
+    logits = logits.to(dtype)
+    return logits if temperature == 1 else logits / temperature
+
+
 class _SparseSoftTargetCrossEntropy(torch.autograd.Function):
     """Rows of -sum_c t_c log softmax(z / T)_c, where t is `rest` everywhere plus `delta` at `ids`."""
 
     @staticmethod
     def forward(ctx, logits, ids, delta, rest, temperature):
-        scaled = logits.to(delta.dtype) / temperature  # [B, C]
-        # The loss does not change when a row is shifted; centred, sum(z) * rest cancels no digits.
-        scaled -= scaled.amax(dim=1, keepdim=True)
-        log_norm = scaled.logsumexp(dim=1)
-        mass = delta.sum(dim=1) + rest * logits.shape[1]
-        loss = mass * log_norm - rest * scaled.sum(dim=1) - (delta * scaled.gather(1, ids)).sum(dim=1)
-        ctx.save_for_backward(logits, ids, delta, rest, mass)
+        loss = torch.empty_like(rest)
+        for part in _passes(logits):
+            log_probs = _scaled(logits[part], temperature, delta.dtype).log_softmax(dim=1)  # [b, C]
+            listed = (delta[part] * log_probs.gather(1, ids[part])).sum(dim=1)
+            loss[part] = -rest[part] * log_probs.sum(dim=1) - listed
+        ctx.save_for_backward(logits, ids, delta, rest)
         ctx.temperature = temperature
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        logits, ids, delta, rest, mass = ctx.saved_tensors
+        logits, ids, delta, rest = ctx.saved_tensors
         scale = (grad_output / ctx.temperature)[:, None]
-        grad = (logits.to(delta.dtype) / ctx.temperature).softmax(dim=1)
-        grad *= mass[:, None] * scale
-        grad -= rest[:, None] * scale
-        grad.scatter_add_(1, ids, -delta * scale)
-        return grad.to(logits.dtype), None, None, None, None
+        mass = (delta.sum(dim=1) + rest * logits.shape[1])[:, None] * scale
+        delta, rest = -delta * scale, rest[:, None] * scale
+        grad = torch.empty_like(logits)
+        for part in _passes(logits):
+            out = grad[part] if grad.dtype == delta.dtype else None
+            probs = torch.softmax(_scaled(logits[part], ctx.temperature, delta.dtype), dim=1, out=out)
+            probs.mul_(mass[part]).sub_(rest[part]).scatter_add_(1, ids[part], delta[part])
+            if out is None:
+                grad[part] = probs
+        return grad, None, None, None, None
+
+
+def _function(logits: torch.Tensor, k: int) -> type[torch.autograd.Function]:
+    """The implementation for these logits: the kernels on a GPU, where Triton is there."""
+    if logits.device.type == 'cuda' and logits.dtype != torch.float64 and len(logits):
+        try:
+            from .sparse_triton import MAX_K, SparseSoftTargetCrossEntropy
+        except ImportError:
+            return _SparseSoftTargetCrossEntropy
+        if k <= MAX_K:
+            return SparseSoftTargetCrossEntropy
+    return _SparseSoftTargetCrossEntropy
 
 
 def sparse_soft_target_cross_entropy(
@@ -196,7 +227,8 @@ def sparse_soft_target_cross_entropy(
             f'{targets.num_classes}]; give the student the number of classes of its store')
     dtype = torch.promote_types(logits.dtype, torch.float32)
     delta, rest = targets.split(temperature)
-    loss = _SparseSoftTargetCrossEntropy.apply(logits, targets.ids, delta.to(dtype), rest.to(dtype), temperature)
+    function = _function(logits, targets.k)
+    loss = function.apply(logits, targets.ids, delta.to(dtype), rest.to(dtype), float(temperature))
     if reduction == 'none':
         return loss
     if reduction not in ('mean', 'sum'):
