@@ -36,7 +36,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--batch-size', type=int, default=128)
     parser.add_argument('--classes', type=int, default=21841)
     parser.add_argument('--k', type=int, default=100)
-    parser.add_argument('--temperature', type=float, default=1., help='of our loss; the peer knows 1 alone')
     parser.add_argument('--turns', type=int, default=15)
     parser.add_argument('--passes', type=int, default=3, help='passes in each turn')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='CPU threads')
@@ -111,7 +110,7 @@ def main() -> None:
         return torch.autograd.grad(official_loss(student, ids, probs), student)[0]
 
     def sparse() -> torch.Tensor:
-        loss = sparse_soft_target_cross_entropy(student, targets, args.temperature)
+        loss = sparse_soft_target_cross_entropy(student, targets)
         return torch.autograd.grad(loss, student)[0]
 
     there, here = dense().float(), sparse().float()
@@ -124,7 +123,7 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(times['dense'], times['sparse']))
     figure = dict(
         benchmark='loss', machine=machine(device), threads=args.threads, torch=torch.__version__, timm=timm.__version__,
-        dtype=args.dtype, batch_size=args.batch_size, classes=args.classes, k=args.k, temperature=args.temperature,
+        dtype=args.dtype, batch_size=args.batch_size, classes=args.classes, k=args.k,
         dense_ms=1e3 * statistics.median(times['dense']), sparse_ms=1e3 * statistics.median(times['sparse']),
         times_as_fast=ratio, dense_bytes=memory['dense'], sparse_bytes=memory['sparse'],
         share_of_memory=memory['sparse'] / memory['dense'], difference=difference)
