@@ -26,14 +26,17 @@ from PIL import Image, ImageOps
 from PIL import features as pillow_features
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import Compose
 
 from .errors import InputError
+from .tensor_images import TensorCrop, as_tensor, decode_jpeg
 
 __all__ = [
     'Replay', 'ViewRecipe', 'check_probe', 'decode_image', 'library_versions', 'preserve_random_state', 'seed_view',
 ]
 
 NUM_PROBE_VIEWS = 64
+PROBE_JPEG = Path(__file__).with_name('probe.jpg')
 
 
 def _is_like(value: Any, example: Any) -> bool:
@@ -93,10 +96,12 @@ class ViewRecipe:
                 raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected more than 0')
         if self.input_size[0] != 3 or min(self.input_size) < 1:
             raise InputError(f'the input size of a view is {self.input_size}; expected (3, height, width)')
-        if self.decoder != 'pillow' or self.exif != 'transpose':
+        if self.decoder not in ('pillow', 'torch') or self.exif != 'transpose':
             raise InputError(
                 f'the recipe decodes with {self.decoder!r} and EXIF rule {self.exif!r}; this version of timm_tinyvit '
-                f'knows pillow and transpose')
+                f'knows pillow and torch, and transpose')
+        if self.decoder == 'torch' and (self.no_aug or self.train_crop_mode != 'rrc'):
+            raise InputError('the decoder torch needs the crop mode rrc; give --decoder pillow for the others')
         if self.re_mode not in ('const', 'rand', 'pixel'):
             raise InputError(f'the erasing mode is {self.re_mode!r}; use const, rand or pixel')
 
@@ -128,7 +133,8 @@ def decode_image(data: bytes | str | Path) -> Image.Image:
         warnings.simplefilter('ignore')
         image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
         image.load()
-        return ImageOps.exif_transpose(image).convert('RGB')
+        ImageOps.exif_transpose(image, in_place=True)
+        return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 @contextmanager
@@ -150,6 +156,21 @@ def seed_view(seed: int, epoch: int, index: int) -> None:
     np.random.seed(np.frombuffer(digest[8:24], dtype='<u4'))
     # torch.manual_seed would visit the accelerators too.
     torch.default_generator.manual_seed(int.from_bytes(digest[24:], 'little') >> 1)
+
+
+class _NormalizedView:
+    """A uint8 view as timm's `RandomErasing` knows images: normalised floats, of which it asks the size and sets some.
+
+    What is set is brought back to the scale of pixels; the others need no conversion there and back.
+    """
+    dtype = torch.float32
+
+    def __init__(self, view: torch.Tensor, mean: torch.Tensor, std: torch.Tensor):
+        self.view, self.mean, self.std = view, mean, std
+        self.size = view.size
+
+    def __setitem__(self, region: tuple[slice, ...], values: torch.Tensor) -> None:
+        self.view[region] = ((values * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class Replay:
@@ -179,6 +200,9 @@ class Replay:
             self._transform = create_transform(**arguments, is_training=True, normalize=False)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise InputError(f'timm cannot make the transform of this recipe: {error!r}')
+        if recipe.decoder == 'torch':
+            first, *others = self._transform.transforms
+            self._transform = Compose([TensorCrop(first), *others])
         self._erase: Callable | None = None
         if recipe.re_prob > 0 and not recipe.no_aug:
             self._erase = RandomErasing(
@@ -186,28 +210,43 @@ class Replay:
             self._mean = torch.tensor(recipe.mean).view(3, 1, 1)
             self._std = torch.tensor(recipe.std).view(3, 1, 1)
 
-    def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
-        """The view of a sample in an epoch, uint8 [3, H, W]."""
+    def decode(self, data: bytes | str | Path) -> Image.Image | torch.Tensor:
+        """An encoded image, or the file of one, as the recipe's decoder gives it.
+
+        Raises:
+            Exception: It cannot be decoded, see `decode_image`.
+        """
+        if self.recipe.decoder == 'pillow':
+            return decode_image(data)
+        image = decode_jpeg(data)
+        return as_tensor(decode_image(data)) if image is None else image
+
+    def __call__(self, image: Image.Image | torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        """The view of a sample in an epoch, uint8 [3, H, W], of an image that `decode` made."""
         with preserve_random_state():
             return self._view(image, epoch, index)
 
-    def views(self, images: Sequence[Image.Image], keys: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    def views(
+            self,
+            images: Sequence[Image.Image | torch.Tensor],
+            keys: Sequence[tuple[int, int]],
+    ) -> list[torch.Tensor]:
         """The views, each uint8 [3, H, W], of images with their (epoch, index): cheaper than one by one."""
         with preserve_random_state():
             return [self._view(image, *key) for image, key in zip(images, keys, strict=True)]
 
-    def _view(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+    def _view(self, image: Image.Image | torch.Tensor, epoch: int, index: int) -> torch.Tensor:
         seed_view(self.seed, epoch, index)
-        view = self._transform(image)
-        if self._erase is None:
-            return view.contiguous()
-        canvas = self._erase(torch.full(view.shape, torch.nan))
-        pixels = ((canvas * self._std + self._mean) * 255).round().clamp(0, 255)
-        return torch.where(canvas.isnan(), view, pixels.nan_to_num().to(torch.uint8))
+        view = self._transform(image).contiguous()
+        if self._erase is not None:
+            self._erase(_NormalizedView(view, self._mean, self._std))
+        return view
 
     def probe(self) -> str:
         """Hash of 64 views of made images, one of them a JPEG: equal where the libraries make equal views."""
-        images = _probe_images()
+        images = [self.decode(PROBE_JPEG), *_probe_images()]
+        if self.recipe.decoder == 'torch':
+            images[1:] = map(as_tensor, images[1:])
         digest = hashlib.blake2b(digest_size=16)
         keys = [(number // len(images), number) for number in range(NUM_PROBE_VIEWS)]
         for view in self.views([images[index % len(images)] for _, index in keys], keys):
@@ -216,8 +255,8 @@ class Replay:
 
 
 def _probe_images() -> list[Image.Image]:
-    """Images from integer arithmetic, the same on every machine, and one that goes through the JPEG decoder."""
-    images = [decode_image(Path(__file__).with_name('probe.jpg'))]
+    """Images from integer arithmetic, the same on every machine."""
+    images = []
     for width, height in ((500, 375), (320, 333), (97, 64), (28, 28)):
         y, x = np.mgrid[:height, :width]
         planes = [(x * a + y * b + (x * y) // c) % 256 for a, b, c in ((1, 2, 7), (3, 1, 11), (5, 7, 3))]

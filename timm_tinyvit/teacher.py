@@ -36,7 +36,7 @@ class ModelInput(nn.Module):
         x = views.to(self.scale.dtype)
         if self.size is not None and x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, mode='bicubic', antialias=True)
-        return torch.addcmul(self.shift, x, self.scale)
+        return (x * self.scale).add_(self.shift)
 
 
 def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int | None = None) -> nn.Module:
