@@ -13,26 +13,25 @@ import csv
 import io
 import math
 import operator
-import random
 import time
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from collections.abc import Sequence
 
 import numpy as np
-import timm
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from timm.data import create_transform, resolve_data_config
-from timm.loss import LabelSmoothingCrossEntropy
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ParseKwargs, dispatch_clip_grad
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3, ParseKwargs
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import timm_tinyvit  # noqa: F401  registers the models
@@ -40,19 +39,29 @@ from timm_tinyvit.arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_store_arguments, add_view_arguments, parse_arguments,
     view_arguments,
 )
-from timm_tinyvit.dataset import (
-    EpochBatchSampler, ImageDataset, SparseLogitDataset, class_names, collate, dataset_fingerprint, find_column,
-    load_split,
+from timm_tinyvit.checkpoint import (
+    is_finite, last_checkpoint, random_state, save_checkpoint, set_random_state, what_changes,
 )
-from timm_tinyvit.errors import InputError, reports_input_errors
+from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.ensemble import Ensemble, ensemble_loss
+from timm_tinyvit.errors import InputError, Terminated, reports_input_errors
+from timm_tinyvit.evaluate import check_labels, eval_config, eval_loader, evaluate, evaluate_checkpoint, is_imagenet1k
 from timm_tinyvit.fill import fill_store
+from timm_tinyvit.fingerprint import dataset_fingerprint
 from timm_tinyvit.hub import export_model
-from timm_tinyvit.launch import create_accelerator, progress_seconds
+from timm_tinyvit.launch import (
+    TRACKERS, create_accelerator, make_deterministic, progress_seconds, quiet_worker, stop_requests,
+    stop_with_launcher, total,
+)
+from timm_tinyvit.mixing import mixed_cross_entropy
+from timm_tinyvit.optimization import clip_gradients, create_optimizer, create_schedule, learning_rates
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
-from timm_tinyvit.save_logits import create_store, create_teacher, open_store, read_labels
-from timm_tinyvit.sparse import sparse_soft_target_cross_entropy
+from timm_tinyvit.save_logits import create_store, create_teacher, open_stores, views_to_fill
+from timm_tinyvit.sources import class_names, find_column, load_split
 from timm_tinyvit.store import LogitStore, write_aside
+from timm_tinyvit.streaming import SparseLogitStream, StreamLoader
+from timm_tinyvit.student import create_student, freeze_batch_norm
 from timm_tinyvit.teacher import ModelInput
 
 # What may change between a run and its resumption: nothing of it has a hand in the weights. Data and store may move;
@@ -60,7 +69,7 @@ from timm_tinyvit.teacher import ModelInput
 FREE_SETTINGS = {
     'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
     'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
-    'data_dir', 'val_split', 'logits',
+    'data_dir', 'val_dataset', 'val_split', 'logits', 'log', 'eval',
 }
 
 
@@ -68,9 +77,10 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of this script: timm's names, with defaults near the paper's."""
     parser = ArgumentParser(prog='train_distill', description=__doc__.split('\n')[0])
     add_data_arguments(parser)
+    parser.add_argument('--val-dataset', metavar='NAME', help='evaluation data, where they are not part of --dataset')
     parser.add_argument('--val-split', metavar='NAME', help='evaluation split, validation or test by default')
     add_view_arguments(parser)
-    add_store_arguments(parser)
+    add_store_arguments(parser, several=True)
     group = parser.add_argument_group('distillation')
     group.add_argument('--store-epochs', type=int, metavar='E',
                        help='epochs that the store is meant to hold (default: its own, or --epochs)')
@@ -81,13 +91,22 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group('student')
     group.add_argument('--model', default='tiny_vit_5m_224', metavar='NAME', help='timm name of the student')
     group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
-    group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights')
+    group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights, a file or a folder')
     group.add_argument('--num-classes', type=int, metavar='N', help='classes (default: the store\'s or the data\'s)')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='as in depths=[2,2,2,2]')
     group.add_argument('--drop', type=float, default=0., metavar='P', help='dropout')
-    group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth')
+    group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth (default: the model\'s)')
+    group.add_argument('--freeze-bn', action='store_true', help='keep the statistics of batch norms as they are')
+    group.add_argument('--sync-bn', action='store_true', help='batch norms over all processes')
+    group.add_argument('--model-ema', action='store_true', help='average the weights, evaluate and export both')
+    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='weight of the average')
+    group.add_argument('--model-ema-warmup', action='store_true', help='average over less at first')
+    group.add_argument('--channels-last', action='store_true', help='channels-last memory format')
+    group.add_argument('--compile', '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
+                       help='torch.compile the student')
     group = parser.add_argument_group('optimisation')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='per process')
+    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='per process and step')
+    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per update')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='timm optimiser')
     group.add_argument('--opt-eps', type=float, metavar='X', help='its epsilon')
@@ -97,40 +116,49 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument('--clip-grad', type=float, default=5., metavar='NORM', help='gradient clipping, 0 for none')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip')
     group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning-rate decay')
-    group.add_argument('--sched', default='cosine', metavar='NAME', help='timm schedule, stepped by update')
+    group.add_argument('--sched', default='cosine', metavar='NAME', help='linear or a timm schedule, by update')
     group.add_argument('--lr', type=float, metavar='LR', help='peak learning rate (default: from --lr-base)')
-    group.add_argument('--lr-base', type=float, default=5e-4, metavar='LR', help='learning rate per --lr-base-size')
-    group.add_argument('--lr-base-size', type=int, default=512, metavar='N', help='images per step of --lr-base')
-    group.add_argument('--warmup-lr', type=float, default=5e-7, metavar='LR', help='learning rate of the first step')
+    group.add_argument('--lr-base', type=float, default=5e-4, metavar='LR',
+                       help='without --lr: it, --warmup-lr and --min-lr are for --lr-base-size images per update')
+    group.add_argument('--lr-base-size', type=int, default=512, metavar='N', help='images per update of --lr-base')
+    group.add_argument('--warmup-lr', type=float, default=5e-7, metavar='LR', help='learning rate of the first update')
     group.add_argument('--warmup-epochs', type=float, default=5, metavar='N', help='epochs of warm-up')
     group.add_argument('--min-lr', type=float, default=5e-6, metavar='LR', help='learning rate at the end')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs more at --min-lr')
     group.add_argument('--decay-epochs', type=float, default=30, metavar='N', help='of the step schedule')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='R', help='of the step schedule')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing of the label loss')
+    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'),
+                       help='what shares a lambda (default: pair, the views of a store, with --logits, else batch)')
     group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast the student')
-    group.add_argument('--channels-last', action='store_true', help='channels-last memory format')
+    group.add_argument('--deterministic', action='store_true', help='the same bits in each run on a GPU too; slower')
     group.add_argument('--seed', type=int, default=42, metavar='S', help='weights, order and dropout')
     group = parser.add_argument_group('evaluation and output')
+    group.add_argument('--eval', nargs='?', const='', metavar='FILE',
+                       help='only evaluate: this checkpoint, or the weights that the student starts from')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='(default: --batch-size)')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
     group.add_argument('--crop-pct', type=float, metavar='P', help='evaluation crop (default: the model\'s)')
+    group.add_argument('--crop-mode', choices=('center', 'squash', 'border'), help='(default: the model\'s)')
     group.add_argument('--interpolation', metavar='NAME', help='evaluation resize (default: the model\'s)')
     group.add_argument('--output', default='./output/train', metavar='DIR', help='folder of runs')
     group.add_argument('--experiment', metavar='NAME', help='folder of this run (default: the model\'s name)')
     group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
-    group.add_argument('--recovery-interval', type=int, default=0, metavar='N', help='steps between checkpoints')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='steps between looks at the loss')
+    group.add_argument('--recovery-interval', type=int, default=0, metavar='N', help='updates between checkpoints')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between looks at the loss')
+    group.add_argument('--log', nargs='+', default=[], choices=TRACKERS, help='trackers to report to as well')
     group.add_argument('--quiet', action='store_true', help='no progress bars')
     args = parse_arguments(parser, argv)
     args.dataset = args.dataset or args.data_dir
     if not args.dataset:
         raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')
     at_least = dict(
-        batch_size=1, validation_batch_size=1, epochs=1, store_epochs=1, val_interval=1, checkpoint_hist=1,
-        log_interval=1, num_classes=1, lr_base_size=1, workers=0, recovery_interval=0, warmup_epochs=0,
-        cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0, clip_grad=0, momentum=0)
-    at_most = dict(alpha=1, smoothing=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1)
+        batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, store_epochs=1, val_interval=1,
+        checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0, recovery_interval=0,
+        warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0,
+        clip_grad=0, momentum=0, model_ema_decay=0)
+    at_most = dict(
+        alpha=1, smoothing=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
     above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0)
     for limits, holds, words in (
         (at_least, operator.ge, 'at least'), (at_most, operator.le, 'at most'), (above, operator.gt, 'more than'),
@@ -143,6 +171,17 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError('--sched none is not a schedule here; use --sched constant')
     if args.teacher and not args.logits:
         raise InputError('--teacher without --logits: name the folder that keeps what the teacher says')
+    if args.teacher and len(args.logits) > 1:
+        raise InputError('--teacher with several stores in --logits: fill each with save_logits first')
+    if args.streaming and (not args.logits or args.alpha < 1):
+        raise InputError('--streaming learns from a store alone: give --logits, and leave --alpha out')
+    if args.mixup_mode is None:
+        args.mixup_mode = 'pair' if args.logits else 'batch'
+    if args.logits and args.mixup_mode != 'pair':
+        raise InputError(f'--mixup-mode {args.mixup_mode} mixes views that the teacher of --logits has not seen; give '
+                         f'--mixup-mode pair')
+    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
+        raise InputError(f'--batch-size is {args.batch_size}; --mixup and --cutmix need an even one')
     return args
 
 
@@ -151,161 +190,34 @@ def prepare_store(
         accelerator: Accelerator,
         dataset: Any,
         log: Any,
-) -> tuple[LogitStore, Replay]:
-    """The filled store of `--logits`; with `--teacher`, epochs that it lacks are filled first."""
+) -> tuple[LogitStore | Ensemble, Replay]:
+    """The filled store or stores of `--logits`; with `--teacher`, epochs that it lacks are filled first."""
     num_epochs = args.epochs + args.cooldown_epochs
     if args.teacher:
-        fingerprint = dataset_fingerprint(dataset, args.input_key, args.target_key)
         teacher = create_teacher(args, accelerator.device)
         with accelerator.main_process_first():
-            known = LogitStore.open(args.logits).manifest.epochs if LogitStore.exists(args.logits) else num_epochs
-            store, replay = create_store(args, teacher, fingerprint, args.store_epochs or known, log)
+            known = num_epochs
+            if LogitStore.exists(args.logits[0]):
+                known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
+            store, replay = create_store(args.logits[0], args, teacher, dataset, args.store_epochs or known, log)
             if accelerator.is_main_process:
                 store.remove_stale()
         needed = store.manifest.stored_epochs[:num_epochs]
-        data = SparseLogitDataset(dataset, replay, None, args.input_key, args.target_key)
         fill_store(
-            store, teacher, data, needed, accelerator.process_index, accelerator.num_processes, args.workers,
-            show_progress=accelerator.is_main_process and not args.quiet)
+            store, teacher, views_to_fill(args, store, replay, dataset), needed, num_workers=args.workers,
+            show_progress=accelerator.is_local_main_process and not args.quiet)
         accelerator.wait_for_everyone()
     else:
-        store, replay = open_store(args.logits, view_arguments(args), log)
+        store, replay = open_stores(args.logits, view_arguments(args), log)
     missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:
         raise InputError(
-            f'the store {args.logits} lacks {len(missing)} shards, the first of epoch {missing[0][0]}; give its '
+            f'the store {store.path} lacks {len(missing)} shards, the first of epoch {missing[0][0]}; give its '
             f'--teacher to fill them, or run the save_logits command that made it again')
     if store.manifest.epochs < num_epochs:
         log(f'the store has {store.manifest.epochs} epochs for {num_epochs}: epoch e uses e modulo '
             f'{store.manifest.epochs}')
     return store, replay
-
-
-def check_labels(dataset: Any, label_key: str | None, num_classes: int, flag: str) -> None:
-    """Refuse a split whose labels the student cannot have."""
-    if label_key is None:
-        raise InputError(f'the data of {flag} have no label column, only {", ".join(dataset.column_names)}; '
-                         f'name it with --target-key')
-    if not len(dataset):
-        raise InputError(f'the data of {flag} are empty; name another split')
-    labels = read_labels(dataset, label_key)
-    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(bad):
-        raise InputError(f'sample {bad[0]} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
-                         f'{num_classes} classes; check --target-key, --num-classes and {flag}')
-
-
-def create_student(args: argparse.Namespace, num_classes: int, size: tuple[int, int]) -> nn.Module:
-    """The student for views of this size."""
-    rates = {'drop_rate': args.drop, **({} if args.drop_path is None else {'drop_path_rate': args.drop_path})}
-    try:
-        model = timm.create_model(
-            args.model, pretrained=args.pretrained, num_classes=num_classes,
-            checkpoint_path=args.initial_checkpoint or '', **rates, **args.model_kwargs)
-        if hasattr(model, 'set_input_size'):
-            model.set_input_size(img_size=size)
-        # Models of a fixed size say so only when they see another one.
-        model.eval()(torch.zeros(1, 3, *size))
-    except Exception as error:
-        # Unknown names, arguments, files and Hub failures each raise their own kind.
-        reason = f'{type(error).__name__} {error}'.splitlines()[0]
-        raise InputError(f'the student {args.model} cannot be made for {size[0]}x{size[1]} pixels: {reason}; check '
-                         f'--model, --model-kwargs, --img-size and --initial-checkpoint')
-    return model.to(memory_format=torch.channels_last) if args.channels_last else model
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, prepare: ModelInput, loader: DataLoader, accelerator: Accelerator) -> dict[str, float]:
-    """Loss, top-1 and top-5 accuracy in percent over the samples of all ranks.
-
-    The model is the bare one: ranks may have different numbers of batches, and DDP's forward would wait for all.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, samples
-    for batch in loader:
-        labels = batch['label'].to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(prepare(batch['view'].to(accelerator.device)))
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
-        loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
-        sums += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(labels))]).double().cpu()
-    loss, top1, top5, count = accelerator.reduce(sums.to(accelerator.device, torch.float32), 'sum').tolist()
-    return {'eval_loss': loss / count, 'eval_top1': 100 * top1 / count, 'eval_top5': 100 * top5 / count}
-
-
-def eval_config(args: argparse.Namespace, model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    """How images are prepared for evaluation: the model's configuration, changed by the flags, at this size."""
-    flags = {'crop_pct': args.crop_pct, 'interpolation': args.interpolation or '', 'input_size': (3, *size)}
-    return resolve_data_config(flags, model=model)
-
-
-def eval_loader(
-        dataset: Any,
-        config: dict[str, Any],
-        args: argparse.Namespace,
-        rank: int,
-        world_size: int,
-) -> DataLoader:
-    """This rank's part of an evaluation split, as uint8 batches."""
-    try:
-        transform = create_transform(
-            config['input_size'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
-            interpolation=config['interpolation'], normalize=False)
-    except (KeyError, ValueError) as error:
-        raise InputError(f'timm cannot make the evaluation transform: {error!r}; check --interpolation')
-    data = ImageDataset(dataset, transform, args.input_key, args.target_key)
-    return DataLoader(
-        Subset(data, range(rank, len(data), world_size)), batch_size=args.validation_batch_size or args.batch_size,
-        num_workers=args.workers, collate_fn=collate, generator=torch.Generator())
-
-
-def random_state() -> dict[str, Any]:
-    """State of this rank's generators, of types that load with `weights_only`."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        'python': random.getstate(),
-        'numpy': (kind, keys.tolist(), position, has_gauss, gauss),
-        'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put this rank's generators back."""
-    random.setstate(state['python'])
-    np.random.set_state((state['numpy'][0], np.array(state['numpy'][1], dtype=np.uint32), *state['numpy'][2:]))
-    torch.set_rng_state(state['torch'])
-    if state['cuda'] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])
-
-
-def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Write a checkpoint aside, rename it, and remove all but the last ones."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_aside(folder / f'checkpoint-{state["epoch"]:04d}-{state["step"]:06d}.pt', buffer.getbuffer())
-    for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
-        old.unlink()
-
-
-def load_last_checkpoint(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The last checkpoint of this run, or None; refuses one of other settings."""
-    files = sorted(folder.glob('checkpoint-*.pt'))
-    if not files:
-        return None
-    try:
-        state = torch.load(files[-1], map_location='cpu', weights_only=True)
-    except Exception as error:
-        raise InputError(f'the checkpoint {files[-1]} cannot be read ({type(error).__name__}); delete it to go on '
-                         f'from the one before')
-    there = state['settings']
-    other = [f'{key} {there.get(key)!r} there and {settings.get(key)!r} here' for key in {**there, **settings}
-             if there.get(key) != settings.get(key)]
-    if other:
-        raise InputError(f'the run in {folder} was started with other settings ({", ".join(other[:4])}); give the '
-                         f'same ones to resume it, or another --experiment')
-    return state
 
 
 def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
@@ -323,7 +235,11 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with these arguments, by default the command line's."""
     args = settings(argv)
-    accelerator = create_accelerator(args.amp_dtype)
+    stop_with_launcher()
+    if args.deterministic:
+        make_deterministic()
+    folder = Path(args.output) / (args.experiment or args.model.replace('/', '_').replace(':', '_'))
+    accelerator = create_accelerator(args.amp_dtype, args.log, folder)
     # Depthwise weights have one stride too many to tell the layouts apart; DDP asks each time and copies nothing.
     warnings.filterwarnings('ignore', message='Grad strides do not match')
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
@@ -333,7 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if show:
             tqdm.write(line)
 
-    folder = Path(args.output) / (args.experiment or args.model.replace('/', '_').replace(':', '_'))
+    if args.eval is not None:
+        result = evaluate_checkpoint(args, accelerator)
+        log(', '.join(f'{name} {value:.3f}' for name, value in result.items()))
+        accelerator.end_training()
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -341,26 +261,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
-        train_set = load_split(args.dataset, args.train_split, is_training=True)
-        val_set = load_split(args.dataset, args.val_split, is_training=False)
+        train_set = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
+        val_set = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
 
     # Teacher and store. The store says how its views are made; without one the flags do.
     store = None
     if args.logits:
         store, replay = prepare_store(args, accelerator, train_set, log)
     else:
-        replay = Replay(ViewRecipe(**view_arguments(args)), args.store_seed or STORE_DEFAULTS['store_seed'])
-    train_data = SparseLogitDataset(train_set, replay, store, args.input_key, args.target_key)
+        recipe = ViewRecipe(**view_arguments(args))
+        # In the other modes whole batches are mixed on the device, as in the paper's code, and not the views.
+        unmixed = replace(recipe, mixup=0., cutmix=0., cutmix_minmax=None)
+        replay = Replay(
+            recipe if args.mixup_mode == 'pair' else unmixed, args.store_seed or STORE_DEFAULTS['store_seed'])
+    columns = args.input_key, args.target_key, args.key
+    if args.streaming:
+        train_data = SparseLogitStream(
+            train_set, replay, store, *columns, args.seed, rank=rank, world_size=world_size,
+            store_epochs=store.manifest.stored_epochs)
+        num_samples = store.manifest.num_samples
+    else:
+        train_data = SparseLogitDataset(train_set, replay, store, *columns)
+        num_samples = len(train_data)
     size = tuple(replay.recipe.input_size[-2:])
 
     # What decides the weights: these settings, and the content of data and store.
     decisive = {key: value for key, value in vars(args).items() if key not in FREE_SETTINGS}
-    decisive['data'] = dataset_fingerprint(train_set, args.input_key, args.target_key)
+    # A stream is looked at as it comes, sample by sample.
+    decisive['data'] = None if args.streaming else dataset_fingerprint(train_set, args.input_key, args.target_key)
     decisive['store'] = store.manifest.identity if store else None
-    state = load_last_checkpoint(folder, decisive)
-    if state is not None and len(state['random']) != world_size:
-        raise InputError(f'the run in {folder} was started with {len(state["random"])} process(es), not {world_size}; '
-                         f'launch as many to resume it, or give another --experiment')
+    state = last_checkpoint(folder, decisive, world_size)
+    positions = gather_object([state and (state['epoch'], state['samples'])])
+    if len(set(positions)) > 1:
+        raise InputError(f'the processes find different checkpoints in {folder}; --output must be a folder that all '
+                         f'machines share')
+    if args.log:
+        plain = {key: value if isinstance(value, int | float) else str(value) for key, value in vars(args).items()}
+        accelerator.init_trackers('timm_tinyvit', plain, {'wandb': dict(name=folder.name, dir=str(folder))})
     if state is None and show:
         write_aside(folder / 'args.yaml', yaml.safe_dump(vars(args), default_flow_style=None).encode())
 
@@ -371,132 +308,212 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not num_classes:
         raise InputError('the number of classes is not known from the data; give --num-classes')
     if store and num_classes != store.manifest.num_classes:
-        raise InputError(f'the student has {num_classes} classes, the store {args.logits} '
+        raise InputError(f'the student has {num_classes} classes, the store {store.path} '
                          f'{store.manifest.num_classes}; leave --num-classes out, or use another store')
     if store is None or args.alpha < 1:
         check_labels(train_set, label_key, num_classes, '--train-split')
-    check_labels(val_set, find_column(val_set, args.target_key, is_image=False), num_classes, '--val-split')
+    val_key = find_column(val_set, args.target_key, is_image=False)
+    check_labels(val_set, val_key, num_classes, '--val-split')
+    to_imagenet1k = is_imagenet1k(val_set, val_key)
     set_seed(args.seed)
     student = create_student(args, num_classes, size)
+    if args.sync_bn:
+        if device.type == 'cpu':
+            raise InputError('--sync-bn needs GPUs: torch has no synchronised batch norm on a CPU; leave it out')
+        student = convert_sync_batchnorm(student)
     config = eval_config(args, student, size)
     prepare = ModelInput(config['mean'], config['std']).to(device)
     val_loader = eval_loader(val_set, config, args, rank, world_size)
 
-    # Optimiser and schedule, by update.
-    sampler = EpochBatchSampler(
-        len(train_data), args.batch_size, args.seed, rank, world_size, store.manifest.stored_epochs if store else None)
+    # Loader of one batch per process; an update takes one batch or several.
     # A generator of its own: a loader draws a seed whenever it starts, and a resumed epoch starts once more.
-    loader = DataLoader(
-        train_data, batch_sampler=sampler, num_workers=args.workers, collate_fn=collate, generator=torch.Generator(),
-        persistent_workers=args.workers > 0, pin_memory=device.type == 'cuda')
-    lr = args.lr or args.lr_base * args.batch_size * world_size / args.lr_base_size
-    try:
-        optimizer = create_optimizer_v2(student, **{**optimizer_kwargs(args), 'lr': lr})
-        scheduler, num_epochs = create_scheduler_v2(
-            optimizer, **{**scheduler_kwargs(args), 'step_on_epochs': False}, updates_per_epoch=len(sampler))
-    except (AssertionError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f'timm cannot make the optimiser {args.opt} or the schedule {args.sched}: {error}')
+    options = dict(
+        num_workers=args.workers, collate_fn=collate, generator=torch.Generator(), persistent_workers=args.workers > 0,
+        pin_memory=device.type == 'cuda', worker_init_fn=quiet_worker)
+    if args.streaming:
+        num_batches = num_samples // (args.batch_size * world_size)
+        loader = sampler = StreamLoader(train_data, num_batches, batch_size=args.batch_size, **options)
+    else:
+        sampler = EpochBatchSampler(
+            num_samples, args.batch_size, args.seed, rank, world_size, store.manifest.stored_epochs if store else None,
+            pairing=train_data.pairing)
+        loader = DataLoader(train_data, batch_sampler=sampler, **options)
+    num_parts = args.grad_accum_steps
+    images_per_update = args.batch_size * world_size * num_parts
+    num_updates = len(sampler) // num_parts
+    if not num_updates:
+        raise InputError(f'the data set has {num_samples} samples, fewer than one update of {images_per_update}; '
+                         f'choose a smaller --batch-size or --grad-accum-steps')
+
+    # Optimiser, schedule by update, and losses.
+    rates = learning_rates(args, images_per_update)
+    optimizer = create_optimizer(args, student, rates['lr'])
+    scheduler, num_epochs = create_schedule(args, optimizer, rates, num_updates)
     alpha = args.alpha if store is not None else 0.
+    mixup = None
     label_loss = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-    model, optimizer = accelerator.prepare(student, optimizer)
+    if args.mixup_mode != 'pair' and recipe.is_mixed:
+        mixup = Mixup(
+            recipe.mixup, recipe.cutmix, recipe.cutmix_minmax, recipe.mixup_prob, recipe.mixup_switch_prob,
+            args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+        label_loss = SoftTargetCrossEntropy()
+    wrapped, optimizer = accelerator.prepare(student, optimizer)
+    model = torch.compile(wrapped, backend=args.compile) if args.compile else wrapped
+    ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    # What is evaluated and exported, by the ending of its name.
+    results = {'': student} if ema is None else {'': student, '_ema': ema.module}
 
     # Resume, where there is something to resume.
     history: list[dict[str, float]] = []
-    first_epoch, first_step, best = 0, 0, -1.
-    sums = torch.zeros(3, device=device)  # loss, label loss, distillation loss of the epoch so far
+    first_epoch, first_update, best = 0, 0, dict.fromkeys(results, -1.)
+    sums = torch.zeros(4, device=device)  # loss, label loss, distillation loss and gradient norm of the epoch so far
     if state is not None:
         student.load_state_dict(state['model'])
         optimizer.load_state_dict(state['optimizer'])
-        scheduler.load_state_dict(state['scheduler'])
-        first_epoch, first_step, best, history = (state[key] for key in ('epoch', 'step', 'best', 'history'))
-        sums = state['sums'][rank].to(device)
-        set_random_state(state['random'][rank])
+        if ema is not None:
+            ema.module.load_state_dict(state['ema'])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state['scaler'])
-        log(f'resuming {folder} at epoch {first_epoch}, step {first_step}')
+        first_epoch, best, history = state['epoch'], state['best'], state['history']
+        first_update = state['samples'] // images_per_update
+        log(f'resuming {folder} at epoch {first_epoch}, step {first_update}')
+        if state['world_size'] == world_size:
+            scheduler.load_state_dict(state['scheduler'])
+            sums = state['sums'][rank].to(device)
+            set_random_state(state['random'][rank], device)
+        else:
+            log(what_changes(state, world_size, images_per_update))
+            sums = sum(state['sums']).to(device) / state['world_size']
+            set_seed(int(np.random.SeedSequence([args.seed, first_epoch, first_update, rank]).generate_state(1)[0]))
     else:
         # Ranks must not drop the same paths.
         set_seed(args.seed + rank)
 
-    def checkpoint(epoch: int, step: int) -> None:
-        randoms, all_sums = gather_object([random_state()]), gather_object([sums.cpu()])
+    def checkpoint(epoch: int, update: int) -> None:
+        randoms, all_sums = gather_object([random_state(device)]), gather_object([sums.cpu()])
         if show:
             save_checkpoint(folder, {
-                'epoch': epoch, 'step': step, 'best': best, 'history': history, 'sums': all_sums, 'random': randoms,
-                'model': student.state_dict(), 'optimizer': optimizer.state_dict(),
+                'epoch': epoch, 'samples': update * images_per_update, 'best': best, 'history': history,
+                'sums': all_sums, 'random': randoms, 'world_size': world_size,
+                'images_per_update': images_per_update, 'model': student.state_dict(),
+                'ema': None if ema is None else ema.module.state_dict(), 'optimizer': optimizer.state_dict(),
                 'scheduler': scheduler.state_dict(), 'settings': decisive,
                 'scaler': None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             }, args.checkpoint_hist)
+        accelerator.wait_for_everyone()
+
+    def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Loss, label loss and distillation loss of a batch, [3]."""
+        views = prepare(batch['view'].to(device, non_blocking=True))
+        labels = batch['label'].to(device, non_blocking=True)
+        if mixup is not None:
+            views, labels = mixup(views, labels)
+        if args.channels_last:
+            views = views.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            logits = model(views)
+        label_part = distill_part = torch.zeros((), device=device)
+        if alpha < 1 and 'lam' in batch:
+            labels2, lam = (batch[name].to(device, non_blocking=True) for name in ('label2', 'lam'))
+            label_part = mixed_cross_entropy(logits.float(), labels, labels2, lam, args.smoothing)
+        elif alpha < 1:
+            label_part = label_loss(logits.float(), labels)
+        if store is not None:
+            targets = store.codec.decode(batch['record'].to(device, non_blocking=True))
+            distill_part = ensemble_loss(logits, targets, args.temperature)
+        # Temperature squared keeps the size of the gradients.
+        loss = (1 - alpha) * label_part + alpha * args.temperature ** 2 * distill_part
+        return torch.stack([loss, label_part, distill_part])
 
     # The loop.
     num_params = sum(p.numel() for p in student.parameters())
-    log(f'{args.model}: {num_params / 1e6:.1f} M parameters, views {size[0]}x{size[1]}, {len(train_data):,} images, '
-        f'{len(sampler)} steps of {args.batch_size * world_size} an epoch, {world_size} process(es) on {device.type}')
-    for epoch in range(first_epoch, num_epochs):
-        model.train()
-        sampler.set_epoch(epoch, first_step)
-        start, waited = time.time(), 0.
-        bar = tqdm(
-            loader, total=len(sampler), initial=first_step, desc=f'epoch {epoch + 1}/{num_epochs}', unit='step',
-            leave=False, disable=not show or args.quiet, mininterval=progress_seconds())
-        tick = time.time()
-        for step, batch in enumerate(bar, start=first_step):
-            waited += time.time() - tick
-            scheduler.step_update(epoch * len(sampler) + step)
-            views = prepare(batch['view'].to(device, non_blocking=True))
-            labels = batch['label'].to(device, non_blocking=True)
-            if args.channels_last:
-                views = views.contiguous(memory_format=torch.channels_last)
-            with accelerator.autocast():
-                logits = model(views)
-            label_part = distill_part = torch.zeros((), device=device)
-            if alpha < 1:
-                label_part = label_loss(logits.float(), labels)
-            if store is not None:
-                targets = store.codec.decode(batch['record'].to(device, non_blocking=True))
-                distill_part = sparse_soft_target_cross_entropy(logits, targets, args.temperature)
-            # Temperature squared keeps the size of the gradients.
-            loss = (1 - alpha) * label_part + alpha * args.temperature ** 2 * distill_part
-            optimizer.zero_grad()
-            accelerator.backward(loss)
-            if args.clip_grad:
+    log(f'{args.model}: {num_params / 1e6:.1f} M parameters, views {size[0]}x{size[1]}, {num_samples:,} images, '
+        f'{num_updates} steps of {images_per_update} an epoch, {world_size} process(es) on {device.type}')
+    with stop_requests() as stopped:
+        for epoch in range(first_epoch, num_epochs):
+            model.train()
+            if args.freeze_bn:
+                freeze_batch_norm(student)
+            sampler.set_epoch(epoch, first_update * num_parts)
+            batches = iter(loader)
+            start, waited = time.time(), 0.
+            bar = tqdm(
+                range(first_update, num_updates), total=num_updates, initial=first_update, leave=False, unit='step',
+                desc=f'epoch {epoch + 1}/{num_epochs}', disable=not show or args.quiet, mininterval=progress_seconds())
+            for update in bar:
+                scheduler.step_update(epoch * num_updates + update)
+                parts = torch.zeros(3, device=device)
+                for part in range(num_parts):
+                    tick = time.time()
+                    batch = next(batches)
+                    waited += time.time() - tick
+                    # Gradients are summed up here, and over processes with the last part.
+                    with accelerator.no_sync(wrapped) if part + 1 < num_parts else nullcontext():
+                        batch_parts = losses(batch) / num_parts
+                        accelerator.backward(batch_parts[0])
+                    parts += batch_parts.detach()
                 accelerator.unscale_gradients(optimizer)
-                dispatch_clip_grad(student.parameters(), args.clip_grad, mode=args.clip_mode)
-            optimizer.step()
-            sums += torch.stack([loss, label_part, distill_part]).detach()
-            if step % args.log_interval == 0:
-                bar.set_postfix(loss=f'{loss.item():.3f}', lr=f'{optimizer.param_groups[0]["lr"]:.1e}')
-            if args.recovery_interval and (step + 1) % args.recovery_interval == 0 and step + 1 < len(sampler):
-                checkpoint(epoch, step + 1)
-            tick = time.time()
-        bar.close()
+                norm = clip_gradients(student.parameters(), args.clip_grad, args.clip_mode)
+                # Where gradients overflow, a scaler leaves the update out by itself.
+                finite = math.isfinite(parts[0].item() if accelerator.scaler else (parts[0] + norm).item())
+                lost, stopping = total(accelerator, not finite, stopped() is not None)
+                if lost:
+                    # The weights are still those of the update before; running means may have gone with the batch.
+                    if not total(accelerator, not is_finite(student))[0]:
+                        checkpoint(epoch, update)
+                    raise InputError(
+                        f'the loss or the gradient of step {update} in epoch {epoch} is not finite; {folder} keeps the '
+                        f'checkpoint before it; lower --lr or leave --amp-dtype out, under another --experiment')
+                optimizer.step()
+                optimizer.zero_grad()
+                if ema is not None:
+                    ema.update(student, step=epoch * num_updates + update + 1)
+                sums += torch.cat([parts, norm.nan_to_num(0., 0., 0.).reshape(1)])
+                if update % args.log_interval == 0:
+                    shown = dict(loss=parts[0].item(), lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item())
+                    bar.set_postfix({name: f'{value:.3g}' for name, value in shown.items()})
+                    accelerator.log(shown, step=epoch * num_updates + update)
+                is_due = args.recovery_interval and (update + 1) % args.recovery_interval == 0
+                if stopping or is_due and update + 1 < num_updates:
+                    checkpoint(epoch, update + 1)
+                if stopping:
+                    raise stopped() or Terminated
+            bar.close()
 
-        seconds = time.time() - start
-        means = accelerator.reduce(sums / len(sampler), 'mean').tolist()
-        row = {
-            'epoch': epoch, 'lr': optimizer.param_groups[0]['lr'], 'loss': means[0], 'label_loss': means[1],
-            'distill_loss': means[2], 'seconds': seconds, 'data_wait': waited / seconds,
-            'images_per_second': (len(sampler) - first_step) * args.batch_size * world_size / seconds,
-        }
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
-            row.update(evaluate(student, prepare, val_loader, accelerator))
-        if not math.isfinite(row['loss']):
-            raise InputError(f'the loss of epoch {epoch + 1} is {row["loss"]}; lower --lr, or leave --amp-dtype out')
-        history.append(row)
-        first_step = 0
-        sums.zero_()
-        is_best = row.get('eval_top1', -1.) > best
-        best = max(best, row.get('eval_top1', -1.))
-        if show:
-            write_metrics(folder, history)
-            export_model(folder / 'last', student, names, config)
-            if is_best:
-                export_model(folder / 'best', student, names, config)
-        log(f'epoch {epoch + 1}/{num_epochs}: loss {row["loss"]:.3f}'
-            + (f', top-1 {row["eval_top1"]:.2f}% (best {best:.2f}%)' if 'eval_top1' in row else '')
-            + f', {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data')
-        checkpoint(epoch + 1, 0)
-    log(f'finished: {folder}, best top-1 {best:.2f}%')
+            seconds = time.time() - start
+            means = accelerator.reduce(sums / num_updates, 'mean').tolist()
+            row = {
+                'epoch': epoch, 'lr': optimizer.param_groups[0]['lr'], 'loss': means[0], 'label_loss': means[1],
+                'distill_loss': means[2], 'grad_norm': means[3], 'seconds': seconds, 'data_wait': waited / seconds,
+                'images_per_second': (num_updates - first_update) * images_per_update / seconds,
+            }
+            if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
+                for ending, net in results.items():
+                    found = evaluate(net, prepare, val_loader, accelerator, to_imagenet1k, lambda: bool(stopped()))
+                    if found is None:
+                        checkpoint(epoch, num_updates)
+                        raise stopped() or Terminated
+                    row.update({f'eval_{name}{ending}': value for name, value in found.items()})
+            history.append(row)
+            first_update = 0
+            sums.zero_()
+            improved = [ending for ending in results if row.get(f'eval_top1{ending}', -1.) > best[ending]]
+            best.update({ending: row[f'eval_top1{ending}'] for ending in improved})
+            if show:
+                write_metrics(folder, history)
+                for ending, net in results.items():
+                    export_model(folder / f'last{ending}', net, names, config)
+                    if ending in improved:
+                        export_model(folder / f'best{ending}', net, names, config)
+            accelerator.log(row, step=(epoch + 1) * num_updates)
+            log(f'epoch {epoch + 1}/{num_epochs}: loss {row["loss"]:.3f}'
+                + (f', top-1 {row["eval_top1"]:.2f}% (best {best[""]:.2f}%)' if 'eval_top1' in row else '')
+                + (f', averaged {row["eval_top1_ema"]:.2f}%' if 'eval_top1_ema' in row else '')
+                + f', {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data')
+            checkpoint(epoch + 1, 0)
+            if total(accelerator, stopped() is not None)[0]:
+                raise stopped() or Terminated
+    log(f'finished: {folder}, best top-1 {best[""]:.2f}%')
     accelerator.end_training()
 
 

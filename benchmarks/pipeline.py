@@ -11,6 +11,7 @@ official   what the paper's code does: timm's `create_transform` with the random
 timm       timm's `create_loader` in prefetcher mode: uint8 views, to be normalised and erased on the device
 pillow     `SparseLogitDataset` and `Replay`: uint8 views, erased in the loader, to be normalised on the device
 torch      the same with the decoder `torch`: cropped and resized as tensors, decoded by simplejpeg if it is installed
+pillow 4   four views of each decoded image, of four epochs of a store (`--views-per-image 4`); `torch 4` likewise
 
 They run in turns. A figure is views per second of the processor time of the loader process and the main process
 together, without the work that is left to the device; a ratio is the median over the turns.
@@ -117,9 +118,9 @@ def timm_loader(folder: Path, batch_size: int) -> Iterable[torch.Tensor]:
     return (views for views, _ in loader.loader)  # what is inside the prefetcher, which does the device's part
 
 
-def replayed(decoder: str, folder: Path, batch_size: int) -> Iterable[torch.Tensor]:
+def replayed(decoder: str, views_per_image: int, folder: Path, batch_size: int) -> Iterable[torch.Tensor]:
     data = SparseLogitDataset(load_images(folder), Replay(ViewRecipe(decoder=decoder, **RECIPE), seed=0))
-    sampler = EpochBatchSampler(len(data), batch_size, seed=0)
+    sampler = EpochBatchSampler(len(data), batch_size, seed=0, views_per_image=views_per_image)
     loader = DataLoader(data, batch_sampler=sampler, num_workers=1, collate_fn=collate)
     return (batch['view'] for batch in loader)
 
@@ -148,8 +149,9 @@ def main() -> None:
         make_images(Path(args.images), folder, args.views)
         sizes = [file.stat().st_size for file in folder.rglob('*.jpg')]
         loaders = {
-            'official': official, 'timm': timm_loader, 'pillow': partial(replayed, 'pillow'),
-            'torch': partial(replayed, 'torch')}
+            'official': official, 'timm': timm_loader,
+            **{f'{decoder}{" 4" if views == 4 else ""}': partial(replayed, decoder, views)
+               for views in (1, 4) for decoder in ('pillow', 'torch')}}
         rates: dict[str, list[float]] = {name: [] for name in loaders}
         for turn in range(args.turns + 1):
             for name, make in loaders.items():
@@ -162,7 +164,7 @@ def main() -> None:
         views_per_cpu_second={name: statistics.median(values) for name, values in rates.items()},
         times={
             f'{name} of {peer}': statistics.median(a / b for a, b in zip(rates[name], rates[peer]))
-            for name in ('pillow', 'torch') for peer in ('official', 'timm')})
+            for name in list(loaders)[2:] for peer in ('official', 'timm')})
     if args.json:
         print(json.dumps(figure))
         return

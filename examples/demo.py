@@ -17,7 +17,8 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from timm_tinyvit.dataset import ImageDataset, collate, load_split
+from timm_tinyvit.dataset import ImageDataset, collate
+from timm_tinyvit.sources import load_split
 from timm_tinyvit.store import LogitStore
 from timm_tinyvit.teacher import Teacher, create_pretrained
 

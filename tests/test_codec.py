@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from timm_tinyvit.codec import Float16Codec, codecs, create_codec
+from timm_tinyvit.sparsifier import create_sparsifier
 from timm_tinyvit.sparse import SparseTargets, sparse_soft_target_cross_entropy
 
 
@@ -36,7 +37,7 @@ def test_ids_come_back_exactly_and_log_probabilities_within_half_precision(class
     # Half precision keeps eleven binary digits.
     torch.testing.assert_close(decoded.log_probs, targets.log_probs, rtol=2 ** -11, atol=2 ** -25)
     if k == classes:
-        assert decoded.log_rest is None and targets.log_rest is None
+        assert targets.log_rest is None and (decoded.log_rest == -torch.inf).all()
     else:
         assert torch.equal(decoded.log_rest, targets.log_rest)
     assert (decoded.num_classes, decoded.remainder) == (classes, 'uniform')
@@ -178,6 +179,25 @@ def test_encoding_and_decoding_again_changes_nothing():
     targets = SparseTargets.from_logits(teacher_logits(32, 1000), 10)
     codec, records, decoded = round_trip(targets)
     assert np.array_equal(codec.encode(decoded), records)
+
+
+@pytest.mark.parametrize('name', codecs())
+def test_decoding_can_check_on_the_way(name, refused):
+    sparsifier = create_sparsifier({'draws': 'sample', 'compact-variable': 'nucleus'}.get(name, 'topk'), 20, top_p=0.9)
+    targets = sparsifier(teacher_logits(16, 1000), 0, range(16))
+    codec = create_codec(name, 1000, 20, sparsifier.remainder)
+    records = codec.encode(targets)
+    plain, checked = (codec.decode(torch.from_numpy(records), check=check) for check in (False, True))
+    for field in ('ids', 'log_probs', 'log_rest', 'num_valid'):
+        assert getattr(plain, field) is getattr(checked, field) is None or torch.equal(
+            getattr(plain, field), getattr(checked, field))
+    records[9, 3] ^= 4
+    with refused('record 9 of 16', error=ValueError):
+        codec.check(records)
+    with refused('record 9 of 16', error=ValueError):
+        codec.decode(torch.from_numpy(records), check=True)
+    with refused(str(codec.width), error=ValueError):
+        codec.decode(torch.from_numpy(records[:, 1:]), check=True)
 
 
 def test_unknown_codecs_and_impossible_k_are_refused(refused):

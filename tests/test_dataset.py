@@ -13,12 +13,11 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from timm_tinyvit.codec import create_codec
-from timm_tinyvit.dataset import (
-    EpochBatchSampler, ImageDataset, SparseLogitDataset, check_fingerprint, class_names, collate, dataset_fingerprint,
-    find_column, load_split,
-)
+from timm_tinyvit.dataset import EpochBatchSampler, ImageDataset, SparseLogitDataset, collate
 from timm_tinyvit.errors import InputError
+from timm_tinyvit.fingerprint import check_fingerprint, dataset_fingerprint
 from timm_tinyvit.replay import Replay, ViewRecipe
+from timm_tinyvit.sources import class_names, find_column, load_split
 from timm_tinyvit.sparse import SparseTargets
 from timm_tinyvit.store import LogitStore, Manifest
 
@@ -617,6 +616,42 @@ def test_a_training_epoch_uses_the_stores_epochs_in_turn_with_an_order_of_its_ow
     assert [keys[0][0][0] for keys in found.values()] == [0, 1, 2, 0, 1, 2, 0]
     assert found[0] != found[3] != found[6]
     assert batches(7)[0][0][0] == 7
+
+
+@pytest.mark.parametrize('world_size', [1, 2])
+def test_several_views_of_an_image_share_a_batch_and_its_epochs_show_every_image_in_every_view(world_size):
+    samplers = [
+        EpochBatchSampler(
+            100, 20, seed=3, rank=rank, world_size=world_size, store_epochs=range(5, 11), views_per_image=4)
+        for rank in range(world_size)]
+    shown = []
+    for epoch in range(8, 12):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            assert len(batches) == len(sampler) == 100 // (20 * world_size)
+            for batch in batches:
+                for first in range(0, 20, 4):
+                    assert len({index for _, index in batch[first:first + 4]}) == 1
+                    # Training epochs 8 to 11 of a store of six epochs that begins at 5.
+                    assert [view_epoch for view_epoch, _ in batch[first:first + 4]] == [7, 8, 9, 10]
+            shown += [key for batch in batches for key in batch]
+    assert len(shown) == len(set(shown)) and len(shown) == 4 * 20 * world_size * len(samplers[0])
+    if world_size == 1:
+        assert set(shown) == {(view_epoch, index) for view_epoch in range(7, 11) for index in range(100)}
+
+
+def test_several_views_of_an_image_are_those_that_it_has_alone(real, replay):
+    data = SparseLogitDataset(real, replay)
+    keys = [(1, 7), (2, 7), (0, 3), (5, 7), (1, 3)]
+    for key, sample in zip(keys, data.__getitems__(keys)):
+        alone = data[key]
+        assert torch.equal(sample['view'], alone['view']) and sample['label'] == alone['label']
+
+
+def test_a_batch_that_does_not_divide_into_its_views_is_refused(refused):
+    with refused('batch of 10', '4 views', '--views-per-image'):
+        EpochBatchSampler(100, 10, seed=0, views_per_image=4)
 
 
 def test_fewer_samples_than_one_batch_are_refused(refused):

@@ -266,8 +266,8 @@ def test_a_recipe_comes_back_from_json():
 
 def test_a_recipe_with_unknown_or_missing_entries_is_refused(refused):
     values = make_recipe().to_dict()
-    with refused('unknown or missing', 'cutmix'):
-        ViewRecipe.from_dict({**values, 'cutmix': 1.})
+    with refused('unknown or missing', 'mosaic'):
+        ViewRecipe.from_dict({**values, 'mosaic': 1.})
     for name in values:
         with refused('unknown or missing', name):
             ViewRecipe.from_dict({key: value for key, value in values.items() if key != name})
@@ -276,6 +276,9 @@ def test_a_recipe_with_unknown_or_missing_entries_is_refused(refused):
 @pytest.mark.parametrize('arguments, words', [
     (dict(input_size=(1, 32, 32)), ['input size', '(1, 32, 32)']),
     (dict(input_size=(3, 0, 32)), ['input size']),
+    (dict(input_size=(3, 1 << 31, 1 << 31)), ['input_size', '4096']),
+    (dict(color_jitter=1e308), ['color_jitter', '4096']),
+    (dict(mean=(float('nan'), 0., 0.)), ['mean', '4096']),
     (dict(input_size=224), ['input_size', '224']),
     (dict(input_size=(3, 32.5, 32)), ['input_size', '32.5']),
     (dict(input_size=(32, 32)), ['input_size']),
@@ -287,6 +290,12 @@ def test_a_recipe_with_unknown_or_missing_entries_is_refused(refused):
     (dict(re_prob=None), ['re_prob', 'None']),
     (dict(re_mode='black'), ['erasing mode', "'black'"]),
     (dict(re_count=0, re_prob=0.5), ['re_count']),
+    (dict(mixup=-0.1), ['mixup', 'or more']),
+    (dict(cutmix=float('nan')), ['cutmix']),
+    (dict(mixup_switch_prob=2.), ['mixup_switch_prob', 'probability']),
+    (dict(cutmix_minmax=(0.2,)), ['cutmix_minmax']),
+    (dict(cutmix_minmax=(0.8, 0.2)), ['cutmix_minmax', '(0.8, 0.2)', 'shares']),
+    (dict(cutmix_minmax=(0.5, 0.501)), ['cutmix_minmax', 'one pixel']),
     (dict(scale=(-1., -0.5)), ['scale']),
     (dict(ratio=(0., 0.)), ['ratio']),
     (dict(decoder='turbo'), ["'turbo'", 'pillow']),

@@ -11,8 +11,9 @@ import timm
 import torch
 
 from timm_tinyvit import save_logits
-from timm_tinyvit.dataset import SparseLogitDataset, collate, load_split
+from timm_tinyvit.dataset import SparseLogitDataset, collate
 from timm_tinyvit.hub import export_model
+from timm_tinyvit.sources import load_split
 from timm_tinyvit.sparse import SparseTargets
 from timm_tinyvit.store import LogitStore
 
@@ -95,6 +96,50 @@ def test_epochs_can_be_filled_in_pieces_and_the_store_grows(store, teacher, tmp_
     assert tree(path) == tree(store)
 
 
+def test_shards_can_be_filled_in_pieces(store, teacher, tmp_path, capsys):
+    path = tmp_path / 'logits'
+    for shards in ('0:1', '3:9', '1:3'):
+        fill = [*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2', '--shards', shards]
+        save_logits.main(fill)
+    assert tree(path) == tree(store)
+    assert 'the store' not in refusal([*fill, '--shards', '4:5'], capsys)
+
+
+def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teacher, tmp_path, capsys):
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
+    capsys.readouterr()
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
+    said = capsys.readouterr()
+    bars = re.findall(r'(\d+)/(\d+)', said.err)
+    # The last shard has the rest, four views.
+    assert bars[0] == ('196', '200') and bars[-1] == ('200', '200') and '0.0 MB' in said.err
+    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said.out
+
+
+def test_verify_finds_every_damage_without_data_or_teacher(store, tmp_path, capsys):
+    save_logits.main(['--logits', str(store), '--verify'])
+    assert '8 shards, every byte as it was written' in capsys.readouterr().out
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
+    damaged = path / 'epoch-00001' / 'shard-00001.arrow'
+    content = bytearray(damaged.read_bytes())
+    content[-100] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        save_logits.main(['--logits', str(path), '--verify'])
+    said = capsys.readouterr()
+    problems = said.out.strip().splitlines()
+    assert exit.value.code == 2 and '2 problem(s)' in said.err.strip().splitlines()[-1]
+    assert len(problems) == 2 and 'lacks 1 of the 4 shards of epoch 1' in problems[0] and str(damaged) in problems[1]
+    save_logits.main(['--logits', str(path), '--verify', '--epochs', '1'])
+    assert '4 shards, every byte' in capsys.readouterr().out
+    assert 'the store' in refusal(['--logits', path, '--verify', '--epochs', '1:3'], capsys)
+
+
 def test_a_moved_teacher_is_still_the_same_teacher(store, teacher, tmp_path):
     path = tmp_path / 'logits'
     shutil.copytree(store, path)
@@ -141,7 +186,7 @@ def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
         ([*COMMON, '--logits', store, '--epochs', '1'], '--teacher is missing'),
         ([*COMMON, '--teacher', teacher], '--logits is missing'),
         ([*COMMON, '--teacher', teacher, '--logits', store], '--epochs is missing'),
-        ([*fill, store, '--epochs', '5:2'], "epochs '5:2' are none"),
+        ([*fill, store, '--epochs', '5:2'], "'5:2' is no range"),
         ([*fill, tmp_path / 'new', '--topk', '11'], 'k = 11 does not fit 10 classes'),
         ([*fill, tmp_path / 'new', '--codec', 'zip'], "there is no codec 'zip'"),
         ([*fill, tmp_path / 'new', '--teacher', tmp_path], 'cannot be had'),

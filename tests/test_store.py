@@ -5,13 +5,11 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
-import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,17 +17,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-import timm
 import torch
-from timm.models import save_for_hf
 
-from timm_tinyvit import save_logits, store as store_module
 from timm_tinyvit.codec import create_codec
-from timm_tinyvit.dataset import SparseLogitDataset, dataset_fingerprint
-from timm_tinyvit.fill import fill_store
-from timm_tinyvit.replay import Replay, ViewRecipe
-from timm_tinyvit.store import FOOTER_SIZE, LogitStore, Manifest, write_aside
-from timm_tinyvit.teacher import Teacher
+from timm_tinyvit.errors import InputError
+from timm_tinyvit.process import machine_name
+from timm_tinyvit.shard import FOOTER_SIZE
+from timm_tinyvit.store import LogitStore, Manifest, write_aside
 
 NUM_KILLS = 20
 RECIPE = dict(input_size=(3, 32, 32), auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25)
@@ -68,7 +62,7 @@ def tree(path):
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path):
-    manifest = make_manifest(teacher={'name': 'a', 'mean': [0.5, 0.1]}, recipe={'re_prob': 0.1, 'vflip': None})
+    manifest = make_manifest(teacher={'name': 'a', 'mean': [0.5, 0.1, 0.0]}, recipe={'re_prob': 0.1, 'vflip': None})
     store = LogitStore.create(tmp_path / 'store', manifest)
     assert LogitStore.open(tmp_path / 'store').manifest == store.manifest == manifest
     assert Manifest.from_json(manifest.to_json(), 'here') == manifest
@@ -135,12 +129,45 @@ def test_text_that_is_no_manifest_is_refused(text, words, tmp_path, refused):
     (dict(record_width=21), ['21 bytes', '20 expected']),
     (dict(codec='zip'), ["'zip'", 'float16']),
     (dict(remainder='half'), ['remainder', "'half'"]),
+    (dict(num_samples=1 << 30), ['shards', '--shard-size']),
+    (dict(epochs=100_000, num_samples=100_000), ['shards', '--shard-size']),
+    (dict(top_p=1.5), ['top_p is 1.5']),
+    (dict(key='a\nb'), ['key', 'printable']),
+    (dict(probe='\ud800'), ['probe', 'printable']),
+    (dict(recipe={'re_prob': [[[[[[[[0.1]]]]]]]]}), ['recipe', '8 levels']),
+    (dict(recipe={'size': 10 ** 30}), ['recipe', '64-bit']),
+    (dict(codec='x' * 10_000), ['codec', 'xxx']),
+    (dict(teacher={'mean': [0.5]}), ['teacher has mean [0.5]']),
+    (dict(teacher={'batch_size': '32'}), ["teacher has batch_size '32'"]),
 ])
 def test_a_damaged_manifest_is_refused(changes, words, tmp_path, refused):
     values = {**asdict(make_manifest()), **changes}
     (tmp_path / 'store.json').write_text(json.dumps(values))
     with refused(str(tmp_path / 'store.json'), *words):
         LogitStore.open(tmp_path)
+
+
+@pytest.mark.parametrize('old, new, words', [
+    ('"seed": 7', '"seed": 7, "seed": 8', 'names an entry twice'),
+    ('1.0', 'NaN', 'NaN'), ('1.0', '-Infinity', 'Infinity'),
+    ('1.0', '1e999', "'1e999' is too large"), ('"seed": 7', '"seed": ' + '7' * 5000, 'digits'),
+])
+def test_json_that_not_everybody_reads_the_same_way_is_refused(old, new, words, tmp_path, refused):
+    text = make_manifest().to_json()
+    assert old in text
+    (tmp_path / 'store.json').write_text(text.replace(old, new))
+    with refused(str(tmp_path / 'store.json'), 'JSON', words):
+        LogitStore.open(tmp_path)
+
+
+def test_a_store_that_could_not_be_opened_again_is_not_made(tmp_path, refused):
+    with refused(str(tmp_path / 'store'), 'shards', '--shard-size'):
+        LogitStore.create(tmp_path / 'store', make_manifest(num_samples=1 << 22, shard_size=1))
+    assert not (tmp_path / 'store').exists()
+    store = make_store(tmp_path / 'store')
+    with refused(str(tmp_path / 'store'), 'epochs is 1048576'):
+        store.extend(1 << 20)
+    assert LogitStore.open(store.path).manifest == store.manifest
 
 
 @pytest.mark.parametrize('name', sorted(asdict(make_manifest()).keys() - {'format', 'version'}))
@@ -358,6 +385,121 @@ def test_a_missing_shard_is_named(tmp_path, refused):
         LogitStore.open(store.path).read(1, [9])
 
 
+def test_lengths_and_headers_are_checked_without_reading_records(tmp_path, refused):
+    store, other = make_store(tmp_path / 'store'), make_store(tmp_path / 'other', seed=8)
+    path = store.shard_path(1, 1)
+    content = path.read_bytes()
+    store.check_files(range(2))
+    path.write_bytes(content[:600] + b'\0' + content[601:])
+    store.check_files(range(2))
+    for data, words in (
+            (content[:-1], '687 bytes, expected 688'), (b'', 'cut short'), (content + b'\0', 'expected 688'),
+            (store.shard_path(0, 1).read_bytes(), 'another store, epoch or place'),
+            (store.shard_path(1, 0).read_bytes(), 'another store, epoch or place'),
+            (other.shard_path(1, 1).read_bytes(), 'another store, epoch or place')):
+        path.write_bytes(data)
+        store.check_files([0])
+        with refused(str(path), words, 'save_logits'):
+            store.check_files(range(2))
+    path.unlink()
+    # What is missing is for `missing` to say.
+    store.check_files(range(2))
+    os.mkfifo(path)
+    with refused(str(path), 'not a file'):
+        store.check_files(range(2))
+
+
+def test_a_bad_shard_in_a_batch_spoils_no_later_batch(tmp_path, refused):
+    store = make_store(tmp_path / 'store', num_samples=100)
+    expected = make_records(store.manifest, 0)
+    np.testing.assert_array_equal(store.read(0, [50]), expected[[50]])
+    path = store.shard_path(0, 24)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b'\0')
+    for _ in range(2):
+        with refused(str(path), 'checksum'):
+            store.read(0, range(100))
+        np.testing.assert_array_equal(store.read(0, range(90)), expected[:90])
+    path.write_bytes(content)
+    np.testing.assert_array_equal(store.read(0, range(100)), expected)
+
+
+def test_more_shards_than_a_process_may_map_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_tinyvit.mapped_epoch.MAX_MAPS', 5)
+    store = make_store(tmp_path / 'store', num_samples=103, shard_size=4)
+    for indices in np.random.RandomState(0).randint(103, size=(60, 5)):
+        np.testing.assert_array_equal(store.read(1, indices), make_records(store.manifest, 1)[indices])
+
+
+def test_mapped_shards_are_not_open_files(tmp_path):
+    store = make_store(tmp_path / 'store', num_samples=30, shard_size=1, epochs=1)
+    before = len(os.listdir('/proc/self/fd'))
+    store.read(0, range(30))
+    assert len(os.listdir('/proc/self/fd')) == before
+
+
+def test_a_store_that_vanishes_is_named_and_what_is_mapped_is_still_read(tmp_path, refused):
+    store = make_store(tmp_path / 'store')
+    store.read(0, [0])
+    shutil.rmtree(store.path)
+    np.testing.assert_array_equal(store.read(0, [3]), make_records(store.manifest, 0)[[3]])
+    with refused(str(store.path), 'has vanished'):
+        store.read(0, [4])
+    with refused(str(store.path), 'has vanished'):
+        store.write_shard(0, 0, make_records(store.manifest, 0)[:4])
+    # A shard without a manifest would stand in the way of another store.
+    assert not store.path.exists()
+
+
+def write_as_nobody(store):
+    """Write to a store without the rights to, which a superuser has everywhere."""
+    if os.geteuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    store.read(0, [0])
+    try:
+        store.write_shard(0, 0, make_records(store.manifest, 0)[:4])
+    except InputError as error:
+        if 'cannot write' in str(error) and 'permission denied' in str(error):
+            os._exit(7)
+
+
+def test_a_store_that_may_not_be_written_is_still_read(warm_processes):
+    # Not in pytest's folder, which is closed to others.
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        store = make_store(Path(folder) / 'store')
+        closed = [store.path, store.shard_path(0, 0).parent]
+        for path in closed:
+            path.chmod(0o555)
+        process = warm_processes.Process(target=write_as_nobody, args=(store,))
+        process.start()
+        process.join()
+        for path in closed:
+            path.chmod(0o755)
+        assert process.exitcode == 7
+        assert {file.name for file in store.path.rglob('.*')} == set()
+
+
+def test_a_read_only_disk_is_named_and_read(tmp_path, refused):
+    (tmp_path / 'disk').mkdir()
+    mount = ['mount', '-t', 'tmpfs', 'tmpfs', str(tmp_path / 'disk')]
+    if shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('mounting a tmpfs is not permitted here')
+    try:
+        store = make_store(tmp_path / 'disk' / 'store')
+        subprocess.run(['mount', '-o', 'remount,ro', str(tmp_path / 'disk')], check=True)
+        with refused('cannot write', 'the disk is read-only'):
+            store.write_shard(0, 0, make_records(store.manifest, 0)[:4])
+        with refused('cannot write', 'the disk is read-only'):
+            LogitStore.create(tmp_path / 'disk' / 'another', make_manifest())
+        store = LogitStore.open(store.path)
+        np.testing.assert_array_equal(store.read(1, range(10)), make_records(store.manifest, 1))
+        del store
+    finally:
+        subprocess.run(['umount', '--lazy', str(tmp_path / 'disk')], check=True)
+
+
 def test_a_writer_leaves_nothing_but_the_store(tmp_path):
     store = make_store(tmp_path / 'store')
     names = [f'epoch-0000{epoch}/shard-0000{shard}.arrow' for epoch in range(2) for shard in range(3)]
@@ -369,7 +511,7 @@ def test_stale_files_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
     store = make_store(tmp_path / 'store')
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
-    here = socket.gethostname()
+    here = machine_name()
     folders = [store.path, store.path / 'epoch-00001']
     stale = [
         *(folder / f'.shard-00000.arrow.{here}.{dead.pid}.tmp' for folder in folders),
@@ -397,330 +539,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, refused):
     assert path.read_bytes() == b'new'
     with refused(str(path / 'below'), 'cannot write'):
         write_aside(path / 'below', b'')
-
-
-# Writers that die, and writers that work at the same time
-
-
-def make_teacher():
-    torch.manual_seed(0)
-    model = timm.create_model('test_resnet', num_classes=10, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
-    # Not as sure of one class as a random model is.
-    model.fc.weight.data *= 20
-    return model
-
-
-@pytest.fixture(scope='module')
-def images(fashion, tmp_path_factory):
-    """The 1,000 real images in a folder that opens at once."""
-    path = tmp_path_factory.mktemp('images') / 'data'
-    fashion.save_to_disk(str(path))
-    return path
-
-
-@pytest.fixture(scope='module')
-def job(images):
-    """What a writer needs to know: the images and the manifest."""
-    dataset = datasets.load_from_disk(str(images))
-    recipe = ViewRecipe(**RECIPE)
-    manifest = make_manifest(
-        num_samples=len(dataset), num_classes=10, k=3, epochs=3, shard_size=150, recipe=recipe.to_dict(),
-        teacher=Teacher(make_teacher(), 'test_resnet', torch.device('cpu')).describe(batch_size=32),
-        dataset=dataset_fingerprint(dataset))
-    return str(images), manifest
-
-
-def fill(path, job, pipe=None, rank=0, world_size=1, num_workers=0, before=None):
-    """A writer process: what save_logits does, with the same bytes on every run of one machine."""
-    torch.set_num_threads(1)
-    if before is not None:
-        before(pipe)
-    images, manifest = job
-    store = LogitStore.create(path, manifest)
-    store.remove_stale()
-    teacher = Teacher(make_teacher(), 'test_resnet', torch.device('cpu'))
-    data = SparseLogitDataset(
-        datasets.load_from_disk(images), Replay(ViewRecipe.from_dict(manifest.recipe), manifest.seed))
-    if pipe is not None:
-        pipe.send('ready')
-        pipe.recv()
-    fill_store(
-        store, teacher, data, range(manifest.epochs), rank, world_size, num_workers, show_progress=False)
-
-
-@pytest.fixture
-def writers(warm_processes, job):
-    """Start writer processes; each stands still before its first view until its pipe is told to go on."""
-    started = []
-
-    def start(path, **options):
-        here, there = warm_processes.Pipe()
-        process = warm_processes.Process(target=fill, args=(str(path), job, there), kwargs=options)
-        process.start()
-        there.close()
-        started.append(process)
-        return process, here
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
-
-
-def go(pipe):
-    assert pipe.poll(120) and pipe.recv() == 'ready'
-    pipe.send('go')
-
-
-@pytest.fixture(scope='module')
-def reference(warm_processes, job, tmp_path_factory):
-    """A store that one writer filled in peace, and the seconds that it took."""
-    path = tmp_path_factory.mktemp('reference') / 'store'
-    pipe, there = warm_processes.Pipe()
-    process = warm_processes.Process(target=fill, args=(str(path), job, there))
-    process.start()
-    go(pipe)
-    start = time.monotonic()
-    process.join()
-    assert process.exitcode == 0
-    return tree(path), time.monotonic() - start
-
-
-def test_the_filled_store_is_whole_and_its_records_are_the_teachers(reference, job, tmp_path):
-    content, _ = reference
-    for name, data in content.items():
-        file = tmp_path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.mkdir() if data is None else file.write_bytes(data)
-    store = LogitStore.open(tmp_path)
-    assert store.missing(range(3)) == [] and len(content) == 1 + 3 + 3 * 7
-    replay = Replay(ViewRecipe(**RECIPE), store.manifest.seed)
-    data = SparseLogitDataset(datasets.load_from_disk(job[0]), replay, store)
-    teacher = Teacher(make_teacher(), 'test_resnet', torch.device('cpu'))
-    keys = [(2, 999), (0, 0), (1, 150), (1, 149)]
-    samples = data.__getitems__(keys)
-    targets = store.codec.decode(torch.stack([sample['record'] for sample in samples]))
-    probs = teacher(torch.stack([sample['view'] for sample in samples])).softmax(1)
-    torch.testing.assert_close(targets.log_probs.exp(), probs.gather(1, targets.ids), rtol=2e-3, atol=1e-6)
-    torch.testing.assert_close(targets.densify().sum(1), torch.ones(4))
-
-
-def test_a_store_whose_writers_were_killed_at_random_moments_equals_one_written_in_peace(
-        writers, reference, tmp_path):
-    expected, seconds = reference
-    moments = random.Random(0)
-    # Some writers die within their first shard, some after several.
-    longest = seconds / 6
-    interrupted = []
-    for number in range(100):
-        # A machine quick enough to finish a store before all the kills goes on with another one.
-        path = tmp_path / f'{number}'
-        shards = 0
-        while True:
-            process, pipe = writers(path)
-            go(pipe)
-            process.join(moments.uniform(0, longest) if len(interrupted) < NUM_KILLS else None)
-            if not process.is_alive():
-                break
-            process.kill()
-            process.join()
-            if process.exitcode == 0:
-                # It was done just then.
-                break
-            assert process.exitcode == -9
-            before, shards = shards, len(list(path.glob('epoch-*/shard-*.arrow')))
-            interrupted.append(shards)
-            # This machine is slower now than it was for the reference.
-            longest *= 1.5 if shards == before else 1
-        assert process.exitcode == 0
-        assert tree(path) == expected
-        if len(interrupted) == NUM_KILLS:
-            break
-    assert len(interrupted) == NUM_KILLS
-    # The kills came at many states of the store, not all before the first shard or after the last.
-    assert len(set(interrupted)) >= 5 and max(interrupted) <= 21
-
-
-class StopAt:
-    """A hook for a writer: at the second shard it reports and stands still, `before` or `after` os.`name`."""
-
-    def __init__(self, name, when):
-        self.name, self.when = name, when
-
-    def __call__(self, pipe):
-        original = getattr(os, self.name)
-
-        def stopping(*args):
-            second = 'shard-00001' in os.fspath(args[0]) if self.name == 'replace' else (
-                'shard-00001' in os.readlink(f'/proc/self/fd/{args[0]}'))
-            if second and self.when == 'before':
-                self.stand_still(pipe)
-            result = original(*args)
-            if second and self.when == 'after':
-                self.stand_still(pipe)
-            return result
-
-        setattr(store_module.os, self.name, stopping)
-
-    def stand_still(self, pipe):
-        pipe.send('stopped')
-        pipe.recv()
-
-
-@pytest.mark.parametrize('name, when', [('fsync', 'before'), ('replace', 'before'), ('replace', 'after')])
-def test_a_killed_writer_loses_only_its_open_shard(name, when, writers, reference, tmp_path):
-    path = tmp_path / 'store'
-    process, pipe = writers(path, before=StopAt(name, when))
-    go(pipe)
-    assert pipe.poll(120) and pipe.recv() == 'stopped'
-    process.kill()
-    process.join()
-    left = tree(path)
-    finished = {file for file in left if file.endswith('.arrow')}
-    aside = {file for file in left if file.endswith('.tmp')}
-    assert finished == {f'epoch-00000/shard-0000{shard}.arrow' for shard in range(2 if when == 'after' else 1)}
-    assert len(aside) == (0 if when == 'after' else 1)
-    assert all(left[file] == reference[0][file] for file in finished)
-    process, pipe = writers(path)
-    go(pipe)
-    process.join()
-    assert tree(path) == reference[0]
-
-
-def test_two_processes_that_share_the_work_write_the_same_store(writers, reference, tmp_path):
-    path = tmp_path / 'store'
-    both = [writers(path, rank=rank, world_size=2) for rank in range(2)]
-    for _, pipe in both:
-        assert pipe.poll(120) and pipe.recv() == 'ready'
-    for _, pipe in both:
-        pipe.send('go')
-    for process, _ in both:
-        process.join()
-        assert process.exitcode == 0
-    assert tree(path) == reference[0]
-
-
-def test_two_processes_share_the_work_also_when_one_starts_late(writers, reference, tmp_path):
-    path = tmp_path / 'store'
-    (first, first_pipe), (second, second_pipe) = (writers(path, rank=rank, world_size=2) for rank in range(2))
-    go(first_pipe)
-    # The second looks at what is missing when the first has written shards already.
-    while first.is_alive() and not list(path.glob('epoch-*/shard-*.arrow')):
-        time.sleep(0.01)
-    go(second_pipe)
-    first.join()
-    second.join()
-    assert set(tree(path)) == set(reference[0])
-    assert tree(path) == reference[0]
-
-
-def test_two_writers_that_know_nothing_of_each_other_write_the_same_store(writers, reference, tmp_path):
-    path = tmp_path / 'store'
-    both = [writers(path) for _ in range(2)]
-    for _, pipe in both:
-        go(pipe)
-    for process, _ in both:
-        process.join()
-        assert process.exitcode == 0
-    assert tree(path) == reference[0]
-
-
-def test_loader_workers_do_not_change_the_store(job, reference, tmp_path):
-    threads = torch.get_num_threads()
-    try:
-        fill(tmp_path / 'store', job, num_workers=2)
-    finally:
-        torch.set_num_threads(threads)
-    assert tree(tmp_path / 'store') == reference[0]
-
-
-# Full disks
-
-
-@pytest.fixture(scope='module')
-def teacher_folder(tmp_path_factory):
-    """A teacher as a folder with config.json and safetensors, as timm writes it."""
-    path = tmp_path_factory.mktemp('teacher')
-    save_for_hf(make_teacher(), str(path), safe_serialization=True)
-    return path
-
-
-def run_save_logits(argv, output, file_size_limit=None):
-    """A process that runs the program `save_logits` with these arguments; what it prints goes to a file."""
-    with open(output, 'wb') as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    torch.set_num_threads(1)
-    if file_size_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, resource.RLIM_INFINITY))
-    save_logits.main(argv)
-
-
-@pytest.fixture
-def program(warm_processes, images, teacher_folder, tmp_path):
-    """Run save_logits on the real images; returns its exit status and the last line of what it printed."""
-
-    def run(store, epochs, shard_size=150, **options):
-        argv = [
-            '--dataset', str(images), '--teacher', str(teacher_folder), '--logits', str(store), '--topk', '3',
-            '--epochs', str(epochs), '--img-size', '32', '--shard-size', str(shard_size), '--workers', '0',
-            '--codec', 'float16']
-        output = tmp_path / 'output.txt'
-        process = warm_processes.Process(target=run_save_logits, args=(argv, str(output)), kwargs=options)
-        process.start()
-        process.join()
-        return process.exitcode, output.read_text().strip().splitlines()[-1]
-
-    return run
-
-
-def test_a_file_size_limit_stops_the_program_with_one_sentence_and_loses_nothing(
-        program, one_sentence, tmp_path):
-    path = tmp_path / 'store'
-    assert program(path, 1)[0] == 0
-    finished = tree(path)
-    shard = max(len(data) for name, data in finished.items() if name.endswith('.arrow'))
-    manifest = len(finished['store.json'])
-    assert manifest + 100 < shard
-    status, message = program(path, 2, file_size_limit=manifest + 50)
-    assert status == 2 and message.startswith('error: cannot write ')
-    one_sentence(message, 'shard-00000.arrow', 'ulimit -f')
-    left = tree(path)
-    assert {name for name in left if name.startswith('.') or '/.' in name} == set()
-    assert {name: left[name] for name in finished if name != 'store.json'} == {
-        name: data for name, data in finished.items() if name != 'store.json'}
-    assert program(path, 2)[0] == 0
-    assert LogitStore.open(path).missing(range(2)) == []
-
-
-@contextmanager
-def small_disk(path, size):
-    """A tmpfs of so many KiB, and a function that enlarges it."""
-    path.mkdir()
-    mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}k', 'tmpfs', str(path)]
-    if shutil.which('mount') is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip('mounting a small tmpfs is not permitted here')
-    try:
-        yield lambda size: subprocess.run(['mount', '-o', f'remount,size={size}k', str(path)], check=True)
-    finally:
-        subprocess.run(['umount', str(path)], check=True)
-
-
-def test_a_full_disk_stops_the_program_with_one_sentence_and_loses_nothing(program, one_sentence, tmp_path):
-    assert program(tmp_path / 'peace', 2, shard_size=250)[0] == 0
-    expected = tree(tmp_path / 'peace')
-    # The manifest takes one page, a shard one or two, and a folder none.
-    with small_disk(tmp_path / 'disk', 6 * resource.getpagesize() // 1024) as enlarge:
-        path = tmp_path / 'disk' / 'store'
-        status, message = program(path, 2, shard_size=250)
-        assert status == 2 and message.startswith('error: cannot write ')
-        one_sentence(message, str(path), 'the disk is full', 'goes on')
-        left = tree(path)
-        assert 0 < len([name for name in left if name.endswith('.arrow')]) < 8
-        assert left.items() <= expected.items()
-        # Still full: the same sentence again.
-        status, again = program(path, 2, shard_size=250)
-        assert (status, again) == (2, message) and tree(path) == left
-        enlarge(1024)
-        assert program(path, 2, shard_size=250)[0] == 0
-        assert tree(path) == expected

@@ -27,7 +27,7 @@ RECIPES = resources.files('timm_tinyvit') / 'recipes'
 
 # What a new store gets where no flag says otherwise.
 STORE_DEFAULTS = dict(
-    sparsifier='topk', topk=10, top_p=0.95, codec=None, key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
+    sparsifier='topk', topk=10, top_p=0.99, codec=None, key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
 
 # Flag of timm's train.py -> entry of ViewRecipe.
 VIEW_FLAGS = {
@@ -35,7 +35,9 @@ VIEW_FLAGS = {
     'vflip': 'vflip', 'color_jitter': 'color_jitter', 'color_jitter_prob': 'color_jitter_prob',
     'grayscale_prob': 'grayscale_prob', 'gaussian_blur_prob': 'gaussian_blur_prob', 'aa': 'auto_augment',
     'train_interpolation': 'interpolation', 'view_mean': 'mean', 'view_std': 'std', 'reprob': 're_prob',
-    'remode': 're_mode', 'recount': 're_count',
+    'remode': 're_mode', 'recount': 're_count', 'mixup': 'mixup', 'cutmix': 'cutmix',
+    'cutmix_minmax': 'cutmix_minmax', 'mixup_prob': 'mixup_prob', 'mixup_switch_prob': 'mixup_switch_prob',
+    'decoder': 'decoder',
 }
 
 
@@ -55,6 +57,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset', metavar='NAME', help='Hub name (hfds/NAME too), or a folder of parquet or images')
     group.add_argument('--data-dir', metavar='DIR', help='a folder, where --dataset is not given')
     group.add_argument('--train-split', metavar='NAME', help='training split, train by default')
+    group.add_argument('--streaming', action='store_true', help='read the training data from front to back, by key')
     group.add_argument('--input-key', metavar='NAME', help='image column')
     group.add_argument('--target-key', metavar='NAME', help='label column')
     group.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes per rank')
@@ -81,18 +84,26 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--reprob', type=float, metavar='P', help='probability of random erasing')
     group.add_argument('--remode', metavar='NAME', help='random erasing: const, rand or pixel')
     group.add_argument('--recount', type=int, metavar='N', help='random erasing: most rectangles')
+    group.add_argument('--mixup', type=float, metavar='A', help='Mixup alpha, 0 for none')
+    group.add_argument('--cutmix', type=float, metavar='A', help='CutMix alpha, 0 for none')
+    group.add_argument('--cutmix-minmax', type=float, nargs=2, metavar='PCT', help='CutMix: range of width and height')
+    group.add_argument('--mixup-prob', type=float, metavar='P', help='probability of either')
+    group.add_argument('--mixup-switch-prob', type=float, metavar='P', help='of CutMix, where both are on')
+    group.add_argument('--decoder', metavar='NAME', help='pillow, or torch, which takes two thirds of the time')
 
 
-def add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    """The teacher, and the store that keeps what it says."""
+def add_store_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The teacher, and the store that keeps what it says; with `several`, `--logits` takes a list of stores."""
     group = parser.add_argument_group('teacher and store')
-    group.add_argument('--logits', metavar='DIR', help='the logit store')
+    group.add_argument(
+        '--logits', metavar='DIR', nargs='+' if several else None,
+        help='the logit store' + ('; several of different teachers for the average of them' if several else ''))
     group.add_argument(
         '--teacher', metavar='NAME', help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
     group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the teacher of that name')
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
-    group.add_argument('--teacher-compile', '--compile', action='store_true', help='torch.compile the teacher')
+    group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
     for name, kind, metavar, help in (
         ('sparsifier', str, 'NAME', 'which classes are kept: topk, nucleus or sample'),
         ('topk', int, 'K', 'classes kept per view: the most of them for nucleus, the draws for sample'),

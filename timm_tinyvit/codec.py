@@ -1,9 +1,9 @@
 """SparseTargets to records and back.
 
 A codec turns every row of a `SparseTargets` into `width` bytes, or, where lengths vary, into as many bytes as it takes,
-which in memory are padded to `width`. Encoding happens once, on the way to disk, in numpy;
-decoding happens in every training step, in torch, on whatever device the records are: all shapes are static and
-nothing waits for the device. `check` is the part that can fail; it runs where the records come from disk.
+which in memory are padded to `width`. Encoding happens once, on the way to disk, in numpy; decoding happens in every
+training step, on whatever device the records are: there all shapes are static and nothing waits for the device. `check`
+is the part that can fail; it runs where the records come from disk.
 
 The last byte of a record is never zero, since readers of Arrow files like to strip trailing zero bytes.
 """
@@ -30,10 +30,12 @@ class Codec(ABC):
         name: Its name, as in `--codec`.
         width: Bytes of a record in memory.
         is_variable: Whether records are shorter on disk than in memory; then it has `pack` and `unpack` too.
+        takes_padding: Whether fewer than k entries of a record may be valid.
     """
     name: str
     width: int
     is_variable = False
+    takes_padding = False
 
     def __init__(self, num_classes: int, k: int, remainder: str = 'uniform'):
         if not 1 <= k <= num_classes:
@@ -51,11 +53,19 @@ class Codec(ABC):
 
     @abstractmethod
     def check(self, records: np.ndarray) -> None:
-        """Raise a ValueError that names the first row of uint8 [B, width] that `encode` cannot have written."""
+        """Raise a ValueError that names a row of uint8 [B, width] that `encode` cannot have written."""
 
     @abstractmethod
-    def decode(self, records: torch.Tensor) -> SparseTargets:
-        """Targets of checked records, uint8 [B, width], on the device of the records."""
+    def decode(self, records: torch.Tensor, check: bool = False) -> SparseTargets:
+        """Targets of records, uint8 [B, width], on the device of the records.
+
+        Args:
+            records: Records that were checked, unless they are now.
+            check: Check them on the way, which in main memory takes less time than a `check` before.
+
+        Raises:
+            ValueError: Records were to be checked, and `encode` cannot have written one of them.
+        """
 
     def pack(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Records in memory, uint8 [B, width], as they are on disk: uint8 [bytes], with offsets int64 [B + 1]."""
@@ -86,11 +96,13 @@ class Float16Codec(Codec):
     """The readable codec: plain little-endian numbers, 4k + 8 bytes (6k + 8 above 65,536 classes).
 
     k class ids as uint16 (uint32 above 65,536 classes), most probable first; k float16 log-probabilities; the log of
-    the rest mass as float32; the number of valid entries as uint16; and two check bytes, the sum of all bytes before
-    them modulo 256, and 1 plus that sum modulo 255. The first shows every single changed byte, which no byte that is
-    never zero can do alone (255 values cannot tell 256 apart); the second is never zero.
+    the rest mass as float32, minus infinity where there is none; the number of valid entries as uint16; and two check
+    bytes, the sum of all bytes before them modulo 256, and 1 plus that sum modulo 255. The first shows every single
+    changed byte, which no byte that is never zero can do alone (255 values cannot tell 256 apart); the second is never
+    zero.
     """
     name = 'float16'
+    takes_padding = True
 
     def __init__(self, num_classes: int, k: int, remainder: str = 'uniform'):
         super().__init__(num_classes, k, remainder)
@@ -110,8 +122,8 @@ class Float16Codec(Codec):
         # Half precision ends at -65504; a class of that log-probability has no mass in any precision.
         log_probs = targets.log_probs.cpu().numpy().clip(min=-65504.)
         records[:, self._probs_at:self._rest_at] = _bytes(log_probs.astype('<f2'))
-        log_rest = np.zeros((len(targets), 1), dtype='<f4')
-        if self.has_rest:
+        log_rest = np.full((len(targets), 1), -np.inf, dtype='<f4')
+        if targets.log_rest is not None:
             log_rest[:, 0] = targets.log_rest.cpu().numpy()
         records[:, self._rest_at:self._valid_at] = _bytes(log_rest)
         records[:, self._valid_at:self._sums_at] = _bytes(targets.num_valid.cpu().numpy().astype('<u2')[:, None])
@@ -132,7 +144,10 @@ class Float16Codec(Codec):
         if len(bad):
             raise ValueError(f'record {bad[0]} of {len(records)} counts {valid[bad[0]]} entries of at most {self.k}')
 
-    def decode(self, records: torch.Tensor) -> SparseTargets:
+    def decode(self, records: torch.Tensor, check: bool = False) -> SparseTargets:
+        if check:
+            self.check(records.cpu().numpy())
+
         def numbers(start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
             # A copy, since a view of one row keeps the odd stride and offset of the records.
             return records[:, start:stop].clone(memory_format=torch.contiguous_format).view(dtype)
@@ -141,7 +156,9 @@ class Float16Codec(Codec):
         bits = 8 * self.id_dtype.itemsize
         ids = numbers(0, self._probs_at, torch.int16 if bits == 16 else torch.int32).long() & ((1 << bits) - 1)
         log_probs = numbers(self._probs_at, self._rest_at, torch.float16).float()
-        log_rest = numbers(self._rest_at, self._valid_at, torch.float32)[:, 0] if self.has_rest else None
+        log_rest = numbers(self._rest_at, self._valid_at, torch.float32)[:, 0]
+        if self.remainder == 'none':
+            log_rest = None
         num_valid = numbers(self._valid_at, self._sums_at, torch.int16)[:, 0].long() & 0xFFFF
         return SparseTargets(ids, log_probs, log_rest, num_valid, self.num_classes, self.remainder)
 
@@ -152,9 +169,12 @@ class Float16Codec(Codec):
 
 def codecs() -> dict[str, type[Codec]]:
     """The codecs by name."""
-    from .compact import CompactCodec, SmallCompactCodec  # they are built on this module
+    # They are built on this module.
+    from .compact import CompactCodec, SmallCompactCodec
+    from .draws import DrawsCodec
+    from .variable import VariableCodec
 
-    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, Float16Codec)}
+    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, VariableCodec, DrawsCodec, Float16Codec)}
 
 
 def create_codec(name: str, num_classes: int, k: int, remainder: str = 'uniform') -> Codec:

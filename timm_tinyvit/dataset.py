@@ -5,8 +5,6 @@ nothing that was told to it before. The image column is read as it is stored and
 file format and whatever format the data set was set to.
 """
 
-import hashlib
-from pathlib import Path
 from typing import Any
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,110 +15,21 @@ import torch
 from PIL import Image
 from torch.utils.data import BatchSampler, Dataset
 
+from .ensemble import Ensemble
 from .errors import InputError
+from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
+from .keys import KeyIndex, hash_keys
+from .mixing import Pairing
 from .replay import Replay, decode_image
+from .sources import column, find_column, find_key, labels_of
 from .store import LogitStore
 
 __all__ = [
-    'EpochBatchSampler', 'ImageDataset', 'SparseLogitDataset', 'check_fingerprint', 'class_names', 'collate',
-    'dataset_fingerprint', 'find_column', 'load_split',
+    'EpochBatchSampler', 'ImageDataset', 'SparseLogitDataset', 'collate', 'decode_source', 'read_records',
+    'refuse_keys',
 ]
 
-NUM_FINGERPRINT_ROWS = 256
-IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp')
-LABEL_KEYS = ('label', 'labels', 'cls', 'fine_label', 'target')
-
 Key = tuple[int, int]
-
-
-def load_split(name: str, split: str | None, is_training: bool) -> datasets.Dataset:
-    """Load one split of a data set.
-
-    Args:
-        name: A Hub name, with or without timm's `hfds/` before it; a folder of parquet files or of images in one
-            folder per class, with splits by file or folder name; or a folder written by `save_to_disk`.
-        split: Name of the split, slices as in `train[:1000]` included; by default `train` in training, and otherwise
-            the first of `validation` and `test` that is there.
-        is_training: Which default.
-
-    Raises:
-        InputError: There is no such data set or split.
-    """
-    local = Path(name).expanduser()
-    name = name.removeprefix('hfds/')
-    try:
-        if (local / 'dataset_dict.json').is_file() or (local / 'state.json').is_file():
-            found = datasets.load_from_disk(str(local))
-            splits = dict(found) if isinstance(found, datasets.DatasetDict) else {'train': found}
-        elif local.is_dir():
-            # One call knows the splits and keeps the cache of the files.
-            splits = datasets.load_dataset(str(local))
-        elif local.exists():
-            raise InputError(f'{name} is a file; give a folder of parquet files or images, or a Hub name')
-        elif name.startswith(('.', '/', '~')):
-            raise InputError(f'there is no folder {name}; give a folder of parquet files or images, or a Hub name')
-        else:
-            splits = datasets.load_dataset(name)
-    except InputError:
-        raise
-    except Exception as error:
-        # The loaders raise whatever their backend raises; all of it is about the name that was given.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f'the data set {name} cannot be loaded: {reason}')
-    if split is None:
-        usual = ('train',) if is_training else ('validation', 'val', 'test')
-        split = next((name for name in usual if name in splits), usual[0])
-    try:
-        # The library's own reading of `train[:10%]`, `train[100:]+validation` and the like.
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in splits.items()})
-    except (AssertionError, ValueError):
-        raise InputError(
-            f'the data set {name} has no split {split}, only {", ".join(splits)}; '
-            f'name one with --{"train" if is_training else "val"}-split')
-    chosen = [
-        rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
-        for part in parts for rows in [splits[part.splitname]]
-    ]
-    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
-
-
-def find_column(dataset: datasets.Dataset, key: str | None, is_image: bool) -> str | None:
-    """The name of the image or label column: the given one, or the one that is there under a usual name.
-
-    Raises:
-        InputError: The column is not there, or it holds something else.
-    """
-    flag, usual = ('--input-key', IMAGE_KEYS) if is_image else ('--target-key', LABEL_KEYS)
-    if key is not None and key not in dataset.column_names:
-        raise InputError(f'the data set has no column {key!r}, only {", ".join(dataset.column_names)}; mend {flag}')
-    if not is_image:
-        if key is not None and not _holds_labels(dataset.features[key]):
-            raise InputError(
-                f'column {key!r} holds {dataset.features[key]}, not class numbers; name another with {flag}')
-        # A usual name for text or for several labels is no label column.
-        labels = [name for name in usual if name in dataset.column_names and _holds_labels(dataset.features[name])]
-        return key or next(iter(labels), None)
-    key = key or next((name for name in usual if name in dataset.column_names), None)
-    if key is None:
-        images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-        if len(images) != 1:
-            raise InputError(
-                f'the data set has no image column under a usual name, only {", ".join(dataset.column_names)}; '
-                f'name it with --input-key')
-        key = images[0]
-    if not isinstance(dataset.features[key], datasets.Image):
-        raise InputError(f'column {key!r} holds {dataset.features[key]}, not images; name another with --input-key')
-    return key
-
-
-def _holds_labels(feature: Any) -> bool:
-    return isinstance(feature, datasets.ClassLabel) or (
-        isinstance(feature, datasets.Value) and feature.dtype.removeprefix('u').startswith('int'))
-
-
-def class_names(dataset: datasets.Dataset, label_key: str) -> list[str] | None:
-    """Names of the classes, where the label column knows them."""
-    return getattr(dataset.features[label_key], 'names', None)
 
 
 class ImageDataset(Dataset):
@@ -158,98 +67,182 @@ class ImageDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        images, labels = self.fetch(indices)
+        images, labels = self.decode(self.dataset[indices], indices)
         return [dict(view=self.transform(image), label=label) for image, label in zip(images, labels)]
 
-    def fetch(self, indices: list[int]) -> tuple[list[Image.Image], list[int]]:
-        """Decoded RGB images and labels of some rows, read in one go.
+    def decode(self, table: pa.Table, indices: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
+        """Decoded RGB images and labels of the rows of a table, which are these samples.
 
         Raises:
-            InputError: An image cannot be decoded; the message names its row.
+            InputError: An image cannot be decoded; the message names its sample.
         """
-        table = self.dataset[indices]
-        labels = [-1] * len(indices)
-        if self.label_key is not None:
-            labels = [-1 if label is None else int(label) for label in table[self.label_key].to_pylist()]
-        return [
-            _decode(source, index) for source, index in zip(table[self.image_key].to_pylist(), indices)
-        ], labels
+        sources = column(table, self.image_key).to_pylist()
+        decode = getattr(self.transform, 'decode', decode_image)
+        images = [decode_source(source, index, decode) for source, index in zip(sources, indices, strict=True)]
+        return images, labels_of(table, self.label_key).tolist()
 
 
-def _decode(source: dict[str, Any] | None, index: int) -> Image.Image:
+def decode_source(source: dict[str, Any] | None, name: Any, decode: Callable = decode_image) -> Image.Image:
+    """An image as it is stored, as the RGB image that the transforms see.
+
+    Args:
+        source: Its `bytes`, or its `path`.
+        name: What to call the sample where it cannot be decoded.
+        decode: From bytes or a path to the image.
+
+    Raises:
+        InputError: It cannot be decoded.
+    """
     try:
         if not source or (source['bytes'] is None and source['path'] is None):
             raise OSError('it is empty')
-        return decode_image(source['bytes'] if source['bytes'] is not None else source['path'])
+        return decode(source['bytes'] if source['bytes'] is not None else source['path'])
     except Exception as error:
         # Pillow's readers of damaged files raise what happens to them: RuntimeError, struct.error, TypeError.
         path = f' ({source["path"]})' if source and source['path'] else ''
         raise InputError(
-            f'the image of sample {index}{path} cannot be decoded: {error}; mend or remove it, '
+            f'the image of sample {name}{path} cannot be decoded: {error}; mend or remove it, '
             f'and make the store again if it was removed')
 
 
 class SparseLogitDataset(ImageDataset):
     """The views of a store, each with its label and, once the store is filled, its record.
 
-    Indexed by (epoch, index) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store `record`
-    uint8 [width]: a codec decodes records where the model is.
+    Indexed by (epoch, position) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
+    `record` uint8 [width]: a codec decodes records where the model is. The index is what the view was drawn by: the
+    sample's position in the data set of the teacher or, with keys, the hash of its key.
+
+    Where the recipe mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share of
+    the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
 
     Args:
         dataset: A map-style Hugging Face data set with an image column.
         replay: Makes the views.
-        store: Where the records come from; None to fill a store, or to train on labels alone.
+        store: Where the records come from, an `Ensemble` too; None to fill a store, or to train on labels alone.
         image_key: The image column.
         label_key: The label column.
+        key: The column of keys; by default the store's.
+        first_sample: Index of the first row where there are neither store nor keys.
+
+    Attributes:
+        pairing: Who is mixed with whom, where the recipe mixes views.
 
     Raises:
-        InputError: The data set is not the store's, or has no image column.
+        InputError: The data set is not the store's, has no image column or no such column of keys, or has keys where
+            the recipe mixes views.
     """
 
     def __init__(
             self,
             dataset: datasets.Dataset,
             replay: Replay,
-            store: LogitStore | None = None,
+            store: LogitStore | Ensemble | None = None,
             image_key: str | None = None,
             label_key: str | None = None,
+            key: str | None = None,
+            first_sample: int = 0,
     ):
         super().__init__(dataset, replay, image_key, label_key)
         self.replay = replay
         self.store = store
-        if store is not None:
-            check_fingerprint(store, dataset_fingerprint(dataset, self.image_key, self.label_key))
+        self.key = key or (store.manifest.key if store else None)
+        self.first_sample = store.manifest.first_sample if store else first_sample
+        self.keys: KeyIndex | None = None
+        if key and store and not store.manifest.key:
+            raise InputError(f'the store {store.path} knows its samples by position; leave --key out')
+        refuse_keys(replay, self.key)
+        self.pairing = Pairing(replay.seed, len(dataset)) if replay.recipe.is_mixed else None
+        if self.key:
+            find_key(dataset, self.key)
+        if store and store.manifest.key:
+            self.keys = store.open_keys()
+            check_keys(store, self.keys, dataset, self.key, self.image_key)
+        elif store:
+            check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
-        images, labels = self.fetch([index for _, index in keys])
+        return self._samples(keys) if self.pairing is None else self._mixed_samples(keys)
+
+    def _mixed_samples(self, keys: list[Key]) -> list[dict[str, Any]]:
+        epochs, positions = np.array(keys, dtype=np.int64).T
+        mixed = {}
+        for epoch in np.unique(epochs).tolist():
+            numbers = np.unique(self.pairing.pairs_of(epoch, positions[epochs == epoch]))
+            members = self.pairing.members(epoch, numbers).ravel().tolist()
+            samples = self._samples([(epoch, position) for position in members])
+            pairs = list(zip(samples[::2], samples[1::2]))
+            views = self.replay.mix(
+                [(first['view'], second['view']) for first, second in pairs],
+                [(epoch, number) for number in numbers.tolist()])
+            for (first, second), (both, lam) in zip(pairs, views):
+                for sample, partner, view in ((first, second, both[0]), (second, first, both[1])):
+                    mixed[epoch, sample['index']] = {**sample, 'view': view, 'label2': partner['label'], 'lam': lam}
+        return [mixed[key] for key in zip(epochs.tolist(), positions.tolist())]
+
+    def _samples(self, keys: list[Key]) -> list[dict[str, Any]]:
+        epochs, positions = np.array(keys, dtype=np.int64).T
+        # Several views of one image are cut from one decoded image.
+        positions, place = np.unique(positions, return_inverse=True)
+        table = self.dataset[positions]
+        images, labels = self.decode(table, positions)
+        rows, indices = positions, positions + self.first_sample
+        if self.key:
+            names = column(table, self.key)
+            indices = hash_keys(names, positions)
+            if self.keys is not None:
+                rows = self.keys.rows_of(names, indices)
+            indices = indices.astype(np.int64)
+        indices = indices[place].tolist()
+        views = self.replay.views([images[number] for number in place], list(zip(epochs.tolist(), indices)))
         samples = [
-            dict(view=view, label=label, index=index)
-            for view, label, (_, index) in zip(self.replay.views(images, keys), labels, keys)]
+            dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, place, indices)]
         if self.store is not None:
-            for sample, record in zip(samples, self._records(keys)):
+            for sample, record in zip(samples, read_records(self.store, epochs, rows[place])):
                 sample['record'] = record
         return samples
 
-    def _records(self, keys: list[Key]) -> torch.Tensor:
-        epochs, indices = np.array(keys, dtype=np.int64).T
-        records = np.empty((len(keys), self.store.manifest.record_width), dtype=np.uint8)
-        for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            records[here] = self.store.read(epoch, indices[here])
-        try:
-            self.store.codec.check(records)
-        except ValueError as error:
-            raise InputError(f'the store {self.store.path} holds a bad record near sample {keys[0][1]}: {error}')
-        return torch.from_numpy(records)
+
+def refuse_keys(replay: Replay, key: str | None) -> None:
+    """Refuse keys where views are mixed: partners are known by position, and a part of the samples lacks some.
+
+    Raises:
+        InputError: There are both.
+    """
+    if key and replay.recipe.is_mixed:
+        raise InputError(
+            f'Mixup and CutMix pair the samples of a whole data set by position, but a part of it may do where the '
+            f'column {key!r} names them; leave --key and --streaming out, or --mixup and --cutmix')
+
+
+def read_records(store: LogitStore | Ensemble, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """Checked records, uint8 [B, width], of rows [B] of a store in epochs [B] of it.
+
+    Raises:
+        InputError: A record is missing or damaged.
+    """
+    records = np.empty((len(rows), store.manifest.record_width), dtype=np.uint8)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        records[here] = store.read(epoch, rows[here])
+    try:
+        store.codec.check(records)
+    except ValueError as error:
+        raise InputError(f'the store {store.path} holds a bad record near sample {rows[0]}: {error}')
+    return torch.from_numpy(records)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch: `view` uint8 [B, 3, H, W], and where there are `label`, `index` int64 [B], `record` [B, width]."""
+    """A batch of samples.
+
+    Returns:
+        `view` uint8 [B, 3, H, W], and where there are `label`, `label2` and `index` int64 [B], `lam` float32 [B] and
+        `record` uint8 [B, width].
+    """
     batch = {'view': torch.stack([sample['view'] for sample in samples])}
-    for name in ('label', 'index'):
+    for name in ('label', 'label2', 'lam', 'index'):
         if name in samples[0]:
             batch[name] = torch.tensor([sample[name] for sample in samples])
     if 'record' in samples[0]:
@@ -261,7 +254,9 @@ class EpochBatchSampler(BatchSampler):
     """Batches of (epoch, index) pairs for one rank: a seeded permutation per epoch, from any batch on.
 
     The permutation is cut into batches of all ranks together, so that a rank's share depends on nothing else.
-    An incomplete last batch is dropped.
+    An incomplete last batch is dropped. With several views per image, so many epochs share a permutation: each shows
+    another part of the images, and every image the views of all of these epochs, in one batch (after FKD, ECCV 2022).
+    Where views are mixed, the permutation is one of the pairs of the epoch, and both sides stand in one batch.
 
     Args:
         num_samples: Rows of the data set.
@@ -270,9 +265,12 @@ class EpochBatchSampler(BatchSampler):
         rank: This rank.
         world_size: Number of ranks.
         store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
+        views_per_image: Views of an image in a batch, which is decoded once for all of them.
+        pairing: The pairs of a data set whose views are mixed, its `pairing`.
 
     Raises:
-        InputError: The data set is smaller than one batch of all ranks.
+        InputError: The data set is smaller than one batch of all ranks, or a batch is no multiple of the views or
+            pairs; or there are both pairs and several views.
     """
 
     def __init__(
@@ -283,7 +281,19 @@ class EpochBatchSampler(BatchSampler):
             rank: int = 0,
             world_size: int = 1,
             store_epochs: Sequence[int] | None = None,
+            views_per_image: int = 1,
+            pairing: Pairing | None = None,
     ):
+        if batch_size % views_per_image:
+            raise InputError(
+                f'a batch of {batch_size} does not hold {views_per_image} views of each of its images; choose a '
+                f'--batch-size that is a multiple of --views-per-image')
+        if pairing is not None and views_per_image > 1:
+            raise InputError('Mixup and CutMix have other pairs in each epoch, so that images share no batch in '
+                             'several; leave --views-per-image out')
+        if pairing is not None and batch_size % 2:
+            raise InputError(f'a batch of {batch_size} does not hold both sides of each of its pairs; choose an even '
+                             f'--batch-size for Mixup and CutMix')
         if num_samples < batch_size * world_size:
             raise InputError(
                 f'the data set has {num_samples} samples, fewer than one batch of {batch_size} on {world_size} '
@@ -294,6 +304,8 @@ class EpochBatchSampler(BatchSampler):
         self.rank = rank
         self.world_size = world_size
         self.store_epochs = store_epochs
+        self.views_per_image = views_per_image
+        self.pairing = pairing
         self.epoch = 0
         self.start = 0
 
@@ -307,57 +319,18 @@ class EpochBatchSampler(BatchSampler):
         return self.num_samples // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        view_epoch = self.epoch
+        part = self.epoch % self.views_per_image
+        first_epoch = self.epoch - part
+        epochs = range(first_epoch, first_epoch + self.views_per_image)
         if self.store_epochs is not None:
-            view_epoch = self.store_epochs[self.epoch % len(self.store_epochs)]
-        order = np.random.Generator(np.random.PCG64([self.seed, self.epoch])).permutation(self.num_samples)
+            epochs = [self.store_epochs[epoch % len(self.store_epochs)] for epoch in epochs]
+        # Images stand alone, or in pairs.
+        group = 1 if self.pairing is None else 2
+        order = np.random.Generator(np.random.PCG64([self.seed, first_epoch])).permutation(self.num_samples // group)
+        num_groups = self.batch_size // (group * self.views_per_image)
         for batch in range(self.start, len(self)):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(view_epoch, index) for index in order[first:first + self.batch_size].tolist()]
-
-
-def dataset_fingerprint(
-        dataset: datasets.Dataset,
-        image_key: str | None = None,
-        label_key: str | None = None,
-) -> dict[str, Any]:
-    """What a data set is, on every machine and in every file format: rows, and a hash of labels and encoded images.
-
-    All labels are hashed, and the encoded bytes of 256 rows spread evenly over the data.
-    """
-    image_key = find_column(dataset, image_key, is_image=True)
-    label_key = find_column(dataset, label_key, is_image=False)
-    digest = hashlib.blake2b(digest_size=16)
-    arrow = dataset.with_format('arrow')
-    if label_key is not None:
-        for table in arrow.select_columns([label_key]).iter(1 << 16):
-            column = table[label_key].combine_chunks()
-            digest.update(np.asarray(column.cast(pa.int64()).fill_null(-1)).astype('<i8'))
-    rows = len(dataset)
-    picked = sorted({number * rows // NUM_FINGERPRINT_ROWS for number in range(NUM_FINGERPRINT_ROWS)}) if rows else []
-    sources = arrow.select_columns([image_key])[picked][image_key].to_pylist() if rows else []
-    for index, source in zip(picked, sources):
-        data = (source or {}).get('bytes') or b''
-        if source and source['bytes'] is None and source['path'] is not None:
-            try:
-                data = Path(source['path']).read_bytes()
-            except OSError as error:
-                raise InputError(f'the image of sample {index} ({source["path"]}) cannot be read: {error.strerror}')
-        digest.update(len(data).to_bytes(8, 'little') + data)
-    return {'num_samples': rows, 'hash': digest.hexdigest()}
-
-
-def check_fingerprint(store: LogitStore, fingerprint: dict[str, Any]) -> None:
-    """Refuse a data set that is not the store's.
-
-    Raises:
-        InputError: It has other rows, labels or images.
-    """
-    expected = store.manifest.dataset
-    if fingerprint == expected:
-        return
-    found, wanted = fingerprint['num_samples'], expected.get('num_samples')
-    what = f'{found} samples, the store has {wanted}' if found != wanted else f'{found} samples with other content'
-    raise InputError(
-        f'this is not the data set that the store {store.path} was made from: {what}; give the same --dataset and '
-        f'--train-split, or make a store for this one')
+            first = ((part * len(self) + batch) * self.world_size + self.rank) * num_groups
+            indices = order[first:first + num_groups]
+            if self.pairing is not None:
+                indices = self.pairing.members(epochs[0], indices).ravel()
+            yield [(epoch, index) for index in indices.tolist() for epoch in epochs]

@@ -7,10 +7,14 @@ non-zero status; every other exception is a bug and keeps its traceback.
 
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from contextlib import contextmanager
+from types import FrameType
+from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ['InputError', 'reports_input_errors']
+__all__ = ['InputError', 'Terminated', 'reports_input_errors']
 
 
 class InputError(ValueError):
@@ -25,19 +29,54 @@ class InputError(ValueError):
         super().__init__(message)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come; like Ctrl-C it unwinds the stack, so that everything is left in order."""
+
+
+@contextmanager
+def _stopping_in_order() -> Iterator[None]:
+    """Inside, Ctrl-C raises `KeyboardInterrupt` and SIGTERM `Terminated`, once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Launchers repeat themselves; a second signal must not break into what the first one has set off.
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A shell lets its background jobs ignore Ctrl-C.
+        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def reports_input_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
-    """Decorate a program's `main`: an `InputError` becomes one line on stderr and exit status 2, Ctrl-C 130."""
+    """Decorate a program's `main`: what ends it early becomes one line on stderr and an exit status.
+
+    2 for an `InputError`, 130 for Ctrl-C, 143 for SIGTERM.
+    """
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> None:
         try:
-            main(argv)
+            with _stopping_in_order():
+                main(argv)
         except InputError as error:
+            # torch ties what a worker has raised to its loader in a cycle, and a loader that the garbage collector
+            # finds waits 5 seconds and more for each of its workers.
+            error.__traceback__ = None
             print(f'error: {error}', file=sys.stderr, flush=True)
             status = 2
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print('stopped: the same command goes on from what is on disk', file=sys.stderr, flush=True)
-            status = 130
+            status = 143 if isinstance(stop, Terminated) else 130
         except RuntimeError as error:
             if os.environ.get('RANK', '0') == '0' or 'onnection' not in str(error):
                 raise

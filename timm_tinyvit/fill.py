@@ -1,101 +1,191 @@
 """Filling a store: the teacher looks once at every view of the shards that are missing.
 
-Teacher batches never cross a shard, so that a shard's bytes do not depend on who writes it.
+Any number of processes and machines fill a store at the same time, and may join and leave: each claims the next missing
+shard when its loader asks for one. Teacher batches never cross a shard, so that a shard's bytes do not depend on who
+writes it.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from .aside import remove_stale
+from .claims import Claims
 from .dataset import Key, SparseLogitDataset, collate
 from .errors import InputError
-from .launch import progress_seconds
-from .sparsifier import create_sparsifier
-from .store import LogitStore, Manifest
+from .launch import quiet_worker
+from .progress import StoreProgress
+from .sparsifier import Sparsifier, create_sparsifier
+from .store import LogitStore
+from .streaming import StreamedRows
 from .teacher import Teacher
 
-__all__ = ['fill_store']
+__all__ = ['fill_shard', 'fill_store']
 
 
-class _ShardBatches:
-    """Teacher batches of (epoch, index) pairs, shard by shard: no batch crosses a shard."""
+class _ClaimedBatches:
+    """Teacher batches of (epoch, index) pairs, shard by shard, each shard claimed when its first batch is asked for.
 
-    def __init__(self, manifest: Manifest, shards: Sequence[tuple[int, int]]):
-        self.manifest = manifest
+    Where nothing can be claimed, an iteration waits for the other processes before its first batch, and ends after a
+    later one: then shards of this very process may be among those that it would wait for.
+
+    Attributes:
+        claimed: The shards whose batches were handed out, in this order; who takes a shard's batches takes it away.
+        unfinished: Epochs that had missing shards at the last look.
+    """
+
+    def __init__(
+            self,
+            store: LogitStore,
+            epochs: Sequence[int],
+            shards: range,
+            claims: Claims,
+            waiting: Callable[[], None],
+    ):
+        self.store = store
         self.shards = shards
-        self.batch_size = manifest.teacher['batch_size']
-
-    def __len__(self) -> int:
-        return sum(-(-self.manifest.shard_rows(shard) // self.batch_size) for _, shard in self.shards)
+        self.claims = claims
+        self.waiting = waiting
+        self.batch_size = store.manifest.teacher['batch_size']
+        self.claimed: deque[tuple[int, int]] = deque()
+        self.unfinished = list(epochs)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for epoch, shard in self.shards:
-            first = shard * self.manifest.shard_size
-            stop = first + self.manifest.shard_rows(shard)
+        found = self._claim()
+        while found is None and self.unfinished:
+            self.waiting()
+            found = self._claim()
+        while found is not None:
+            self.claimed.append(found)
+            epoch, shard = found
+            first = shard * self.store.manifest.shard_size
+            stop = first + self.store.manifest.shard_rows(shard)
             for start in range(first, stop, self.batch_size):
                 yield [(epoch, index) for index in range(start, min(start + self.batch_size, stop))]
+            found = self._claim()
+
+    def num_batches(self, shard: int) -> int:
+        """Batches of a shard."""
+        return -(-self.store.manifest.shard_rows(shard) // self.batch_size)
+
+    def _claim(self) -> tuple[int, int] | None:
+        """The next shard that is neither on disk nor claimed by a living process, now claimed by this one."""
+        for epoch in list(self.unfinished):
+            missing = [shard for _, shard in self.store.missing([epoch]) if shard in self.shards]
+            if not missing:
+                self.unfinished.remove(epoch)
+                folder = self.store.shard_path(epoch, 0).parent
+                self.claims.clear(folder)
+                remove_stale(folder)
+            for shard in missing:
+                file = self.store.shard_path(epoch, shard)
+                if not self.claims.take(file):
+                    continue
+                # Its writer may have finished it between the two looks.
+                if not file.exists():
+                    return epoch, shard
+                self.claims.release(file)
+        return None
+
+
+def fill_shard(
+        store: LogitStore,
+        teacher: Teacher,
+        sparsifier: Sparsifier,
+        epoch: int,
+        shard: int,
+        batches: Iterable[dict[str, torch.Tensor]],
+        count: Callable[[int], None] = lambda views: None,
+) -> None:
+    """Write one shard.
+
+    Args:
+        store: The store.
+        teacher: Its teacher.
+        sparsifier: Its sparsifier.
+        epoch: The shard's epoch.
+        shard: Its number.
+        batches: All of its views in order: `view` uint8 [B, 3, H, W], `index` int64 [B].
+        count: Is told the views of each batch that the teacher has looked at.
+
+    Raises:
+        InputError: The teacher says NaN, or the disk is full.
+    """
+    records: list[np.ndarray] = []
+    for batch in batches:
+        try:
+            targets = sparsifier(teacher(batch['view']), epoch, batch['index'].tolist())
+        except ValueError as error:
+            raise InputError(f'epoch {epoch}, shard {shard}: {error}')
+        records.append(store.codec.encode(targets))
+        count(len(batch['view']))
+    store.write_shard(epoch, shard, np.concatenate(records))
 
 
 def fill_store(
         store: LogitStore,
         teacher: Teacher,
-        data: SparseLogitDataset,
+        data: SparseLogitDataset | StreamedRows,
         epochs: Sequence[int],
-        rank: int = 0,
-        world_size: int = 1,
+        shards: range | None = None,
         num_workers: int = 0,
         show_progress: bool = True,
+        expire: float = 60.,
+        beat: float = 5.,
 ) -> int:
-    """Fill this rank's share of the shards that these epochs lack.
+    """Fill the shards that these epochs lack, together with whoever else fills this store.
+
+    When it returns, all of them are on disk.
 
     Args:
         store: The store.
         teacher: Its teacher.
-        data: The data set with the store's replay, and no store.
+        data: The data set with the store's replay, and no store; or a stream.
         epochs: Which epochs of the store.
-        rank: This rank.
-        world_size: Number of ranks.
+        shards: Which shards of each epoch; all by default.
         num_workers: Loader processes.
-        show_progress: Show a bar with views per second and bytes.
+        show_progress: Show a bar of what everyone has done.
+        expire: Seconds without a beat after which another machine's process is taken for dead.
+        beat: Seconds between two beats of this process.
 
     Returns:
-        How many views this rank has looked at.
+        How many views this process has looked at.
 
     Raises:
-        InputError: An image cannot be decoded, the teacher says NaN, or the disk is full; finished shards stay.
+        InputError: There are no such shards, an image cannot be decoded, the teacher says NaN, or the disk is full;
+            finished shards stay, and the others are free for other processes.
     """
-    # By number and not by place in the list: another rank may have written a shard before this one looks.
-    shards = [
-        (epoch, shard) for epoch, shard in store.missing(epochs)
-        if (epoch * store.manifest.num_shards + shard) % world_size == rank
-    ]
-    batches = _ShardBatches(store.manifest, shards)
-    loader = DataLoader(
-        data, batch_sampler=batches, num_workers=num_workers, collate_fn=collate,
-        pin_memory=teacher.device.type == 'cuda')
     manifest = store.manifest
+    chosen = range(manifest.num_shards) if shards is None else shards[:max(0, manifest.num_shards - shards.start)]
+    if not chosen:
+        raise InputError(
+            f'shards {shards.start}:{shards.stop} were asked for, but an epoch of {store.path} has only shards '
+            f'0:{manifest.num_shards}; mend --shards')
     sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
-    num_views = sum(store.manifest.shard_rows(shard) for _, shard in shards)
-    written = 0
-    label = 'teacher' if world_size == 1 else f'teacher (rank 0 of {world_size})'
-    with tqdm(
-            total=num_views, unit='view', desc=label, disable=not show_progress,
-            mininterval=progress_seconds()) as bar:
-        stream = iter(loader)
-        for epoch, shard in shards:
-            rows = store.manifest.shard_rows(shard)
-            records: list[np.ndarray] = []
-            for _ in range(-(-rows // batches.batch_size)):
-                batch = next(stream)
-                try:
-                    targets = sparsifier(teacher(batch['view']), epoch, batch['index'].tolist())
-                except ValueError as error:
-                    raise InputError(f'epoch {epoch}, shard {shard}: {error}')
-                records.append(store.codec.encode(targets))
-                bar.update(len(batch['view']))
-            store.write_shard(epoch, shard, np.concatenate(records))
-            written += rows * store.manifest.record_width
-            bar.set_postfix_str(f'{written / 1e6:.1f} MB')
+    num_views = 0
+    with Claims(expire, beat) as claims, StoreProgress(store, epochs, chosen, show_progress) as progress:
+
+        def wait() -> None:
+            progress.refresh()
+            time.sleep(min(1., beat))
+
+        batches = _ClaimedBatches(store, epochs, chosen, claims, wait)
+        sampler = data.sampler(batches) if isinstance(data, StreamedRows) else batches
+        loader = DataLoader(
+            data, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=quiet_worker,
+            persistent_workers=num_workers > 0, pin_memory=teacher.device.type == 'cuda')
+        while batches.unfinished:
+            stream = iter(loader)
+            for batch in stream:
+                epoch, shard = batches.claimed.popleft()
+                others = islice(stream, batches.num_batches(shard) - 1)
+                fill_shard(store, teacher, sparsifier, epoch, shard, chain([batch], others), progress.add)
+                progress.finish()
+                claims.release(store.shard_path(epoch, shard))
+                num_views += manifest.shard_rows(shard)
     return num_views

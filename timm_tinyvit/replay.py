@@ -1,9 +1,10 @@
 """timm's training transforms as a pure function of (seed, epoch, index).
 
 The same (seed, epoch, index, image, recipe) gives the same bytes of the view: in any process, worker, order or rank.
-timm's factory makes the transform and timm's `RandomErasing` erases; nothing is augmented here. All random generators
-that timm draws from are seeded per view and put back as they were found. `probe` hashes the views of made images, so
-that a machine whose libraries make other views is found out before it trains on wrong targets.
+timm's factory makes the transform, timm's `RandomErasing` erases and timm's `FastCollateMixup` mixes the views of a
+pair; nothing is augmented here. All random generators that timm draws from are seeded per view and put back as they
+were found. `probe` hashes the views of made images, so that a machine whose libraries make other views is found out
+before it trains on wrong targets.
 """
 
 import hashlib
@@ -24,11 +25,12 @@ import PIL
 import torch
 from PIL import Image, ImageOps
 from PIL import features as pillow_features
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, FastCollateMixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import Compose
 
 from .errors import InputError
+from .mixing import Pairing
 from .tensor_images import TensorCrop, as_tensor, decode_jpeg
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 NUM_PROBE_VIEWS = 64
+MAX_NUMBER = 4096
 PROBE_JPEG = Path(__file__).with_name('probe.jpg')
 
 
@@ -48,7 +51,7 @@ def _is_like(value: Any, example: Any) -> bool:
 
 @dataclass(frozen=True)
 class ViewRecipe:
-    """Every argument of timm's `create_transform` that has a hand in a training view, and how images are decoded.
+    """Every argument of timm's `create_transform` and `Mixup` that has a hand in a training view, and the decoder.
 
     `mean` and `std` belong to the view, not to a model: RandAugment fills with the mean, and erasing writes what is
     noise of unit variance once normalised with them.
@@ -74,6 +77,11 @@ class ViewRecipe:
     re_prob: float = 0.
     re_mode: str = 'pixel'
     re_count: int = 1
+    mixup: float = 0.
+    cutmix: float = 0.
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = 1.
+    mixup_switch_prob: float = 0.5
     decoder: str = 'pillow'
     exif: str = 'transpose'
 
@@ -83,12 +91,20 @@ class ViewRecipe:
             if isinstance(value, list):
                 value = tuple(value)
                 object.__setattr__(self, item.name, value)
-            example = {'auto_augment': '', 'color_jitter_prob': 0.}.get(item.name, item.default)
+            optional = {'auto_augment': '', 'color_jitter_prob': 0., 'cutmix_minmax': (0., 0.)}
+            example = optional.get(item.name, item.default)
             if item.name == 'color_jitter' and isinstance(value, tuple):
                 example = (0.,) * len(value)
             if not _is_like(value, example) and (value, item.default) != (None, None):
                 raise InputError(f'the view recipe has {item.name} = {value!r}; expected values as in {example!r}')
-        for name in ('hflip', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 're_prob'):
+            numbers = [number for number in (value if isinstance(value, tuple) else (value,))
+                       if isinstance(number, (int, float))]
+            # A manifest may come from anywhere, and a view of this size is made to probe it.
+            if not all(-MAX_NUMBER <= number <= MAX_NUMBER for number in numbers):
+                raise InputError(f'the view recipe has {item.name} = {value!r}; expected {MAX_NUMBER} at most')
+        probabilities = (
+            'hflip', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 're_prob', 'mixup_prob', 'mixup_switch_prob')
+        for name in probabilities:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected a probability, 0 to 1')
         for name in ('scale', 'ratio', 're_count'):
@@ -104,6 +120,19 @@ class ViewRecipe:
             raise InputError('the decoder torch needs the crop mode rrc; give --decoder pillow for the others')
         if self.re_mode not in ('const', 'rand', 'pixel'):
             raise InputError(f'the erasing mode is {self.re_mode!r}; use const, rand or pixel')
+        for name in ('mixup', 'cutmix'):
+            if getattr(self, name) < 0:
+                raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected 0 for none, or more')
+        low, high = self.cutmix_minmax or (0., 1.)
+        if not 0 <= low < high <= 1 or any(int(side * low) == int(side * high) for side in self.input_size[1:]):
+            raise InputError(
+                f'the view recipe has cutmix_minmax = {self.cutmix_minmax}; expected two shares of the width, from 0 '
+                f'to 1 and at least one pixel apart')
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether views are mixed in pairs, by Mixup or CutMix."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain JSON values."""
@@ -193,7 +222,8 @@ class Replay:
         self.seed = seed
         arguments = {
             key: value for key, value in asdict(recipe).items()
-            if key not in ('decoder', 'exif', 're_prob', 're_mode', 're_count')
+            if not key.startswith(('mixup', 'cutmix')) and key not in (
+                'decoder', 'exif', 're_prob', 're_mode', 're_count')
         }
         try:
             # The factory leaves erasing out where it does not normalise.
@@ -209,6 +239,12 @@ class Replay:
                 recipe.re_prob, mode=recipe.re_mode, max_count=recipe.re_count, num_splits=0, device='cpu')
             self._mean = torch.tensor(recipe.mean).view(3, 1, 1)
             self._std = torch.tensor(recipe.std).view(3, 1, 1)
+        self._mixup: FastCollateMixup | None = None
+        if recipe.is_mixed:
+            # With the labels 0 and 1 of two classes, the mixed target is lambda.
+            self._mixup = FastCollateMixup(
+                recipe.mixup, recipe.cutmix, recipe.cutmix_minmax, recipe.mixup_prob, recipe.mixup_switch_prob,
+                mode='pair', label_smoothing=0., num_classes=2)
 
     def decode(self, data: bytes | str | Path) -> Image.Image | torch.Tensor:
         """An encoded image, or the file of one, as the recipe's decoder gives it.
@@ -235,6 +271,29 @@ class Replay:
         with preserve_random_state():
             return [self._view(image, *key) for image, key in zip(images, keys, strict=True)]
 
+    def mix(
+            self,
+            pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+            keys: Sequence[tuple[int, int]],
+    ) -> list[tuple[torch.Tensor, float]]:
+        """Mixup or CutMix of the views of pairs, as the recipe says; whatever is drawn goes for both sides of a pair.
+
+        Args:
+            pairs: Two views each, both uint8 [3, H, W], which may be overwritten.
+            keys: The (epoch, number of the pair) of each, see `Pairing`.
+
+        Returns:
+            Of each pair, both mixed views, uint8 [2, 3, H, W], and lambda: the share of either in its own mixed view.
+        """
+        mixed = []
+        with preserve_random_state():
+            for (first, second), (epoch, pair) in zip(pairs, keys, strict=True):
+                # Samples have no negative position, so that no view has the same draws.
+                seed_view(self.seed, epoch, -1 - pair)
+                views, targets = self._mixup([(first, 0), (second, 1)])
+                mixed.append((views, targets[0, 0].item()))
+        return mixed
+
     def _view(self, image: Image.Image | torch.Tensor, epoch: int, index: int) -> torch.Tensor:
         seed_view(self.seed, epoch, index)
         view = self._transform(image).contiguous()
@@ -249,8 +308,16 @@ class Replay:
             images[1:] = map(as_tensor, images[1:])
         digest = hashlib.blake2b(digest_size=16)
         keys = [(number // len(images), number) for number in range(NUM_PROBE_VIEWS)]
-        for view in self.views([images[index % len(images)] for _, index in keys], keys):
+        views = self.views([images[index % len(images)] for _, index in keys], keys)
+        for view in views:
             digest.update(view.numpy())
+        if self.recipe.is_mixed:
+            numbers = np.arange(NUM_PROBE_VIEWS // 2)
+            pairs = Pairing(self.seed, NUM_PROBE_VIEWS).members(0, numbers).tolist()
+            mixed = self.mix([(views[a], views[b]) for a, b in pairs], [(0, number) for number in numbers.tolist()])
+            for both, lam in mixed:
+                digest.update(both.numpy())
+                digest.update(struct.pack('<d', lam))
         return digest.hexdigest()
 
 

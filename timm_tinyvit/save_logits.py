@@ -1,7 +1,8 @@
-"""`accelerate launch -m timm_tinyvit.save_logits`: fill, check and describe a logit store.
+"""`accelerate launch -m timm_tinyvit.save_logits`: fill, verify, check and describe a logit store.
 
-The teacher looks once at every view of every epoch; its most probable classes go to disk. Every process takes its
-share of the missing shards. Stopped at any moment, the same command fills just what is still missing.
+The teacher looks once at every view of every epoch; its most probable classes go to disk. Every process takes the next
+missing shard until none is left, and so does every further launch of the same command, on any machine that has the
+folder. Stopped at any moment, the same command fills just what is still missing.
 """
 
 import argparse
@@ -12,23 +13,33 @@ from collections.abc import Callable, Sequence
 import datasets
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from .arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_store_arguments, add_view_arguments, amp_dtype,
     parse_arguments, view_arguments,
 )
 from .codec import create_codec
-from .dataset import SparseLogitDataset, collate, dataset_fingerprint, load_split
+from .dataset import SparseLogitDataset, collate, refuse_keys
+from .ensemble import Ensemble
 from .errors import InputError, reports_input_errors
+from .estimate import estimate_store
 from .fill import fill_store
-from .launch import create_accelerator
+from .fingerprint import dataset_fingerprint, iterate_keys, keyed_fingerprint
+from .keys import KeyIndex
+from .launch import create_accelerator, progress_seconds, stop_with_launcher
 from .replay import Replay, ViewRecipe, check_probe, library_versions
-from .sparse import SparseTargets
+from .reuse import copy_epochs, copy_keys, copy_range, merge_stores
+from .sources import Source, labels_of, load_split, select_columns
 from .sparsifier import create_sparsifier
 from .store import LogitStore, Manifest
+from .streaming import StreamedRows
 from .teacher import Teacher, create_pretrained
 
-__all__ = ['check_store', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'top1']
+__all__ = [
+    'check_store', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'open_stores', 'top1',
+    'views_to_fill',
+]
 
 NUM_CHECKED = 512
 NUM_SCORED = 100_000
@@ -55,7 +66,8 @@ def open_store(
         log: Takes the line that says which versions differ while the views do not.
 
     Raises:
-        InputError: There is no store, or its views are not those asked for or not those that this machine makes.
+        InputError: There is no store, a shard of it is cut short or another one, or its views are not those asked for
+            or not those that this machine makes.
     """
     store = LogitStore.open(path)
     teacher = store.manifest.teacher
@@ -75,13 +87,26 @@ def open_store(
     line = check_probe(replay, store.manifest.probe, store.manifest.versions)
     if line:
         log(line)
+    store.check_files(store.manifest.stored_epochs)
     return store, replay
 
 
+def open_stores(
+        paths: Sequence[str],
+        given_view: dict[str, Any],
+        log: Callable[[str], None] = print,
+) -> tuple[LogitStore | Ensemble, Replay]:
+    """Open one store, or several of different teachers as an ensemble; see `open_store`."""
+    opened = [open_store(path, given_view, log) for path in paths]
+    stores = [store for store, _ in opened]
+    return stores[0] if len(stores) == 1 else Ensemble(stores), opened[0][1]
+
+
 def create_store(
+        path: str,
         args: argparse.Namespace,
         teacher: Teacher,
-        fingerprint: dict[str, Any],
+        dataset: Source,
         epochs: int,
         log: Callable[[str], None] = print,
 ) -> tuple[LogitStore, Replay]:
@@ -89,14 +114,23 @@ def create_store(
 
     Settings without a flag come from the store that is there, or else from `STORE_DEFAULTS`.
 
+    Args:
+        path: The store.
+        args: The flags.
+        teacher: The teacher.
+        dataset: What the teacher looks at. A stream is gone through once for its keys, where the store has none yet.
+        epochs: The store is meant to hold the epochs before this one.
+        log: Takes a line about other versions that make the same views.
+
     Raises:
-        InputError: The store that is there was made another way.
+        InputError: The store that is there was made another way, or the data set does not fit.
     """
-    there = None
+    there, first_epoch, first_sample = None, 0, 0
     settings = dict(STORE_DEFAULTS)
-    if LogitStore.exists(args.logits):
-        there, replay = open_store(args.logits, view_arguments(args), log)
+    if LogitStore.exists(path):
+        there, replay = open_store(path, view_arguments(args), log)
         manifest = there.manifest
+        first_epoch, first_sample = manifest.first_epoch, manifest.first_sample
         settings = dict(
             sparsifier=manifest.sparsifier, topk=manifest.k, top_p=manifest.top_p, codec=manifest.codec,
             key=manifest.key, shard_size=manifest.shard_size, store_seed=manifest.seed,
@@ -104,11 +138,13 @@ def create_store(
     settings.update({key: getattr(args, key) for key in settings if getattr(args, key) is not None})
     if there is None:
         replay = Replay(ViewRecipe(**view_arguments(args)), settings['store_seed'])
+    refuse_keys(replay, settings['key'])
     try:
         top_p = settings['top_p'] if settings['sparsifier'] == 'nucleus' else 1.0
         sparsifier = create_sparsifier(settings['sparsifier'], settings['topk'], top_p)
         name = settings['codec'] or sparsifier.default_codec
         codec = create_codec(name, teacher.num_classes, settings['topk'], sparsifier.remainder)
+        sparsifier.check_codec(codec)
     except ValueError as error:
         raise InputError(
             f'{error} (--sparsifier, --topk, --top-p, --codec; the teacher {teacher.name} has '
@@ -117,6 +153,21 @@ def create_store(
                             ('store_seed', -1 << 63, (1 << 63) - 1)):
         if not low <= settings[name] <= high:
             raise InputError(f'--{name.replace("_", "-")} is {settings[name]}; expected {low} to {high}')
+    if epochs <= first_epoch:
+        raise InputError(f'the store {path} begins at epoch {first_epoch}: there is nothing to fill before '
+                         f'epoch {epochs}')
+    hashes = None
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    if not settings['key'] and not is_stream:
+        fingerprint = dataset_fingerprint(dataset, args.input_key, args.target_key)
+    elif there is not None and is_stream and KeyIndex.exists(there.path):
+        fingerprint = there.manifest.dataset
+    else:
+        fingerprint, hashes = keyed_fingerprint(dataset, settings['key'], args.input_key)
+        if there is not None and there.manifest.key and fingerprint != there.manifest.dataset:
+            raise InputError(
+                f'the store {path} was made from other samples ({len(hashes)} here, {there.manifest.num_samples} '
+                f'there) or from the same in another order; fill it from the data set that it was begun with')
     if not fingerprint['num_samples']:
         raise InputError('the training data are empty; name another --train-split')
     manifest = Manifest(
@@ -124,9 +175,11 @@ def create_store(
         num_classes=teacher.num_classes,
         k=settings['topk'],
         record_width=codec.width,
-        epochs=epochs,
+        epochs=epochs - first_epoch,
         seed=settings['store_seed'],
         shard_size=settings['shard_size'],
+        first_epoch=first_epoch,
+        first_sample=first_sample,
         sparsifier=sparsifier.name,
         top_p=top_p,
         remainder=sparsifier.remainder,
@@ -138,7 +191,24 @@ def create_store(
         probe=replay.probe() if there is None else there.manifest.probe,
         dataset=fingerprint,
     )
-    return LogitStore.create(args.logits, manifest), replay
+    store = LogitStore.create(path, manifest)
+    if hashes is not None and not KeyIndex.exists(store.path):
+        KeyIndex.write(store.path, store.manifest, hashes)
+    return store, replay
+
+
+def views_to_fill(
+        args: argparse.Namespace,
+        store: LogitStore,
+        replay: Replay,
+        dataset: Source,
+) -> SparseLogitDataset | StreamedRows:
+    """What the teacher of a store looks at: the views of its rows."""
+    if args.streaming:
+        return StreamedRows(dataset, replay, store, args.input_key)
+    manifest = store.manifest
+    return SparseLogitDataset(
+        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample)
 
 
 def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -> dict[str, float]:
@@ -156,25 +226,29 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
     if not epochs:
         raise InputError(f'the store {store.path} holds no complete epoch yet; fill it first')
     picks = np.random.Generator(np.random.PCG64(0))
-    count = min(NUM_CHECKED, len(epochs) * store.manifest.num_samples)
+    count = min(NUM_CHECKED, len(epochs) * len(data))
     keys = [
         (int(epoch), int(index)) for epoch, index in
-        zip(picks.choice(epochs, count), picks.integers(store.manifest.num_samples, size=count))
+        zip(picks.choice(epochs, count), picks.integers(len(data), size=count))
     ]
-    other, errors = 0, []
+    other, listed, errors = 0, 0, []
     batch_size = manifest.teacher['batch_size']
+    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
     for start in range(0, count, batch_size):
-        batch = collate(data.__getitems__(keys[start:start + batch_size]))
+        part = keys[start:start + batch_size]
+        batch = collate(data.__getitems__(part))
         stored = store.codec.decode(batch['record'])
-        fresh = SparseTargets.from_logits(teacher(batch['view']).cpu(), manifest.k)
-        same = stored.ids[:, :, None] == fresh.ids[:, None, :]  # [B, k, k]
+        fresh = sparsifier(teacher(batch['view']), *zip(*part)).to('cpu')
+        same = (stored.ids[:, :, None] == fresh.ids[:, None, :]) & fresh.valid[:, None, :]  # [B, k, k]
+        same &= stored.valid[:, :, None]
         other += int((stored.valid & ~same.any(dim=2)).sum())
+        listed += int(stored.valid.sum())
         rows, here, there = same.nonzero(as_tuple=True)
         errors.append((stored.log_probs[rows, here] - fresh.log_probs[rows, there]).abs())
     error = torch.cat(errors)
     return {
         'views': count,
-        'share_of_other_ids': other / (count * store.manifest.k),
+        'share_of_other_ids': other / listed,
         'mean_error': error.mean().item(),
         'largest_error': error.max().item(),
     }
@@ -186,9 +260,10 @@ def top1(store: LogitStore, epoch: int, labels: np.ndarray) -> float:
     Args:
         store: The store.
         epoch: A complete epoch of it.
-        labels: Labels of all samples [num_samples].
+        labels: Labels of all samples [num_samples]; -1, not scored, where there is none.
     """
-    indices = np.linspace(0, len(labels) - 1, min(NUM_SCORED, len(labels))).astype(np.int64)
+    indices = np.flatnonzero(labels >= 0)
+    indices = indices[np.linspace(0, len(indices) - 1, min(NUM_SCORED, len(indices))).astype(np.int64)]
     right = 0
     for part in np.array_split(indices, -(-len(indices) // 4096)):
         records = store.read(epoch, part)
@@ -199,12 +274,45 @@ def top1(store: LogitStore, epoch: int, labels: np.ndarray) -> float:
     return right / len(indices)
 
 
+def completeness(store: LogitStore) -> str:
+    """One line: which part of the store is on disk."""
+    manifest = store.manifest
+    missing = store.missing(manifest.stored_epochs)
+    total = manifest.epochs * manifest.num_shards
+    return (
+        f'shards           {total - len(missing)} of {total} ({manifest.shard_size:,} samples each), '
+        f'{manifest.epochs - len({epoch for epoch, _ in missing})} of {manifest.epochs} epochs complete')
+
+
+def verify_store(store: LogitStore, epochs: Sequence[int] | None = None) -> None:
+    """Read every byte of a store and print what is wrong, one line each, or that all is well.
+
+    Args:
+        store: The store.
+        epochs: Which epochs of it; all by default.
+
+    Raises:
+        InputError: Something is wrong, or the store is not meant to hold these epochs.
+    """
+    stored = store.manifest.stored_epochs
+    epochs = stored if epochs is None else epochs
+    if len(epochs) and not (epochs[0] in stored and epochs[-1] in stored):
+        raise InputError(
+            f'epochs {epochs[0]}:{epochs[-1] + 1} are to be verified, but the store {store.path} has '
+            f'{stored.start}:{stored.stop}; mend --epochs')
+    num_problems = 0
+    for problem in store.verify(tqdm(epochs, 'verify', unit='epoch', leave=False, mininterval=progress_seconds())):
+        tqdm.write(problem)
+        num_problems += 1
+    if num_problems:
+        raise InputError(f'{store.path} has {num_problems} problem(s), one on each line above')
+    print(f'{store.path}: {len(epochs) * store.manifest.num_shards} shards, every byte as it was written')
+
+
 def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
     """The manifest, what is on disk, and with labels the teacher's accuracy, as text."""
     manifest = store.manifest
-    missing = store.missing(manifest.stored_epochs)
-    incomplete = {epoch for epoch, _ in missing}
-    total = manifest.epochs * manifest.num_shards
+    incomplete = {epoch for epoch, _ in store.missing(manifest.stored_epochs)}
     views = manifest.epochs * manifest.num_samples
     teacher = manifest.teacher
     lines = [
@@ -215,40 +323,65 @@ def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
         f'seed {manifest.seed}',
         f'targets          {manifest.sparsifier}, k = {manifest.k}, remainder {manifest.remainder}',
         f'codec            {manifest.codec}, {manifest.record_width} bytes per view',
-        f'shards           {total - len(missing)} of {total} ({manifest.shard_size:,} samples each), '
-        f'{manifest.epochs - len(incomplete)} of {manifest.epochs} epochs complete',
+        completeness(store),
         f'size             {store.size() / 1e6:,.1f} MB on disk, {views * manifest.record_width / 1e6:,.1f} MB '
         f'when complete',
         f'views            {", ".join(f"{key}={value}" for key, value in manifest.recipe.items())}',
         f'made with        {", ".join(f"{key} {value}" for key, value in manifest.versions.items())}',
     ]
     complete = [epoch for epoch in manifest.stored_epochs if epoch not in incomplete]
-    if labels is None:
+    if labels is None or labels.max() < 0:
         lines.append('teacher accuracy unknown; give --dataset to compare with the labels')
     elif complete:
         scores = [top1(store, epoch, labels) for epoch in complete[:10]]
+        views = 'mixed views, by the first label,' if ViewRecipe.from_dict(manifest.recipe).is_mixed else 'views'
         lines.append(
-            f'teacher accuracy {100 * np.mean(scores):.2f}% top-1 on the views of {len(scores)} epoch(s), '
+            f'teacher accuracy {100 * np.mean(scores):.2f}% top-1 on the {views} of {len(scores)} epoch(s), '
             f'{100 * min(scores):.2f} to {100 * max(scores):.2f}')
     return '\n'.join(lines)
 
 
 def read_labels(dataset: datasets.Dataset, label_key: str) -> np.ndarray:
     """All labels of a data set, int64 [N]; -1 where there is none."""
-    column = dataset.with_format('arrow').select_columns([label_key])[:][label_key]
-    return np.asarray(column.fill_null(-1)).astype(np.int64)
+    return labels_of(select_columns(dataset, label_key)[:], label_key)
 
 
-def parse_epochs(text: str) -> range:
-    """`30` as epochs 0 to 29, `10:30` as 10 to 29."""
+def row_labels(data: SparseLogitDataset) -> np.ndarray:
+    """Labels of the rows of a store, int64 [num_samples]; -1 where the data set has no label, or no such sample."""
+    labels = read_labels(data.dataset, data.label_key)
+    if data.keys is None:
+        return labels
+    found = np.full(data.store.manifest.num_samples, -1)
+    found[data.keys.find(np.concatenate([hashes for hashes, _ in iterate_keys(data.dataset, data.key)]))] = labels
+    return found
+
+
+def reuse_stores(args: argparse.Namespace) -> LogitStore:
+    """The store that `--copy-to` or `--merge-from` makes from others."""
+    if args.merge_from:
+        return merge_stores(args.logits, [LogitStore.open(path) for path in args.merge_from])
+    store = LogitStore.open(args.logits)
+    if not args.dataset:
+        if args.samples:
+            raise InputError('--samples without --dataset: the copy is told from others by its images; name the data')
+        return copy_epochs(store, args.copy_to, args.epochs or store.manifest.stored_epochs)
+    dataset = load_split(args.dataset, args.train_split, is_training=True)
+    if args.samples:
+        return copy_range(
+            store, args.copy_to, args.samples, dataset, args.epochs, args.input_key, args.target_key)
+    return copy_keys(store, args.copy_to, dataset, args.epochs, args.input_key, args.key)
+
+
+def parse_range(text: str) -> range:
+    """`30` as the numbers 0 to 29, `10:30` as 10 to 29."""
     start, colon, stop = text.partition(':')
     try:
-        epochs = range(int(start or 0), int(stop)) if colon else range(int(start))
+        numbers = range(int(start or 0), int(stop)) if colon else range(int(start))
     except ValueError:
-        epochs = range(0)
-    if not epochs or epochs.start < 0:
-        raise argparse.ArgumentTypeError(f'epochs {text!r} are none; write 30, or 10:30')
-    return epochs
+        numbers = range(0)
+    if not numbers or numbers.start < 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is no range; write 30, or 10:30')
+    return numbers
 
 
 def _parser() -> ArgumentParser:
@@ -256,7 +389,16 @@ def _parser() -> ArgumentParser:
     add_data_arguments(parser)
     add_view_arguments(parser)
     add_store_arguments(parser)
-    parser.add_argument('--epochs', type=parse_epochs, metavar='A:B', help='epochs to fill, as in 30 or 0:30')
+    parser.add_argument('--epochs', type=parse_range, metavar='A:B', help='epochs to fill, as in 30 or 0:30')
+    parser.add_argument('--shards', type=parse_range, metavar='A:B', help='shards of each epoch (default: all)')
+    parser.add_argument('--copy-to', metavar='DIR', help='copy --epochs, --samples, or the keys of --dataset, there')
+    parser.add_argument('--samples', type=parse_range, metavar='A:B', help='rows to copy of a store without keys')
+    parser.add_argument('--merge-from', nargs='+', metavar='DIR', help='put these stores together into --logits')
+    parser.add_argument('--estimate', action='store_true', help='print bytes and hours of a store that is to be made')
+    parser.add_argument('--num-samples', type=int, metavar='N', help='for --estimate without --dataset')
+    parser.add_argument('--views-per-second', type=float, metavar='X', help='for --estimate: speed of one process')
+    parser.add_argument('--processes', type=int, default=1, metavar='N', help='for --estimate')
+    parser.add_argument('--verify', action='store_true', help='read every byte of --epochs, or of all')
     parser.add_argument('--check', action='store_true', help='run the teacher again on a sample of stored views')
     parser.add_argument('--describe', action='store_true', help='print the manifest, completeness, size and accuracy')
     return parser
@@ -268,13 +410,38 @@ def _require(args: argparse.Namespace, *names: str) -> None:
             raise InputError(f'--{name.replace("_", "-")} is missing; see --help')
 
 
+def _estimate(args: argparse.Namespace) -> str:
+    _require(args, 'epochs', 'teacher_num_classes')
+    if args.num_samples is None:
+        if args.dataset is None:
+            raise InputError('--num-samples is missing, or --dataset to count them; see --help')
+        args.num_samples = len(load_split(args.dataset, args.train_split, is_training=True))
+    for name in ('num_samples', 'teacher_num_classes', 'processes', 'views_per_second'):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise InputError(f'--{name.replace("_", "-")} is {value}; expected more than 0')
+    settings = {key: default if getattr(args, key) is None else getattr(args, key)
+                for key, default in STORE_DEFAULTS.items()}
+    return estimate_store(
+        args.num_samples, args.teacher_num_classes, len(args.epochs), settings['sparsifier'], settings['topk'],
+        settings['top_p'], settings['codec'], args.views_per_second, args.processes)
+
+
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program with these arguments, by default the command line's."""
     args = parse_arguments(_parser(), argv)
     args.dataset = args.dataset or args.data_dir
+    if args.estimate:
+        print(_estimate(args))
+        return
     _require(args, 'logits')
+    stop_with_launcher()
     accelerator = create_accelerator()
+    if args.verify:
+        if accelerator.is_main_process:
+            verify_store(LogitStore.open(args.logits), args.epochs)
+        return
     if args.describe:
         if not accelerator.is_main_process:
             return
@@ -284,20 +451,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             dataset = load_split(args.dataset, args.train_split, is_training=True)
             data = SparseLogitDataset(
                 dataset, Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed), store,
-                args.input_key, args.target_key)
-            labels = None if data.label_key is None else read_labels(dataset, data.label_key)
+                args.input_key, args.target_key, args.key)
+            labels = None if data.label_key is None else row_labels(data)
         print(describe_store(store, labels))
         return
 
+    if args.copy_to or args.merge_from:
+        if accelerator.is_main_process:
+            print(completeness(reuse_stores(args)))
+        return
+
     _require(args, 'dataset', 'teacher')
+    if args.check and args.streaming:
+        raise InputError('--check wants samples from anywhere in the data, which a stream does not give; leave '
+                         '--streaming out')
     with accelerator.main_process_first():
-        dataset = load_split(args.dataset, args.train_split, is_training=True)
+        dataset = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
     if args.check and not accelerator.is_main_process:
         return
     teacher = create_teacher(args, accelerator.device)
     if args.check:
         store, replay = open_store(args.logits, view_arguments(args))
-        data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key)
+        data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
         if teacher.weights != store.manifest.teacher['weights']:
             raise InputError(
                 f'{args.teacher} is not the teacher of the store {args.logits}: it was made with '
@@ -309,19 +484,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     _require(args, 'epochs')
-    fingerprint = dataset_fingerprint(dataset, args.input_key, args.target_key)
     with accelerator.main_process_first():
         log = print if accelerator.is_main_process else lambda line: None
-        store, replay = create_store(args, teacher, fingerprint, args.epochs.stop, log)
+        store, replay = create_store(args.logits, args, teacher, dataset, args.epochs.stop, log)
         if accelerator.is_main_process:
             store.remove_stale()
-    data = SparseLogitDataset(dataset, replay, None, args.input_key, args.target_key)
+    data = views_to_fill(args, store, replay, dataset)
     fill_store(
-        store, teacher, data, args.epochs, accelerator.process_index, accelerator.num_processes, args.workers,
-        show_progress=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
+        store, teacher, data, args.epochs, args.shards, args.workers, show_progress=accelerator.is_local_main_process)
     if accelerator.is_main_process:
-        print(describe_store(store).splitlines()[5])
+        print(completeness(store))
     accelerator.end_training()
 
 

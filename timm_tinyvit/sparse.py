@@ -12,10 +12,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ['REMAINDERS', 'SparseTargets', 'sparse_soft_target_cross_entropy']
+__all__ = ['REMAINDERS', 'SparseTargets', 'check_logits', 'sparse_soft_target_cross_entropy']
 
 REMAINDERS = ('uniform', 'none')
 CACHED_LOGITS = 1 << 18  # 1 MiB
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Raise a ValueError if teacher logits are not [B, C], or hold NaN or infinity."""
+    if logits.ndim != 2:
+        raise ValueError(f'teacher logits must be [B, C], but are {list(logits.shape)}')
+    bad_rows = (~torch.isfinite(logits)).any(dim=1).sum().item()
+    if bad_rows:
+        raise ValueError(
+            f'{bad_rows} of {len(logits)} rows of teacher logits hold NaN or infinity; '
+            f'check the teacher, or run it in float32')
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,8 @@ class SparseTargets:
     Attributes:
         ids: Class ids, int64 [B, k]; entries from `num_valid` on are padding.
         log_probs: Natural-log probabilities of these classes, float [B, k].
-        log_rest: Log of the probability mass of all other classes, float [B], or None where there is no such mass: k
-            equals the number of classes, or the remainder rule is `none`.
+        log_rest: Log of the probability mass of all other classes, float [B], minus infinity where there are none; or
+            None where no row has such mass: k equals the number of classes, or the remainder rule is `none`.
         num_valid: How many entries of a row count, int64 [B].
         num_classes: C.
         remainder: What the other classes get: `uniform`, equal shares of the rest mass, as in the paper; `none`,
@@ -79,16 +90,10 @@ class SparseTargets:
         Raises:
             ValueError: The logits are not [B, C], hold NaN or infinity, or k is out of range.
         """
-        if logits.ndim != 2:
-            raise ValueError(f'teacher logits must be [B, C], but are {list(logits.shape)}')
+        check_logits(logits)
         num_classes = logits.shape[1]
         if not 1 <= k <= num_classes:
             raise ValueError(f'k = {k} does not fit {num_classes} classes; choose k from 1 to {num_classes}')
-        bad_rows = (~torch.isfinite(logits)).any(dim=1).sum().item()
-        if bad_rows:
-            raise ValueError(
-                f'{bad_rows} of {len(logits)} rows of teacher logits hold NaN or infinity; '
-                f'check the teacher, or run it in float32')
         log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=1)
         top, ids = log_probs.topk(k, dim=1)
         log_rest = None
@@ -97,6 +102,25 @@ class SparseTargets:
             log_rest = log_probs.scatter(1, ids, -math.inf).logsumexp(dim=1)
         num_valid = torch.full((len(logits),), k, device=logits.device)
         return cls(ids, top, log_rest, num_valid, num_classes)
+
+    @classmethod
+    def from_draws(cls, draws: torch.Tensor, num_classes: int) -> 'SparseTargets':
+        """The estimate that N random classes of each row are: each class drawn gets the share of its draws.
+
+        Args:
+            draws: Class ids in ascending order, int64 [B, N]; a class may come several times.
+            num_classes: C.
+
+        Returns:
+            Targets of min(N, C) entries with the remainder rule `none`, in class order, on the device of `draws`.
+        """
+        batch, num_draws = draws.shape
+        is_first = torch.cat([torch.ones_like(draws[:, :1]), (draws[:, 1:] != draws[:, :-1]).long()], dim=1)
+        entries = is_first.cumsum(dim=1) - 1  # [B, N]
+        ids = draws.new_zeros(batch, min(num_draws, num_classes)).scatter_(1, entries, draws)
+        counts = torch.zeros_like(ids).scatter_add_(1, entries, torch.ones_like(draws))
+        log_probs = (counts.clamp(min=1) / num_draws).log()
+        return cls(ids, log_probs, None, entries[:, -1] + 1, num_classes, remainder='none')
 
     def to(self, device: torch.device, non_blocking: bool = False) -> 'SparseTargets':
         """The same targets on another device."""

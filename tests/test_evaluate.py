@@ -1,0 +1,108 @@
+"""`--eval` against the run that made the weights, and against timm's own transform and model."""
+
+import csv
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_data_config
+
+import train_distill
+from timm_tinyvit.hub import export_model
+from timm_tinyvit.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
+from timm_tinyvit.tiny_vit import rename_official
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = str(ROOT / 'examples' / 'fashion_mnist')
+SMALL = ['--dataset', DATA, '--val-split', 'test[:32]', '-j', '0', '--quiet', '-b', '8', '--model', 'test_efficientnet']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Path:
+    """A run with averaged weights, at 48 pixels."""
+    output = tmp_path_factory.mktemp('runs')
+    train_distill.main([
+        *SMALL, '--train-split', 'train[:32]', '--img-size', '48', '--epochs', '1', '--warmup-epochs', '0', '--lr',
+        '1e-2', '--model-ema', '--model-ema-decay', '0.5', '--output', str(output), '--experiment', 'run'])
+    return output / 'run'
+
+
+def evaluated(capsys, *argv) -> dict[str, float]:
+    capsys.readouterr()
+    train_distill.main([*SMALL, *argv])
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    return {name: float(value) for name, value in (part.split() for part in line.split(', '))}
+
+
+def test_eval_repeats_what_the_run_has_said_of_both_its_weights(run, capsys):
+    row, = csv.DictReader(open(run / 'metrics.csv'))
+    checkpoint = sorted(run.glob('checkpoint-*.pt'))[-1]
+    for weights, ending in ((run / 'last', ''), (checkpoint, ''), (run / 'last_ema', '_ema')):
+        found = evaluated(capsys, '--img-size', '48', '--eval', str(weights))
+        assert found == {name: pytest.approx(float(row[f'eval_{name}{ending}']), abs=6e-4) for name in found}
+        assert set(found) == {'loss', 'top1', 'top5'}
+    assert row['eval_loss'] != row['eval_loss_ema']
+
+
+def test_eval_prepares_images_as_timm_does(run, capsys):
+    found = evaluated(
+        capsys, '--eval', str(run / 'last'), '--img-size', '40', '--crop-pct', '0.8', '--crop-mode', 'squash',
+        '--interpolation', 'bilinear')
+    model = timm.create_model(f'local-dir:{run / "last"}', pretrained=True).eval()
+    flags = dict(img_size=40, crop_pct=0.8, crop_mode='squash', interpolation='bilinear')
+    transform = create_transform(**resolve_data_config(flags, model=model))
+    rows = datasets.load_dataset('parquet', data_files=f'{DATA}/test.parquet', split='train[:32]')
+    with torch.no_grad():
+        logits = model(torch.stack([transform(row['image'].convert('RGB')) for row in rows]))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows['label'])).item()
+    assert found['loss'] == pytest.approx(loss, abs=2e-3)
+
+
+def test_a_classifier_of_22k_is_scored_on_the_classes_of_1k(tmp_path, capsys):
+    """The labels are what the official class map makes of the best of 22k's scores for them."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=NUM_CLASSES_22K).eval()
+    export_model(tmp_path / 'model', model)
+    rows = datasets.load_dataset('parquet', data_files=f'{DATA}/test.parquet', split='train[:16]')
+    transform = create_transform(**resolve_data_config(dict(img_size=32), model=model))
+    with torch.no_grad():
+        scores = model(torch.stack([transform(row['image'].convert('RGB')) for row in rows]))
+    columns = torch.tensor([index if index >= 0 else NUM_CLASSES_22K for index in imagenet1k_in_22k()])
+    labels = torch.cat([scores, torch.zeros(16, 1)], 1)[:, columns].argmax(1).tolist()
+    names = datasets.ClassLabel(names=[f'class {number}' for number in range(1000)])
+    rows = rows.remove_columns('label').add_column('label', labels).cast_column('label', names)
+    (tmp_path / 'data').mkdir()
+    rows.to_parquet(tmp_path / 'data' / 'test.parquet')
+    found = evaluated(capsys, '--val-dataset', str(tmp_path / 'data'), '--val-split', 'test', '--model', 'test_resnet',
+                      '--img-size', '32', '--eval', str(tmp_path / 'model'))
+    assert found['top1'] == 100
+
+
+def test_an_official_checkpoint_is_evaluated_under_its_own_names(tmp_path, capsys):
+    torch.manual_seed(0)
+    model = timm.create_model('tiny_vit_5m_224', num_classes=10)
+    export_model(tmp_path / 'model', model)
+    known = json.loads((ROOT / 'tests' / 'golden' / 'tinyvit.json').read_text())['names']
+    weights = model.state_dict()
+    official = {theirs: weights[ours] for ours, theirs in rename_official({name: name for name in known}).items()}
+    torch.save({'model': official}, tmp_path / 'official.pth')
+    flags = ['--model', 'tiny_vit_5m_224', '--img-size', '64', '--val-split', 'test[:8]', '--eval']
+    assert evaluated(capsys, *flags, str(tmp_path / 'official.pth')) == evaluated(
+        capsys, *flags, str(tmp_path / 'model'))
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--eval'], 'no weights to evaluate'),
+    (['--eval', '/nowhere/last'], 'there is no file /nowhere/last'),
+    (['--eval', '{run}/last', '--model', 'test_resnet'], 'are of another model'),
+    (['--eval', '{run}/last', '--num-classes', '5'], 'are of another model'),
+    (['--eval', '{run}/last', '--val-split', 'exam'], 'no split exam'),
+], ids=['none', 'no file', 'other model', 'other classes', 'no split'])
+def test_what_cannot_be_evaluated_gets_one_sentence(run, capsys, one_sentence, argv, words):
+    with pytest.raises(SystemExit) as exit:
+        train_distill.main([*SMALL, *(argument.format(run=run) for argument in argv)])
+    assert exit.value.code == 2
+    one_sentence(capsys.readouterr().err.strip().splitlines()[-1], words)

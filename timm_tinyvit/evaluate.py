@@ -1,0 +1,156 @@
+"""Accuracy of a model on an evaluation split, with images prepared as timm's validate.py prepares them.
+
+Resize, crop and normalisation come from the model's configuration, changed by the flags. A classifier of ImageNet-22k
+is looked at on the labels of ImageNet-1k as in the paper: by its scores for those 1,000 classes.
+"""
+
+import argparse
+from typing import Any
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import create_transform, resolve_data_config
+from timm.utils import distribute_bn
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from .dataset import ImageDataset, collate
+from .errors import InputError
+from .imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k, logits_22k_to_1k
+from .launch import quiet_worker
+from .save_logits import read_labels
+from .sources import class_names, find_column, load_split
+from .student import create_student
+from .teacher import ModelInput
+
+__all__ = ['check_labels', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint', 'is_imagenet1k']
+
+
+def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: int, flag: str) -> None:
+    """Refuse a split whose labels the model cannot have.
+
+    Args:
+        dataset: The split.
+        label_key: Its label column.
+        num_classes: Classes of the model.
+        flag: The flag that named the split.
+
+    Raises:
+        InputError: There is no label column, no sample, or a label out of range.
+    """
+    if label_key is None:
+        raise InputError(f'the data of {flag} have no label column, only {", ".join(dataset.column_names)}; '
+                         f'name it with --target-key')
+    if not len(dataset):
+        raise InputError(f'the data of {flag} are empty; name another split')
+    labels = read_labels(dataset, label_key)
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        raise InputError(f'sample {bad[0]} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
+                         f'{num_classes} classes; check --target-key, --num-classes and {flag}')
+
+
+def is_imagenet1k(dataset: datasets.Dataset, label_key: str) -> bool:
+    """Whether labels are those of ImageNet-1k, by their number: class names, or else the largest label."""
+    names = class_names(dataset, label_key)
+    return (len(names) if names else read_labels(dataset, label_key).max() + 1) == len(imagenet1k_in_22k())
+
+
+def eval_config(args: argparse.Namespace, model: nn.Module, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """How images are prepared for evaluation: the model's configuration, changed by the flags, at this size."""
+    flags = {'crop_pct': args.crop_pct, 'crop_mode': args.crop_mode, 'interpolation': args.interpolation or ''}
+    if size is not None:
+        flags['input_size'] = (3, *size)
+    return resolve_data_config(flags, model=model)
+
+
+def eval_loader(
+        dataset: datasets.Dataset,
+        config: dict[str, Any],
+        args: argparse.Namespace,
+        rank: int,
+        world_size: int,
+) -> DataLoader:
+    """This rank's part of an evaluation split, as uint8 batches.
+
+    Raises:
+        InputError: timm does not make the transform.
+    """
+    try:
+        transform = create_transform(
+            config['input_size'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
+            interpolation=config['interpolation'], normalize=False)
+    except (KeyError, ValueError) as error:
+        raise InputError(f'timm cannot make the evaluation transform: {error!r}; check --interpolation')
+    data = ImageDataset(dataset, transform, args.input_key, args.target_key)
+    return DataLoader(
+        Subset(data, range(rank, len(data), world_size)), batch_size=args.validation_batch_size or args.batch_size,
+        num_workers=args.workers, collate_fn=collate, generator=torch.Generator(), worker_init_fn=quiet_worker)
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        prepare: ModelInput,
+        loader: DataLoader,
+        accelerator: Accelerator,
+        to_imagenet1k: bool = False,
+        stopped: Callable[[], bool] = bool,
+) -> dict[str, float] | None:
+    """Loss, top-1 and top-5 accuracy in percent over the samples of all ranks.
+
+    Args:
+        model: The bare model: ranks may have different numbers of batches, and DDP's forward would wait for all.
+        prepare: Normalises uint8 views on the device.
+        loader: This rank's part of the split.
+        accelerator: Sums over the ranks.
+        to_imagenet1k: The labels are those of ImageNet-1k, whatever the classifier.
+        stopped: Whether to break off.
+
+    Returns:
+        `loss`, `top1` and `top5`, or None where any rank broke off.
+    """
+    model.eval()
+    if accelerator.num_processes > 1:
+        # What is evaluated is what is exported: rank 0's statistics, where each rank has some of its own.
+        distribute_bn(model, accelerator.num_processes)
+    sums = torch.zeros(5, dtype=torch.float64)  # loss, top-1, top-5, samples, broken off
+    for batch in loader:
+        if stopped():
+            sums[4] = 1
+            break
+        labels = batch['label'].to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(prepare(batch['view'].to(accelerator.device)))
+        logits = logits.float()
+        if to_imagenet1k and logits.shape[1] == NUM_CLASSES_22K:
+            logits = logits_22k_to_1k(logits)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
+        loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
+        sums[:4] += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(labels))]).double().cpu()
+    loss, top1, top5, count, broken = accelerator.reduce(sums.to(accelerator.device, torch.float32), 'sum').tolist()
+    return None if broken else {'loss': loss / count, 'top1': 100 * top1 / count, 'top5': 100 * top5 / count}
+
+
+def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
+    """What `evaluate` says of the weights that `--eval` names, or else of those that the student starts from.
+
+    Raises:
+        InputError: There are no weights, or no labels that fit them.
+    """
+    args = argparse.Namespace(**{**vars(args), 'initial_checkpoint': args.eval or args.initial_checkpoint})
+    if not args.initial_checkpoint and not args.pretrained:
+        raise InputError('--eval has no weights to evaluate; give it a checkpoint, or add --pretrained')
+    with accelerator.main_process_first():
+        dataset = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+    size = None if args.img_size is None else (args.img_size, args.img_size)
+    model = create_student(args, args.num_classes, size).to(accelerator.device)
+    label_key = find_column(dataset, args.target_key, is_image=False)
+    check_labels(dataset, label_key, model.num_classes, '--val-split')
+    config = eval_config(args, model, size)
+    loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
+    prepare = ModelInput(config['mean'], config['std']).to(accelerator.device)
+    return evaluate(model, prepare, loader, accelerator, is_imagenet1k(dataset, label_key))
