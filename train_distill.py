@@ -107,6 +107,8 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group('optimisation')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='per process and step')
     group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per update')
+    group.add_argument('--views-per-image', type=int, default=1, metavar='N',
+                       help='views of N epochs that a batch shows of an image, decoded once for all of them')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='timm optimiser')
     group.add_argument('--opt-eps', type=float, metavar='X', help='its epsilon')
@@ -153,9 +155,9 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.dataset:
         raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')
     at_least = dict(
-        batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, store_epochs=1, val_interval=1,
-        checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0, recovery_interval=0,
-        warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0,
+        batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
+        val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0,
+        recovery_interval=0, warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0,
         clip_grad=0, momentum=0, model_ema_decay=0)
     at_most = dict(
         alpha=1, smoothing=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
@@ -175,6 +177,11 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError('--teacher with several stores in --logits: fill each with save_logits first')
     if args.streaming and (not args.logits or args.alpha < 1):
         raise InputError('--streaming learns from a store alone: give --logits, and leave --alpha out')
+    if (args.epochs + args.cooldown_epochs) % args.views_per_image:
+        raise InputError(f'{args.epochs + args.cooldown_epochs} epochs are no multiple of --views-per-image '
+                         f'{args.views_per_image}; without the last of them not every image is shown as often')
+    if args.streaming and args.views_per_image > 1:
+        raise InputError('--views-per-image wants the images in any order, which a stream does not give; leave it out')
     if args.mixup_mode is None:
         args.mixup_mode = 'pair' if args.logits else 'batch'
     if args.logits and args.mixup_mode != 'pair':
@@ -336,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         sampler = EpochBatchSampler(
             num_samples, args.batch_size, args.seed, rank, world_size, store.manifest.stored_epochs if store else None,
-            pairing=train_data.pairing)
+            args.views_per_image, train_data.pairing)
         loader = DataLoader(train_data, batch_sampler=sampler, **options)
     num_parts = args.grad_accum_steps
     images_per_update = args.batch_size * world_size * num_parts

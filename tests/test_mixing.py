@@ -312,6 +312,25 @@ def test_a_plain_student_sees_the_mixed_views_of_a_distilled_one(filled, tmp_pat
     assert_same(plain, distilled)
 
 
+def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path):
+    """Of a student that learns nothing, so that it is known what it said."""
+    rates = [text for name in ('lr', 'warmup-lr', 'min-lr') for text in (f'--{name}', '1e-30')]
+    train(tmp_path, 'run', '--logits', str(filled[0]), '--epochs', '1', *rates)
+    model = timm.create_model(f'local-dir:{tmp_path / "run" / "last"}', pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
+    store, replay = save_logits.open_store(filled[0], {})
+    data = SparseLogitDataset(load_split(DATA, SPLIT, is_training=True), replay, store)
+    sampler = EpochBatchSampler(61, 10, 42, store_epochs=range(2), pairing=data.pairing)
+    losses = []
+    for batch in DataLoader(data, batch_sampler=sampler, collate_fn=collate):
+        pairs = batch['label'].view(-1, 2)
+        dense = [mixup_target(pair, 10, lam, 0.1) for pair, lam in zip(pairs, batch['lam'][::2])]
+        logits = model((batch['view'] / 255 - mean) / std)
+        losses.append(SoftTargetCrossEntropy()(logits, torch.cat(dense)).item())
+    row = next(csv.DictReader(open(tmp_path / 'run' / 'metrics.csv')))
+    assert float(row['label_loss']) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
 def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, fashion, teacher, capsys, refused, one_sentence):
     store, replay = save_logits.open_store(filled[0], {})
     whole = load_split(DATA, SPLIT, is_training=True)
@@ -321,18 +340,17 @@ def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, fashion, tea
         copy_range(store, tmp_path / 'copy', range(0, 20), whole)
     with refused("column 'name'", 'leave --key'):
         SparseLogitDataset(whole.add_column('name', list(range(61))), replay, key='name')
-    common = [
-        '--dataset', DATA, '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--epochs', '1', '-j', '0', *FLAGS]
+    common = ['--dataset', DATA, '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--epochs', '1', *FLAGS]
     for flags in (['--train-split', SPLIT], ['--streaming']):
         with pytest.raises(SystemExit):
             save_logits.main([*common, *flags, '--key', 'label'])
         one_sentence(capsys.readouterr().err.strip().splitlines()[-1], "column 'label'", '--streaming')
     assert not (tmp_path / 'logits').exists()
     for flags, words in (
-        (['--logits', str(filled[0]), '-b', '5'], 'even --batch-size'),
-        (['--logits', str(filled[0]), '--streaming', '--alpha', '1'], 'leave --streaming out'),
-        (['--logits', str(filled[0]), '--mixup', '0.5'], 'mixup 0.8 instead of 0.5'),
+        (['-b', '5'], 'even --batch-size'),
+        (['--streaming', '--alpha', '1', '--train-split', 'train'], 'leave --streaming out'),
+        (['--mixup', '0.5'], 'mixup 0.5 instead of 0.8'),
     ):
         with pytest.raises(SystemExit):
-            train(tmp_path, 'refused', *flags)
+            train(tmp_path, 'refused', '--logits', str(filled[0]), *flags)
         one_sentence(capsys.readouterr().err.strip().splitlines()[-1], words)

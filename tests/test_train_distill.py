@@ -153,6 +153,22 @@ def test_two_processes_fill_the_same_store_and_train_together(distilled, teacher
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two))
 
 
+def test_a_run_with_several_views_of_an_image_in_a_batch_sees_each_view_once_and_learns(distilled, tmp_path):
+    seen = []
+
+    class Spy(train_distill.SparseLogitDataset):
+        def __getitems__(self, keys):
+            seen.extend(keys)
+            return super().__getitems__(keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_distill, 'SparseLogitDataset', Spy)
+        train_distill.main([
+            *SMALL, '--logits', str(distilled[1]), '--views-per-image', '2', '--output', str(tmp_path)])
+    assert sorted(seen) == [(epoch, index) for epoch in range(2) for index in range(96)]
+    assert all(seen[place][1] == seen[place + 1][1] for place in range(0, len(seen), 2))
+
+
 def test_cooldown_epochs_are_filled_too(teacher, tmp_path):
     train_distill.main([
         *SMALL, '--model', 'test_resnet', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '1',

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .aside import write_aside
 from .errors import InputError
-from .store import write_aside
 
 __all__ = ['is_finite', 'last_checkpoint', 'random_state', 'save_checkpoint', 'set_random_state', 'what_changes']
 

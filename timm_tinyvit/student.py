@@ -37,7 +37,7 @@ def create_student(
     Raises:
         InputError: There is no such model, or its weights do not fit it.
     """
-    kwargs = {'drop_rate': args.drop, 'checkpoint_path': '', **args.model_kwargs}
+    kwargs = {'drop_rate': args.drop, **args.model_kwargs}
     if args.drop_path is not None:
         kwargs['drop_path_rate'] = args.drop_path
     try:
