@@ -157,8 +157,8 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     at_least = dict(
         batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
         val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0,
-        recovery_interval=0, warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0,
-        clip_grad=0, momentum=0, model_ema_decay=0)
+        recovery_interval=0, warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0,
+        weight_decay=0, clip_grad=0, momentum=0, model_ema_decay=0)
     at_most = dict(
         alpha=1, smoothing=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
     above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0)
