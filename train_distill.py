@@ -45,7 +45,9 @@ from timm_tinyvit.checkpoint import (
 from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
 from timm_tinyvit.ensemble import Ensemble, ensemble_loss
 from timm_tinyvit.errors import InputError, Terminated, reports_input_errors
-from timm_tinyvit.evaluate import check_labels, eval_config, eval_loader, evaluate, evaluate_checkpoint, is_imagenet1k
+from timm_tinyvit.evaluate import (
+    check_label_values, check_labels, eval_config, eval_loader, evaluate, evaluate_checkpoint, is_imagenet1k,
+)
 from timm_tinyvit.fill import fill_store
 from timm_tinyvit.fingerprint import dataset_fingerprint
 from timm_tinyvit.hub import export_model
@@ -175,8 +177,8 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError('--teacher without --logits: name the folder that keeps what the teacher says')
     if args.teacher and len(args.logits) > 1:
         raise InputError('--teacher with several stores in --logits: fill each with save_logits first')
-    if args.streaming and (not args.logits or args.alpha < 1):
-        raise InputError('--streaming learns from a store alone: give --logits, and leave --alpha out')
+    if args.streaming and not args.logits:
+        raise InputError('--streaming needs a store with keys: give --logits')
     if (args.epochs + args.cooldown_epochs) % args.views_per_image:
         raise InputError(f'{args.epochs + args.cooldown_epochs} epochs are no multiple of --views-per-image '
                          f'{args.views_per_image}; without the last of them not every image is shown as often')
@@ -317,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if store and num_classes != store.manifest.num_classes:
         raise InputError(f'the student has {num_classes} classes, the store {store.path} '
                          f'{store.manifest.num_classes}; leave --num-classes out, or use another store')
-    if store is None or args.alpha < 1:
+    if (store is None or args.alpha < 1) and not args.streaming:
         check_labels(train_set, label_key, num_classes, '--train-split')
     val_key = find_column(val_set, args.target_key, is_image=False)
     check_labels(val_set, val_key, num_classes, '--val-split')
@@ -424,6 +426,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             labels2, lam = (batch[name].to(device, non_blocking=True) for name in ('label2', 'lam'))
             label_part = mixed_cross_entropy(logits.float(), labels, labels2, lam, args.smoothing)
         elif alpha < 1:
+            if args.streaming:  # where they could not be looked at before
+                check_label_values(batch['label'].numpy(), num_classes, 'a batch of --train-split')
             label_part = label_loss(logits.float(), labels)
         if store is not None:
             targets = store.codec.decode(batch['record'].to(device, non_blocking=True))

@@ -18,6 +18,7 @@ from timm_tinyvit.fingerprint import keyed_fingerprint
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.sources import class_names, find_column, load_split
 from timm_tinyvit.store import LogitStore
+from timm_tinyvit.evaluate import check_label_values
 from timm_tinyvit.streaming import SparseLogitStream, StreamedRows, StreamLoader
 
 ROWS = 90
@@ -199,10 +200,27 @@ def test_a_student_learns_from_a_stream_as_long_as_from_rows(folders, stores, tm
         '2e-3', '--logits', str(stores / 'cls'), '--output', str(tmp_path), '--quiet'])
     metrics = np.genfromtxt(tmp_path / 'test_resnet' / 'metrics.csv', delimiter=',', names=True)
     assert metrics['distill_loss'][-1] < metrics['distill_loss'][0] and len(metrics) == 4
-    assert '3 steps of 30 an epoch' in capsys.readouterr().out
+    assert metrics['label_loss'].max() == 0 and '3 steps of 30 an epoch' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train_distill.main(['--dataset', str(folders / 'cls'), '--streaming'])
-    assert '--streaming learns from a store alone' in capsys.readouterr().err
+    assert '--streaming needs a store with keys' in capsys.readouterr().err
+
+
+def test_a_student_learns_from_the_labels_of_a_stream_too(folders, stores, tmp_path, capsys):
+    command = [
+        '--dataset', str(folders / 'cls'), '--streaming', '--val-dataset', str(folders / 'parquet'), '--val-split',
+        'train', '--model', 'test_resnet', '--epochs', '1', '-b', '30', '-j', '0', '--warmup-epochs', '0', '--logits',
+        str(stores / 'cls'), '--alpha', '0.5', '--output', str(tmp_path), '--quiet']
+    train_distill.main(command)
+    metrics = np.genfromtxt(tmp_path / 'test_resnet' / 'metrics.csv', delimiter=',', names=True)
+    assert metrics['label_loss'] > 0 and metrics['distill_loss'] > 0
+
+
+def test_a_label_of_a_stream_that_the_student_cannot_have_is_refused(refused):
+    check_label_values(np.array([0, 9]), 10, 'here')
+    for labels in ([3, 10], [0, -1]):
+        with refused('sample 1', str(labels[1]), '10 classes', '--target-key'):
+            check_label_values(np.array(labels), 10, 'here')
 
 
 def test_a_share_smaller_than_a_batch_is_refused(folders, stores, refused):

@@ -26,7 +26,10 @@ from .sources import class_names, find_column, load_split
 from .student import create_student
 from .teacher import ModelInput
 
-__all__ = ['check_labels', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint', 'is_imagenet1k']
+__all__ = [
+    'check_label_values', 'check_labels', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint',
+    'is_imagenet1k',
+]
 
 
 def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: int, flag: str) -> None:
@@ -46,7 +49,15 @@ def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: 
                          f'name it with --target-key')
     if not len(dataset):
         raise InputError(f'the data of {flag} are empty; name another split')
-    labels = read_labels(dataset, label_key)
+    check_label_values(read_labels(dataset, label_key), num_classes, flag)
+
+
+def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
+    """Refuse labels, integer [N], that the model cannot have.
+
+    Raises:
+        InputError: A label is out of range; the first one is named.
+    """
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         raise InputError(f'sample {bad[0]} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
