@@ -173,6 +173,8 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 raise InputError(f'--{name.replace("_", "-")} is {value}; expected {words} {limit}')
     if args.sched == 'none':
         raise InputError('--sched none is not a schedule here; use --sched constant')
+    if args.compile and args.compile not in torch.compiler.list_backends(exclude_tags=()):
+        raise InputError(f'--compile {args.compile} is no backend of torch.compile; leave its name out for inductor')
     if args.teacher and not args.logits:
         raise InputError('--teacher without --logits: name the folder that keeps what the teacher says')
     if args.teacher and len(args.logits) > 1:
@@ -325,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_labels(val_set, val_key, num_classes, '--val-split')
     to_imagenet1k = is_imagenet1k(val_set, val_key)
     set_seed(args.seed)
-    student = create_student(args, num_classes, size)
+    student = create_student(args, num_classes, size, log)
     if args.sync_bn:
         if device.type == 'cpu':
             raise InputError('--sync-bn needs GPUs: torch has no synchronised batch norm on a CPU; leave it out')

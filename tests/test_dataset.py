@@ -652,6 +652,8 @@ def test_several_views_of_an_image_are_those_that_it_has_alone(real, replay):
 def test_a_batch_that_does_not_divide_into_its_views_is_refused(refused):
     with refused('batch of 10', '4 views', '--views-per-image'):
         EpochBatchSampler(100, 10, seed=0, views_per_image=4)
+    with refused('has 2 epochs', '4 views', '--views-per-image up to 2'):
+        EpochBatchSampler(100, 20, seed=0, store_epochs=range(2), views_per_image=4)
 
 
 def test_fewer_samples_than_one_batch_are_refused(refused):

@@ -331,7 +331,7 @@ def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path
     assert float(row['label_loss']) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, fashion, teacher, capsys, refused, one_sentence):
+def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, teacher, capsys, refused, one_sentence):
     store, replay = save_logits.open_store(filled[0], {})
     whole = load_split(DATA, SPLIT, is_training=True)
     with refused('60 samples, the store has 61'):

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 
 import train_distill
 from timm_tinyvit.arguments import recipe_names
+from timm_tinyvit.errors import InputError
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k
 from timm_tinyvit.optimization import create_optimizer, create_schedule, learning_rates
@@ -147,6 +148,21 @@ def test_the_classifier_of_22k_becomes_the_one_of_1k(tmp_path):
     assert student.num_classes == 1000
     for name, tensor in expected.state_dict().items():
         assert torch.equal(student.state_dict()[name], tensor), name
+
+
+def test_a_classifier_of_other_classes_starts_from_zero_and_the_log_says_so(tmp_path):
+    torch.manual_seed(0)
+    pretrained = timm.create_model('test_resnet', num_classes=20)
+    export_model(tmp_path, pretrained)
+    args = settings_of('in22k_to_in1k_tiny_vit_5m', '--model', 'test_resnet', '--initial-checkpoint', str(tmp_path))
+    lines = []
+    student = create_student(args, num_classes=10, log=lines.append)
+    assert len(lines) == 1 and '20 classes' in lines[0] and 'starts from zero' in lines[0]
+    for name, tensor in student.state_dict().items():
+        head = name.startswith('fc.')
+        assert not tensor.any() if head else torch.equal(tensor, pretrained.state_dict()[name]), name
+    with pytest.raises(InputError, match='of another model'):
+        create_student(args, num_classes=10)
 
 
 def test_windows_grow_from_one_resolution_to_the_next(tmp_path):

@@ -127,6 +127,22 @@ def test_a_copy_is_completed_by_the_same_command_and_goes_on_growing(stores, dat
     grown, there = tree(tmp_path / 'copy'), tree(stores / 'placed')
     assert all(grown[file] == there[file] for file in there if file.startswith(('epoch-00001', 'epoch-00002')))
     assert LogitStore.open(tmp_path / 'copy').manifest.stored_epochs == range(1, 3)
+    # It has no place for the epochs that were left out.
+    fill(tmp_path / 'copy', teachers[0], data / 'whole', '--epochs', '3')
+    assert tree(tmp_path / 'copy') == grown
+
+
+@pytest.mark.parametrize('name, flags', [
+    ('whole', []), ('whole', ['--dataset', 'mixed']), ('placed', ['--samples', '20:80', '--dataset', 'whole'])])
+def test_more_epochs_copied_into_a_copy_belong_to_it(name, flags, stores, data, tmp_path, capsys):
+    flags = [data / flag if flag in ('mixed', 'whole') else flag for flag in flags]
+    run('--logits', stores / name, '--copy-to', tmp_path / 'copy', '--epochs', '1:2', *flags)
+    run('--logits', stores / name, '--copy-to', tmp_path / 'copy', '--epochs', '2:3', *flags)
+    run('--logits', stores / name, '--copy-to', tmp_path / 'at once', '--epochs', '1:3', *flags)
+    assert tree(tmp_path / 'copy') == tree(tmp_path / 'at once')
+    said = refusal(['--logits', stores / name, '--copy-to', tmp_path / 'copy', '--epochs', '0:1', *flags], capsys)
+    assert 'begins at epoch 1' in said
+    assert tree(tmp_path / 'copy') == tree(tmp_path / 'at once')
 
 
 def test_a_copied_range_shows_the_views_and_records_of_the_whole(stores, data, teachers, fashion, tmp_path):

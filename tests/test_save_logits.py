@@ -195,6 +195,9 @@ def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
         ([*fill, store, '--store-seed', '1'], 'seed: 0, 1'),
         ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, 99'),
         ([*fill, store, '--hflip', '0'], 'hflip 0.0 instead of 0.5'),
+        ([*fill, tmp_path / 'new', '-j', '-1'], '--workers is -1'),
+        ([*fill, store, '--samples', '0:5'], 'give --copy-to too'),
+        (['--logits', tmp_path / 'new', '--merge-from', store, '--epochs', '1'], 'leave --copy-to and --epochs out'),
         (['--describe', '--logits', tmp_path], 'there is no logit store at'),
         ([*fill, teacher], 'is not a logit store; give --logits a new folder'),
     ]

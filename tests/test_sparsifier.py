@@ -18,7 +18,6 @@ from timm_tinyvit.variable import ladder
 
 # Logits of 60 augmented photographs by timm's tf_efficientnet_lite0 with its ImageNet-1k weights.
 TEACHER_LOGITS = Path(__file__).with_name('golden') / 'teacher_logits.npz'
-FASHION = str(Path(__file__).parents[1] / 'examples' / 'fashion_mnist')
 
 
 @pytest.fixture(scope='module')
@@ -166,11 +165,13 @@ def test_a_codec_holds_what_a_sparsifier_keeps_or_says_so_at_once(teacher_logits
             torch.testing.assert_close(decoded.densify(), targets.densify(), rtol=5e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize('name, k', [('nucleus', 8), ('sample', 30)])
-def test_a_store_is_filled_with_what_the_teacher_says_again(name, k, tmp_path, capsys):
+@pytest.mark.parametrize('name, k, key', [('nucleus', 8, ''), ('sample', 30, ''), ('sample', 30, 'name')])
+def test_a_store_is_filled_with_what_the_teacher_says_again(name, k, key, tmp_path, capsys, fashion):
     export_model(tmp_path / 'teacher', timm.create_model('test_resnet', num_classes=10))
+    rows = fashion.select(range(50))
+    rows.add_column('name', [f'image {number}' for number in range(50)]).save_to_disk(tmp_path / 'data')
     common = [
-        '--dataset', FASHION, '--train-split', 'train[:50]', '--img-size', '32', '-j', '0', '--shard-size', '32',
+        '--dataset', str(tmp_path / 'data'), '--key', key, '--img-size', '32', '-j', '0', '--shard-size', '32',
         '--teacher', str(tmp_path / 'teacher'), '--logits', str(tmp_path / 'logits'), '--sparsifier', name,
         '--topk', str(k), '--top-p', '0.9']
     save_logits.main([*common, '--epochs', '2'])

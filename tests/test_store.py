@@ -22,7 +22,7 @@ import torch
 from timm_tinyvit.codec import create_codec
 from timm_tinyvit.errors import InputError
 from timm_tinyvit.process import machine_name
-from timm_tinyvit.shard import FOOTER_SIZE
+from timm_tinyvit.shard import FOOTER_SIZE, ShardFormat
 from timm_tinyvit.store import LogitStore, Manifest, write_aside
 
 NUM_KILLS = 20
@@ -424,11 +424,24 @@ def test_a_bad_shard_in_a_batch_spoils_no_later_batch(tmp_path, refused):
     np.testing.assert_array_equal(store.read(0, range(100)), expected)
 
 
+def test_batches_of_several_epochs_check_each_shard_once(tmp_path, monkeypatch):
+    store = make_store(tmp_path / 'store', num_samples=30)
+    checked = []
+    check = ShardFormat.map
+    monkeypatch.setattr(
+        ShardFormat, 'map', lambda self, path, *place: checked.append(place) or check(self, path, *place))
+    for epoch in [0, 1] * 3:
+        np.testing.assert_array_equal(store.read(epoch, range(30)), make_records(store.manifest, epoch))
+    assert len(checked) == len(set(checked)) == 2 * store.manifest.num_shards
+
+
 def test_more_shards_than_a_process_may_map_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr('timm_tinyvit.mapped_epoch.MAX_MAPS', 5)
+    for module in ('mapped_epoch', 'store'):
+        monkeypatch.setattr(f'timm_tinyvit.{module}.MAX_MAPS', 5)
     store = make_store(tmp_path / 'store', num_samples=103, shard_size=4)
-    for indices in np.random.RandomState(0).randint(103, size=(60, 5)):
-        np.testing.assert_array_equal(store.read(1, indices), make_records(store.manifest, 1)[indices])
+    for number, indices in enumerate(np.random.RandomState(0).randint(103, size=(60, 5))):
+        epoch = number // 3 % 2
+        np.testing.assert_array_equal(store.read(epoch, indices), make_records(store.manifest, epoch)[indices])
 
 
 def test_mapped_shards_are_not_open_files(tmp_path):

@@ -328,6 +328,8 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*here, '--model', 'mixer_s16_224'], 'cannot be made for 32x32 pixels'),
         ([*here, '--model-kwargs', 'depth'], 'write pairs like name=value'),
         ([*here, '--sched', 'none'], 'use --sched constant'),
+        ([*here, '--compile', 'nosuch'], '--compile nosuch is no backend'),
+        ([*here, '--opt', 'adahessian'], 'needs second derivatives'),
         ([*here, '--output', Path(DATA) / 'draw.py'], 'choose another --output'),
         ([*here, '--logits', tmp_path / 'new', '--teacher', teacher, '--shard-size', '0'], '--shard-size is 0'),
         ([*here, '--target-key', 'name'], "no column 'name'"),

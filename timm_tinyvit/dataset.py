@@ -206,15 +206,15 @@ class SparseLogitDataset(ImageDataset):
 
 
 def refuse_keys(replay: Replay, key: str | None) -> None:
-    """Refuse keys where views are mixed: partners are known by position, and a part of the samples lacks some.
+    """Refuse keys where views are mixed: pairs are known by position, and in a part of the samples some are torn.
 
     Raises:
         InputError: There are both.
     """
     if key and replay.recipe.is_mixed:
         raise InputError(
-            f'Mixup and CutMix pair the samples of a whole data set by position, but a part of it may do where the '
-            f'column {key!r} names them; leave --key and --streaming out, or --mixup and --cutmix')
+            f'Mixup and CutMix pair samples by their position in the whole data set, but here the column {key!r} names '
+            f'them and partners may be absent; leave --key and --streaming out, or --mixup and --cutmix')
 
 
 def read_records(store: LogitStore | Ensemble, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
@@ -270,7 +270,7 @@ class EpochBatchSampler(BatchSampler):
 
     Raises:
         InputError: The data set is smaller than one batch of all ranks, or a batch is no multiple of the views or
-            pairs; or there are both pairs and several views.
+            pairs; or there are both pairs and several views, or more views than epochs of the store.
     """
 
     def __init__(
@@ -288,6 +288,10 @@ class EpochBatchSampler(BatchSampler):
             raise InputError(
                 f'a batch of {batch_size} does not hold {views_per_image} views of each of its images; choose a '
                 f'--batch-size that is a multiple of --views-per-image')
+        if store_epochs is not None and views_per_image > len(store_epochs):
+            raise InputError(
+                f'the store has {len(store_epochs)} epochs, so that {views_per_image} views of an image would show '
+                f'some twice in a batch; choose --views-per-image up to {len(store_epochs)}, or fill more epochs')
         if pairing is not None and views_per_image > 1:
             raise InputError('Mixup and CutMix have other pairs in each epoch, so that images share no batch in '
                              'several; leave --views-per-image out')

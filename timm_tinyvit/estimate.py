@@ -53,8 +53,8 @@ def estimate_store(
     if views_per_second:
         hours = views / views_per_second / num_processes / 3600
         lines.append(
-            f'teacher          {hours:,.1f} hours at {views_per_second:,.0f} views/s in each of {num_processes} '
-            f'process(es)')
+            f'teacher          {hours:,.1f} hours at {views_per_second:,.0f} views/s in '
+            + (f'each of {num_processes} processes' if num_processes > 1 else 'one process'))
     return '\n'.join(lines)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .shard import MappedShard, ShardFormat, shard_name
 
-__all__ = ['MappedEpoch']
+__all__ = ['MAX_MAPS', 'MappedEpoch']
 
 # Half of the maps that Linux allows a process.
 MAX_MAPS = 1 << 15
@@ -33,6 +33,10 @@ class MappedEpoch:
         # Of each shard the address of its records, 0 as long as it is not mapped.
         self._addresses = np.zeros(shard_format.manifest.num_shards, dtype=np.int64)
         self._memory, self._first_address = np.empty(0), 0
+
+    def __len__(self) -> int:
+        """Shards that are mapped."""
+        return len(self._shards)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Records, uint8 [n, width], of rows of the epoch, int64 [n], which must be rows of the store.

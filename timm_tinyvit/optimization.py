@@ -39,9 +39,13 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> t
         InputError: timm does not make it.
     """
     try:
-        return create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
     except (AssertionError, IndexError, TypeError, ValueError) as error:
         raise InputError(f'timm cannot make the optimiser {args.opt}: {error}; check --opt and its arguments')
+    if getattr(optimizer, 'is_second_order', False):
+        raise InputError(f'the optimiser {args.opt} needs second derivatives, which are not computed here; choose '
+                         f'another --opt')
+    return optimizer
 
 
 def create_schedule(

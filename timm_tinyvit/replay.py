@@ -126,8 +126,8 @@ class ViewRecipe:
         low, high = self.cutmix_minmax or (0., 1.)
         if not 0 <= low < high <= 1 or any(int(side * low) == int(side * high) for side in self.input_size[1:]):
             raise InputError(
-                f'the view recipe has cutmix_minmax = {self.cutmix_minmax}; expected two shares of the width, from 0 '
-                f'to 1 and at least one pixel apart')
+                f'the view recipe has cutmix_minmax = {self.cutmix_minmax}; expected two shares of height and '
+                f'width, from 0 to 1 and at least one pixel apart')
 
     @property
     def is_mixed(self) -> bool:

@@ -88,10 +88,11 @@ def copy_range(
                          f'samples lacks partners; leave --samples out to copy whole epochs')
     check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
     rows = np.arange(samples.start, samples.stop)
+    epochs = epochs or manifest.stored_epochs
     copy = _create(store, path, epochs, replace(
         manifest, num_samples=len(rows), first_sample=manifest.first_sample + samples.start,
         dataset=dataset_fingerprint(dataset.select(samples), image_key, label_key)))
-    _gather(copy, ([store], np.zeros_like(rows), rows))
+    _gather(copy, epochs, ([store], np.zeros_like(rows), rows))
     return copy
 
 
@@ -124,9 +125,10 @@ def copy_keys(
     check_keys(store, index, dataset, key, find_column(dataset, image_key, is_image=True))
     fingerprint, hashes = keyed_fingerprint(dataset, key, image_key)
     rows = index.find(hashes)
+    epochs = epochs or store.manifest.stored_epochs
     copy = _create(
         store, path, epochs, replace(store.manifest, num_samples=len(rows), key=key, dataset=fingerprint), hashes)
-    _gather(copy, ([store], np.zeros_like(rows), rows))
+    _gather(copy, epochs, ([store], np.zeros_like(rows), rows))
     return copy
 
 
@@ -185,7 +187,7 @@ def merge_stores(path: str | Path, sources: Sequence[LogitStore], log: Callable[
     merged = _create(
         sources[0], path, range(start, stop),
         replace(first, num_samples=len(kept), dataset=key_fingerprint(hashes[kept], samples)), hashes[kept])
-    _gather(merged, (sources, owners[kept], rows[kept]))
+    _gather(merged, range(start, stop), (sources, owners[kept], rows[kept]))
     return merged
 
 
@@ -199,13 +201,11 @@ def _check_epochs(store: LogitStore, epochs: range) -> None:
 def _create(
         store: LogitStore,
         path: str | Path,
-        epochs: range | None,
+        epochs: range,
         manifest: Manifest,
         hashes: np.ndarray | None = None,
 ) -> LogitStore:
     """An empty store of other samples for some epochs of a store, with its keys, or the one that is there."""
-    if epochs is None:
-        epochs = store.manifest.stored_epochs
     _check_epochs(store, epochs)
     copy = LogitStore.create(path, replace(manifest, first_epoch=epochs.start, epochs=len(epochs)))
     if hashes is not None and not KeyIndex.exists(copy.path):
@@ -225,12 +225,11 @@ def _take_shards(target: LogitStore, sources: Sequence[LogitStore], epochs: rang
                 break
 
 
-def _gather(target: LogitStore, places: Places) -> None:
-    """Write the shards that a store lacks from records of other stores."""
+def _gather(target: LogitStore, epochs: range, places: Places) -> None:
+    """Write the shards that a store lacks of these epochs from records of other stores."""
     sources, owners, rows = places
     size = target.manifest.shard_size
-    missing = target.missing(target.manifest.stored_epochs)
-    for epoch, shard in tqdm(missing, unit='shard', desc='gathering', mininterval=progress_seconds()):
+    for epoch, shard in tqdm(target.missing(epochs), unit='shard', desc='gathering', mininterval=progress_seconds()):
         here = slice(shard * size, shard * size + target.manifest.shard_rows(shard))
         records = np.empty((target.manifest.shard_rows(shard), target.manifest.record_width), dtype=np.uint8)
         for number, source in enumerate(sources):

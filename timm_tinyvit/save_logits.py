@@ -238,7 +238,8 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
         part = keys[start:start + batch_size]
         batch = collate(data.__getitems__(part))
         stored = store.codec.decode(batch['record'])
-        fresh = sparsifier(teacher(batch['view']), *zip(*part)).to('cpu')
+        # By what the views were drawn by, as when the store was filled: with keys it is not the position.
+        fresh = sparsifier(teacher(batch['view']), [epoch for epoch, _ in part], batch['index'].tolist()).to('cpu')
         same = (stored.ids[:, :, None] == fresh.ids[:, None, :]) & fresh.valid[:, None, :]  # [B, k, k]
         same &= stored.valid[:, :, None]
         other += int((stored.valid & ~same.any(dim=2)).sum())
@@ -314,7 +315,9 @@ def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
     manifest = store.manifest
     incomplete = {epoch for epoch, _ in store.missing(manifest.stored_epochs)}
     views = manifest.epochs * manifest.num_samples
-    teacher = manifest.teacher
+    # A manifest that was written by another program may say less.
+    unknown = dict.fromkeys(('name', 'weights', 'dtype', 'device'), 'unknown') | {'input_size': '??'}
+    teacher = unknown | manifest.teacher
     lines = [
         f'store            {store.path}',
         f'teacher          {teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, '
@@ -436,6 +439,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_estimate(args))
         return
     _require(args, 'logits')
+    if args.workers < 0:
+        raise InputError(f'--workers is {args.workers}; expected 0 or more')
+    if args.samples and not args.copy_to:
+        raise InputError('--samples names rows to copy; give --copy-to too, or leave it out')
+    if args.merge_from and (args.copy_to or args.epochs):
+        raise InputError('--merge-from takes all epochs of its stores; leave --copy-to and --epochs out, or copy them '
+                         'out first')
     stop_with_launcher()
     accelerator = create_accelerator()
     if args.verify:
@@ -490,8 +500,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             store.remove_stale()
     data = views_to_fill(args, store, replay, dataset)
+    # A copy may begin later, and has no place for the epochs before.
+    epochs = range(max(args.epochs.start, store.manifest.first_epoch), args.epochs.stop)
     fill_store(
-        store, teacher, data, args.epochs, args.shards, args.workers, show_progress=accelerator.is_local_main_process)
+        store, teacher, data, epochs, args.shards, args.workers, show_progress=accelerator.is_local_main_process)
     if accelerator.is_main_process:
         print(completeness(store))
     accelerator.end_training()

@@ -21,7 +21,7 @@ from .codec import Codec, create_codec
 from .errors import InputError
 from .keys import KeyIndex
 from .manifest import Manifest
-from .mapped_epoch import MappedEpoch
+from .mapped_epoch import MAX_MAPS, MappedEpoch
 from .shard import ShardFormat, shard_name
 
 __all__ = ['LogitStore', 'Manifest', 'write_aside']
@@ -29,6 +29,7 @@ __all__ = ['LogitStore', 'Manifest', 'write_aside']
 MANIFEST_NAME = 'store.json'
 MAX_MANIFEST_SIZE = 1 << 20
 NUM_VERIFIED = 1024
+MAX_MAPPED_EPOCHS = 8
 
 
 class LogitStore:
@@ -45,7 +46,7 @@ class LogitStore:
         self.manifest = manifest
         self.codec: Codec = create_codec(manifest.codec, manifest.num_classes, manifest.k, manifest.remainder)
         self._format = ShardFormat(manifest, self.codec)
-        self._mapped: MappedEpoch | None = None
+        self._mapped: dict[int, MappedEpoch] = {}  # the one that was read last stands last
 
     def __getstate__(self) -> tuple[Path, Manifest]:
         # Maps do not travel to loader workers; each worker maps what it reads.
@@ -63,10 +64,10 @@ class LogitStore:
     def create(cls, path: str | Path, manifest: Manifest) -> 'LogitStore':
         """Make an empty store, or open the one of the same manifest that is there.
 
-        A store that is there grows to `manifest.epochs` if it was meant to hold fewer.
+        A store that is there grows to the last epoch of the manifest if it was meant to end earlier.
 
         Raises:
-            InputError: Another store, or something else, is at this path.
+            InputError: Another store, or something else, is at this path, or the store there begins at a later epoch.
         """
         path = Path(path)
         # Looked at before the manifest is: another process may make this very store meanwhile.
@@ -87,8 +88,13 @@ class LogitStore:
             raise InputError(
                 f'{path} is a store of something else ({"; ".join(differences[:4])}; there and in this command); '
                 f'give --logits another folder, or the command the same settings')
-        if manifest.epochs > store.manifest.epochs:
-            store.extend(manifest.epochs)
+        first_epoch = store.manifest.first_epoch
+        if manifest.first_epoch < first_epoch:
+            raise InputError(
+                f'{path} begins at epoch {first_epoch}, what is put into it at epoch {manifest.first_epoch}; give it a '
+                f'new folder, or --epochs from {first_epoch} on')
+        if manifest.stored_epochs.stop > store.manifest.stored_epochs.stop:
+            store.extend(manifest.stored_epochs.stop - first_epoch)
         return store
 
     @classmethod
@@ -216,7 +222,7 @@ class LogitStore:
 
     def size(self) -> int:
         """Bytes of all shards on disk."""
-        return sum(file.stat().st_size for file in self.path.glob('epoch-*/shard-*.arrow'))
+        return sum(file.stat().st_size for file in self.path.glob('epoch-*/shard-*.arrow') if file.is_file())
 
     def write_shard(self, epoch: int, shard: int, records: np.ndarray) -> None:
         """Write the records of a whole shard, uint8 [rows, width], atomically.
@@ -234,7 +240,8 @@ class LogitStore:
     def read(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
         """Records, uint8 [n, width], of samples of one epoch in any order.
 
-        A shard is checked whole when one of its records is read for the first time. Shards of one epoch stay mapped.
+        A shard is checked whole when one of its records is read for the first time. Shards of several epochs stay
+        mapped, for batches with several views of each image.
 
         Args:
             epoch: Epoch of the store.
@@ -249,10 +256,15 @@ class LogitStore:
             raise InputError(
                 f'sample {indices[outside][0]} was asked of a store of {self.manifest.num_samples} samples; '
                 f'use the data set that the store was made from')
-        if self._mapped is None or epoch != self._mapped.epoch:
-            self._mapped = MappedEpoch(self._format, self.shard_path(epoch, 0).parent, epoch)
+        mapped = self._mapped.pop(epoch, None)
+        if mapped is None:
+            mapped = MappedEpoch(self._format, self.shard_path(epoch, 0).parent, epoch)
+        self._mapped[epoch] = mapped
+        while len(self._mapped) > 1 and (
+                len(self._mapped) > MAX_MAPPED_EPOCHS or sum(map(len, self._mapped.values())) > MAX_MAPS):
+            del self._mapped[next(iter(self._mapped))]
         try:
-            return self._mapped.read(indices)
+            return mapped.read(indices)
         except InputError:
             raise
         except ValueError as error:

@@ -2,13 +2,14 @@
 
 Weights come from timm, from a run of this project, or from the official code; a model with a `checkpoint_filter_fn`
 in its module makes them fit, windows and names included. A classifier of ImageNet-22k becomes the one of ImageNet-1k
-that the paper's fine-tuning starts from.
+that the paper's fine-tuning starts from; one of any other classes starts from zero, as in the paper's code.
 """
 
 import argparse
 import sys
 from pathlib import Path
 from textwrap import shorten
+from collections.abc import Callable
 
 import timm
 import torch
@@ -26,6 +27,7 @@ def create_student(
         args: argparse.Namespace,
         num_classes: int | None = None,
         size: tuple[int, int] | None = None,
+        log: Callable[[str], None] | None = None,
 ) -> nn.Module:
     """The student that the flags describe.
 
@@ -33,6 +35,7 @@ def create_student(
         args: The flags of the group `student`, and `channels_last`.
         num_classes: Classes of its head; by default those of its weights.
         size: Height and width of its input; by default its own.
+        log: Told what becomes of a classifier of other classes; without it only ImageNet-22k's is taken.
 
     Raises:
         InputError: There is no such model, or its weights do not fit it.
@@ -51,7 +54,7 @@ def create_student(
         if size is not None and hasattr(model, 'set_input_size'):
             model.set_input_size(img_size=size)
         if args.initial_checkpoint:
-            load_weights(model, args.initial_checkpoint)
+            load_weights(model, args.initial_checkpoint, log)
         # Models of a fixed size say so only when they see another one.
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *(size or model.pretrained_cfg['input_size'][-2:])))
@@ -64,12 +67,13 @@ def create_student(
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None = None) -> None:
     """Load weights into a timm model; from a head of ImageNet-22k to one of ImageNet-1k as the paper does.
 
     Args:
         model: The model, at its final size.
         path: Safetensors, a checkpoint that loads with `weights_only`, or a folder with model.safetensors.
+        log: Told what becomes of a classifier of other classes; without it only ImageNet-22k's is taken.
 
     Raises:
         ValueError: The weights are of another model.
@@ -80,11 +84,19 @@ def load_weights(model: nn.Module, path: str) -> None:
     fit = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if fit is not None:
         weights = fit(weights, model)
+    there, classifier = _num_classes(model, weights), model.get_classifier()
     try:
-        if _is_22k_to_1k(_num_classes(model, weights), model.num_classes):
+        if _is_22k_to_1k(there, model.num_classes):
             model.reset_classifier(NUM_CLASSES_22K)
             model.load_state_dict(weights)
             classifier_22k_to_1k(model)
+            if log:
+                log(f'{path}: the classifier of ImageNet-22k gives the rows of the classes of ImageNet-1k')
+        elif log and there not in (None, model.num_classes) and isinstance(classifier, nn.Linear):
+            name = next(name for name, module in model.named_modules() if module is classifier)
+            zeros = {f'{name}.{key}': torch.zeros_like(value) for key, value in classifier.state_dict().items()}
+            model.load_state_dict({**weights, **zeros})
+            log(f'{path}: its classifier has {there} classes, the student {model.num_classes}; it starts from zero')
         else:
             model.load_state_dict(weights)
     except RuntimeError as error:
