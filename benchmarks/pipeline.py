@@ -58,7 +58,7 @@ def make_images(source: Path, folder: Path, count: int) -> None:
     """Crops of photographs as JPEG files of 500x375, about as large as those of ImageNet."""
     files = sorted(file for file in source.iterdir() if file.suffix.lower() in ('.jpg', '.jpeg', '.png', '.webp'))
     if not files:
-        raise SystemExit(f'error: there is no photograph in {source}; give --images a folder of JPEG, PNG or WebP files')
+        raise SystemExit(f'error: there is no photograph in {source}; give --images a folder of JPEGs or PNGs')
     draws = random.Random(0)
     for number in range(count):
         image = Image.open(files[number % len(files)]).convert('RGB')

@@ -167,7 +167,7 @@ def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(start, tmp_
 
 @pytest.mark.skipif(resource is None, reason='needs file-size limits')
 @pytest.mark.parametrize('limit, unwritten', [
-    (10_000, 'metrics.png'), (100_000, 'last/model.safetensors'), (1_000_000, 'checkpoint-0001-000000000.pt')])
+    (10_000, 'metrics.png'), (100_000, 'last/model.safetensors'), (1_000_000, 'checkpoint-000001-000000000000.pt')])
 def test_a_full_disk_stops_training_with_one_sentence(start, tmp_path, limit, unwritten):
     """As a file-size limit, at which writing fails like on a full disk; once it is gone the same command finishes."""
     argv = [*SMALL, '-b', '8', '--epochs', '1', '--experiment', 'run']
@@ -254,7 +254,7 @@ def test_a_run_goes_on_with_another_number_of_processes(start, tmp_path, before,
     """The images seen of the epoch, the rates and the number of updates are those of a run in peace."""
     argv = [*SMALL, '--experiment', 'run', *EVERY_STEP]
     launch = start([*argv, '-b', str(8 // before)], before)
-    wait_for(lambda: max(checkpoints(tmp_path / 'run'), default='') >= 'checkpoint-0000-000000032.pt', launch)
+    wait_for(lambda: max(checkpoints(tmp_path / 'run'), default='') >= 'checkpoint-000000-000000000032.pt', launch)
     kill(launch)
     first = torch.load(tmp_path / 'run' / checkpoints(tmp_path / 'run')[-1], weights_only=True)
     said = finish(start([*argv, '-b', str(8 // after)], after), tmp_path)
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, capsys, m
     said = message_of(capsys, tmp_path)
     assert 'the loss or the gradient of step 5 in epoch 0 is not finite' in said and str(tmp_path / 'run') in said
     name, = checkpoints(tmp_path / 'run')
-    assert name == 'checkpoint-0000-000000040.pt'
+    assert name == 'checkpoint-000000-000000000040.pt'
     state = torch.load(tmp_path / 'run' / name, weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state['model'].values())
     assert state['optimizer']['state'][0]['step'] == 5
@@ -343,7 +343,7 @@ def test_random_states_come_back_exactly():
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     for epoch in range(4):
         checkpoint.save_checkpoint(tmp_path, {'epoch': epoch, 'samples': 0}, keep=2)
-    assert checkpoints(tmp_path) == ['checkpoint-0002-000000000.pt', 'checkpoint-0003-000000000.pt']
+    assert checkpoints(tmp_path) == ['checkpoint-000002-000000000000.pt', 'checkpoint-000003-000000000000.pt']
 
 
 def test_deterministic_is_asked_of_torch(tmp_path):

@@ -1,6 +1,7 @@
 """`--eval` against the run that made the weights, and against timm's own transform and model."""
 
 import csv
+import shutil
 import json
 from pathlib import Path
 
@@ -45,6 +46,18 @@ def test_eval_repeats_what_the_run_has_said_of_both_its_weights(run, capsys):
         assert found == {name: pytest.approx(float(row[f'eval_{name}{ending}']), abs=6e-4) for name in found}
         assert set(found) == {'loss', 'top1', 'top5'}
     assert row['eval_loss'] != row['eval_loss_ema']
+
+
+def test_eval_takes_size_and_crop_from_the_folder_of_the_weights(run, capsys, tmp_path, one_sentence):
+    row, = csv.DictReader(open(run / 'metrics.csv'))
+    for weights in (run / 'last', run / 'last' / 'model.safetensors'):
+        found = evaluated(capsys, '--eval', str(weights))
+        assert found['loss'] == pytest.approx(float(row['eval_loss']), abs=6e-4)
+    shutil.copytree(run / 'last', tmp_path / 'last')
+    (tmp_path / 'last' / 'config.json').write_text('[]')
+    with pytest.raises(SystemExit):
+        evaluated(capsys, '--eval', str(tmp_path / 'last'))
+    one_sentence(capsys.readouterr().err.strip(), 'config.json')
 
 
 def test_eval_prepares_images_as_timm_does(run, capsys):

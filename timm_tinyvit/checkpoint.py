@@ -70,7 +70,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    file = folder / f'checkpoint-{state["epoch"]:04d}-{state["samples"]:09d}.pt'
+    file = folder / f'checkpoint-{state["epoch"]:06d}-{state["samples"]:012d}.pt'
     write_aside(file, buffer.getbuffer())
     for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
         old.unlink()

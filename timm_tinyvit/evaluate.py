@@ -5,6 +5,8 @@ is looked at on the labels of ImageNet-1k as in the paper: by its scores for tho
 """
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 from collections.abc import Callable
 
@@ -149,6 +151,8 @@ def evaluate(
 def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
     """What `evaluate` says of the weights that `--eval` names, or else of those that the student starts from.
 
+    Size, crop and normalisation come from the flags, else from the config.json beside the weights, else from the model.
+
     Raises:
         InputError: There are no weights, or no labels that fit them.
     """
@@ -157,11 +161,31 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         raise InputError('--eval has no weights to evaluate; give it a checkpoint, or add --pretrained')
     with accelerator.main_process_first():
         dataset = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
-    size = None if args.img_size is None else (args.img_size, args.img_size)
+    beside = _config_beside(args.initial_checkpoint)
+    size = tuple(beside['input_size'][-2:]) if 'input_size' in beside else None
+    if args.img_size is not None:
+        size = (args.img_size, args.img_size)
     model = create_student(args, args.num_classes, size).to(accelerator.device)
+    model.pretrained_cfg.update(beside)
     label_key = find_column(dataset, args.target_key, is_image=False)
     check_labels(dataset, label_key, model.num_classes, '--val-split')
     config = eval_config(args, model, size)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
     prepare = ModelInput(config['mean'], config['std']).to(accelerator.device)
     return evaluate(model, prepare, loader, accelerator, is_imagenet1k(dataset, label_key))
+
+
+def _config_beside(weights: str | None) -> dict[str, Any]:
+    """How images were prepared for weights, by the config.json of their folder; empty where there is none."""
+    if not weights:
+        return {}
+    path = Path(weights).expanduser()
+    file = (path if path.is_dir() else path.parent) / 'config.json'
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding='utf-8'))['pretrained_cfg']
+        names = ('input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+        return {name: config[name] for name in names if name in config}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f'{file} is not the config.json of a timm model; mend or remove it')
