@@ -2,8 +2,13 @@
 
 import io
 import multiprocessing
+import os
 from contextlib import contextmanager
 from pathlib import Path
+
+# Tests start many processes. With a thread each for every core, their threads wait for each other's processors, and two
+# ranks on two cores take minutes for seconds; and rounding depends on the number of threads. Before torch is imported.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import datasets
 import pytest
