@@ -3,12 +3,16 @@
 import io
 import multiprocessing
 import os
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
 # Tests start many processes. With a thread each for every core, their threads wait for each other's processors, and two
 # ranks on two cores take minutes for seconds; and rounding depends on the number of threads. Before torch is imported.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import datasets
 import pytest
