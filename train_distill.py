@@ -39,6 +39,7 @@ from timm_tinyvit.arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_store_arguments, add_view_arguments, parse_arguments,
     view_arguments,
 )
+from timm_tinyvit.aside import write_aside
 from timm_tinyvit.checkpoint import (
     is_finite, last_checkpoint, random_state, save_checkpoint, set_random_state, what_changes,
 )
@@ -61,7 +62,7 @@ from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
 from timm_tinyvit.save_logits import create_store, create_teacher, open_stores, views_to_fill
 from timm_tinyvit.sources import class_names, find_column, load_split
-from timm_tinyvit.store import LogitStore, write_aside
+from timm_tinyvit.store import LogitStore
 from timm_tinyvit.streaming import SparseLogitStream, StreamLoader
 from timm_tinyvit.student import create_student, freeze_batch_norm
 from timm_tinyvit.teacher import ModelInput

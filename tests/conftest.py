@@ -16,8 +16,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import datasets
 import pytest
+import timm
+import torch
 
 from timm_tinyvit.errors import InputError
+from timm_tinyvit.hub import export_model
 
 EXAMPLES = Path(__file__).parents[1] / 'examples' / 'fashion_mnist'
 
@@ -74,3 +77,12 @@ def warm_processes():
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['pytest', 'timm_tinyvit.save_logits'])
     return context
+
+
+@pytest.fixture(scope='session')
+def teacher(tmp_path_factory) -> str:
+    """A small timm model with the weights of one seed, as a folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('teacher')
+    export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 32, 32)})
+    return str(folder)

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 import train_distill
 from timm_tinyvit import save_logits
 from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
-from timm_tinyvit.hub import export_model
 from timm_tinyvit.mixing import Pairing, mixed_cross_entropy
 from timm_tinyvit.replay import Replay, ViewRecipe, preserve_random_state, seed_view
 from timm_tinyvit.reuse import copy_range
@@ -240,15 +239,6 @@ def test_the_label_loss_is_that_of_the_dense_mixed_target(smoothing):
 
 
 # The programs
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory) -> str:
-    """A small timm model with the weights of one seed, as a folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('teacher')
-    export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 32, 32)})
-    return str(folder)
 
 
 @pytest.fixture(scope='module')

@@ -112,14 +112,6 @@ def test_a_linear_schedule_falls_in_a_straight_line():
         assert optimizer.param_groups[0]['lr'] == pytest.approx(expected)
 
 
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('teacher')
-    export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 32, 32)})
-    return str(folder)
-
-
 @pytest.mark.parametrize('recipe', recipe_names())
 def test_every_recipe_runs_two_updates_on_real_images(recipe, teacher, tmp_path, capsys):
     flags = [

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from timm.utils import dispatch_clip_grad
 
 import train_distill
-from timm_tinyvit.hub import export_model
 from timm_tinyvit.optimization import clip_gradients
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.store import LogitStore
@@ -38,15 +37,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory) -> str:
-    """A small timm model with the weights of one seed, as a folder."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('teacher')
-    export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 32, 32)})
-    return str(folder)
 
 
 @pytest.fixture(scope='module')

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import nn
 
-from .store import write_aside
+from .aside import write_aside
 
 __all__ = ['export_model']
 

@@ -4,7 +4,7 @@ import csv
 import io
 from pathlib import Path
 
-from .store import write_aside
+from .aside import write_aside
 
 __all__ = ['plot_metrics']
 
