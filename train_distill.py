@@ -29,10 +29,9 @@ from accelerate.utils import gather_object, set_seed
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ParseKwargs
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.arguments import (
@@ -45,6 +44,7 @@ from timm_tinyvit.checkpoint import (
 )
 from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
 from timm_tinyvit.ensemble import Ensemble, ensemble_loss
+from timm_tinyvit.environment import record_environment
 from timm_tinyvit.errors import InputError, Terminated, reports_input_errors
 from timm_tinyvit.evaluate import (
     check_label_values, check_labels, eval_config, eval_loader, evaluate, evaluate_checkpoint, is_imagenet1k,
@@ -52,31 +52,42 @@ from timm_tinyvit.evaluate import (
 from timm_tinyvit.fill import fill_store
 from timm_tinyvit.fingerprint import dataset_fingerprint
 from timm_tinyvit.hub import export_model
+from timm_tinyvit.hub_client import is_hub_url
+from timm_tinyvit.hub_store import check_content, content_of
 from timm_tinyvit.launch import (
-    TRACKERS, create_accelerator, make_deterministic, progress_seconds, quiet_worker, stop_requests,
-    stop_with_launcher, total,
+    TRACKERS, create_accelerator, make_deterministic, quiet_worker, stop_requests, stop_with_launcher,
+    total,
 )
 from timm_tinyvit.mixing import mixed_cross_entropy
 from timm_tinyvit.optimization import clip_gradients, create_optimizer, create_schedule, learning_rates
+from timm_tinyvit.predictions import Recorder, keep_evaluation
+from timm_tinyvit.provenance import record_run
+from timm_tinyvit.publish import add_push_arguments, check_push_arguments, prepare_push, push_finished_run
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
+from timm_tinyvit.run_report import best_effort, write_run_report
 from timm_tinyvit.save_logits import create_store, create_teacher, open_stores, views_to_fill
+from timm_tinyvit.sharding import ModelEma, load_whole_state, prepare_student, whole_state
 from timm_tinyvit.sources import class_names, find_column, load_split
 from timm_tinyvit.store import LogitStore
+from timm_tinyvit.stored_views import look_at_stored_views
 from timm_tinyvit.streaming import SparseLogitStream, StreamLoader
 from timm_tinyvit.student import create_student, freeze_batch_norm
 from timm_tinyvit.teacher import ModelInput
+from timm_tinyvit.terminal import colored, log, progress, result, speak, warn
+from timm_tinyvit.trained_run import PREDICTIONS, STORED_VIEWS
 
 # What may change between a run and its resumption: nothing of it has a hand in the weights. Data and store may move;
 # it is their content that is compared.
 FREE_SETTINGS = {
     'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
     'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
-    'data_dir', 'val_dataset', 'val_split', 'logits', 'log', 'eval',
+    'data_dir', 'val_dataset', 'val_split', 'logits', 'log', 'eval', 'keep_epochs',
+    'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
 }
 
 
-def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def create_parser() -> ArgumentParser:
     """The flags of this script: timm's names, with defaults near the paper's."""
     parser = ArgumentParser(prog='train_distill', description=__doc__.split('\n')[0])
     add_data_arguments(parser)
@@ -152,8 +163,15 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N', help='updates between checkpoints')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between looks at the loss')
     group.add_argument('--log', nargs='+', default=[], choices=TRACKERS, help='trackers to report to as well')
-    group.add_argument('--quiet', action='store_true', help='no progress bars')
-    args = parse_arguments(parser, argv)
+    group.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
+    add_push_arguments(parser)
+    return parser
+
+
+def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags that were given, over those of a recipe and the defaults."""
+    args = parse_arguments(create_parser(), argv)
+    check_push_arguments(args)
     args.dataset = args.dataset or args.data_dir
     if not args.dataset:
         raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')
@@ -161,7 +179,7 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
         batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
         val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0,
         recovery_interval=0, warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0,
-        weight_decay=0, clip_grad=0, momentum=0, model_ema_decay=0)
+        weight_decay=0, clip_grad=0, momentum=0, model_ema_decay=0, keep_epochs=1)
     at_most = dict(
         alpha=1, smoothing=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
     above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0)
@@ -180,6 +198,9 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError('--teacher without --logits: name the folder that keeps what the teacher says')
     if args.teacher and len(args.logits) > 1:
         raise InputError('--teacher with several stores in --logits: fill each with save_logits first')
+    if args.teacher and is_hub_url(args.logits[0]):
+        raise InputError(f'--teacher fills a store in a folder, and {args.logits[0]} is on the Hub; leave --teacher '
+                         f'out, or give --logits a folder')
     if args.streaming and not args.logits:
         raise InputError('--streaming needs a store with keys: give --logits')
     if (args.epochs + args.cooldown_epochs) % args.views_per_image:
@@ -216,16 +237,16 @@ def prepare_store(
                 store.remove_stale()
         needed = store.manifest.stored_epochs[:num_epochs]
         fill_store(
-            store, teacher, views_to_fill(args, store, replay, dataset), needed, num_workers=args.workers,
-            show_progress=accelerator.is_local_main_process and not args.quiet)
+            store, teacher, views_to_fill(args, store, replay, dataset), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
     else:
-        store, replay = open_stores(args.logits, view_arguments(args), log)
+        store, replay = open_stores(args.logits, view_arguments(args), log, args.keep_epochs, args.store_cache)
     missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:
         raise InputError(
             f'the store {store.path} lacks {len(missing)} shards, the first of epoch {missing[0][0]}; give its '
-            f'--teacher to fill them, or run the save_logits command that made it again')
+            f'--teacher to fill them, or run the save_logits command that made it again, with --push-to-hub if it is '
+            f'on the Hub')
     if store.manifest.epochs < num_epochs:
         log(f'the store has {store.manifest.epochs} epochs for {num_epochs}: epoch e uses e modulo '
             f'{store.manifest.epochs}')
@@ -254,22 +275,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = create_accelerator(args.amp_dtype, args.log, folder)
     # Depthwise weights have one stride too many to tell the layouts apart; DDP asks each time and copies nothing.
     warnings.filterwarnings('ignore', message='Grad strides do not match')
+    # TinyViT's blocks return views, which nothing changes in place.
+    warnings.filterwarnings('ignore', message=r'FSDP2-wrapped module \(FSDP(MBConv|TinyVitBlock)\) returned a view')
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     show = accelerator.is_main_process
-
-    def log(line: str) -> None:
-        if show:
-            tqdm.write(line)
-
+    speak(show, args.quiet)
     if args.eval is not None:
-        result = evaluate_checkpoint(args, accelerator)
-        log(', '.join(f'{name} {value:.3f}' for name, value in result.items()))
+        found = evaluate_checkpoint(args, accelerator)
+        result(', '.join(f'{name} {value:.3f}' for name, value in found.items()))
         accelerator.end_training()
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
+    if args.push_to_hub and show:
+        prepare_push(args)
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
@@ -303,6 +324,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     decisive['data'] = None if args.streaming else dataset_fingerprint(train_set, args.input_key, args.target_key)
     decisive['store'] = store.manifest.identity if store else None
     state = last_checkpoint(folder, decisive, world_size)
+    if store is not None and state is not None:
+        check_content(store, state.get('store'), args.epochs + args.cooldown_epochs)
     positions = gather_object([state and (state['epoch'], state['samples'])])
     if len(set(positions)) > 1:
         raise InputError(f'the processes find different checkpoints in {folder}; --output must be a folder that all '
@@ -333,6 +356,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if device.type == 'cpu':
             raise InputError('--sync-bn needs GPUs: torch has no synchronised batch norm on a CPU; leave it out')
         student = convert_sync_batchnorm(student)
+    if args.clip_mode == 'agc' and accelerator.is_fsdp2:
+        raise InputError('--clip-mode agc compares whole weights with their gradients, and the launch shards them; '
+                         'choose --clip-mode norm or value, or launch it with --multi_gpu')
     config = eval_config(args, student, size)
     prepare = ModelInput(config['mean'], config['std']).to(device)
     val_loader = eval_loader(val_set, config, args, rank, world_size)
@@ -348,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         sampler = EpochBatchSampler(
             num_samples, args.batch_size, args.seed, rank, world_size, store.manifest.stored_epochs if store else None,
-            args.views_per_image, train_data.pairing)
+            args.views_per_image, train_data.pairing, store)
         loader = DataLoader(train_data, batch_sampler=sampler, **options)
     num_parts = args.grad_accum_steps
     images_per_update = args.batch_size * world_size * num_parts
@@ -369,9 +395,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             recipe.mixup, recipe.cutmix, recipe.cutmix_minmax, recipe.mixup_prob, recipe.mixup_switch_prob,
             args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
         label_loss = SoftTargetCrossEntropy()
-    wrapped, optimizer = accelerator.prepare(student, optimizer)
+    ema = ModelEma(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+    wrapped, optimizer, whole_model = prepare_student(accelerator, student, optimizer, ema)
     model = torch.compile(wrapped, backend=args.compile) if args.compile else wrapped
-    ema = ModelEmaV3(student, args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     # What is evaluated and exported, by the ending of its name.
     results = {'': student} if ema is None else {'': student, '_ema': ema.module}
 
@@ -380,21 +406,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     first_epoch, first_update, best = 0, 0, dict.fromkeys(results, -1.)
     sums = torch.zeros(4, device=device)  # loss, label loss, distillation loss and gradient norm of the epoch so far
     if state is not None:
-        student.load_state_dict(state['model'])
-        optimizer.load_state_dict(state['optimizer'])
+        load_whole_state(student, state['model'])
+        load_whole_state(optimizer, state['optimizer'])
         if ema is not None:
-            ema.module.load_state_dict(state['ema'])
+            load_whole_state(ema.module, state['ema'])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state['scaler'])
         first_epoch, best, history = state['epoch'], state['best'], state['history']
         first_update = state['samples'] // images_per_update
         log(f'resuming {folder} at epoch {first_epoch}, step {first_update}')
+        changes = what_changes(state, world_size, images_per_update, accelerator.is_fsdp2)
+        if changes:
+            warn(changes)
         if state['world_size'] == world_size:
             scheduler.load_state_dict(state['scheduler'])
             sums = state['sums'][rank].to(device)
             set_random_state(state['random'][rank], device)
         else:
-            log(what_changes(state, world_size, images_per_update))
             sums = sum(state['sums']).to(device) / state['world_size']
             set_seed(int(np.random.SeedSequence([args.seed, first_epoch, first_update, rank]).generate_state(1)[0]))
     else:
@@ -403,15 +431,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def checkpoint(epoch: int, update: int) -> None:
         randoms, all_sums = gather_object([random_state(device)]), gather_object([sums.cpu()])
+        state = {
+            'epoch': epoch, 'samples': update * images_per_update, 'best': best, 'history': history,
+            'sums': all_sums, 'random': randoms, 'world_size': world_size, 'images_per_update': images_per_update,
+            'model': whole_state(student), 'ema': None if ema is None else whole_state(ema.module),
+            'is_sharded': accelerator.is_fsdp2, 'optimizer': whole_state(optimizer),
+            'scheduler': scheduler.state_dict(), 'settings': decisive,
+            'scaler': None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            'store': None if store is None else content_of(store),
+        }
         if show:
-            save_checkpoint(folder, {
-                'epoch': epoch, 'samples': update * images_per_update, 'best': best, 'history': history,
-                'sums': all_sums, 'random': randoms, 'world_size': world_size,
-                'images_per_update': images_per_update, 'model': student.state_dict(),
-                'ema': None if ema is None else ema.module.state_dict(), 'optimizer': optimizer.state_dict(),
-                'scheduler': scheduler.state_dict(), 'settings': decisive,
-                'scaler': None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-            }, args.checkpoint_hist)
+            save_checkpoint(folder, state, args.checkpoint_hist)
         accelerator.wait_for_everyone()
 
     def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -439,6 +469,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         loss = (1 - alpha) * label_part + alpha * args.temperature ** 2 * distill_part
         return torch.stack([loss, label_part, distill_part])
 
+    if show:
+        record_run(
+            folder, args, decisive, settings(['--dataset', args.dataset]), student, store, num_samples, val_set,
+            to_imagenet1k, images_per_update, accelerator)
+        record_environment(folder, args, settings(['--dataset', args.dataset]), accelerator, first_epoch)
+
+    def report() -> None:
+        if show and history:
+            with best_effort('the report of the run'):
+                write_run_report(folder)
+
     # The loop.
     num_params = sum(p.numel() for p in student.parameters())
     log(f'{args.model}: {num_params / 1e6:.1f} M parameters, views {size[0]}x{size[1]}, {num_samples:,} images, '
@@ -449,11 +490,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.freeze_bn:
                 freeze_batch_norm(student)
             sampler.set_epoch(epoch, first_update * num_parts)
+            if store is not None and not store.wait(lambda: stopped() is not None):
+                raise stopped() or Terminated
             batches = iter(loader)
             start, waited = time.time(), 0.
-            bar = tqdm(
+            bar = progress(
                 range(first_update, num_updates), total=num_updates, initial=first_update, leave=False, unit='step',
-                desc=f'epoch {epoch + 1}/{num_epochs}', disable=not show or args.quiet, mininterval=progress_seconds())
+                desc=f'epoch {epoch + 1}/{num_epochs}')
             for update in bar:
                 scheduler.step_update(epoch * num_updates + update)
                 parts = torch.zeros(3, device=device)
@@ -491,6 +534,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if stopping or is_due and update + 1 < num_updates:
                     checkpoint(epoch, update + 1)
                 if stopping:
+                    report()
                     raise stopped() or Terminated
             bar.close()
 
@@ -501,13 +545,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                 'distill_loss': means[2], 'grad_norm': means[3], 'seconds': seconds, 'data_wait': waited / seconds,
                 'images_per_second': (num_updates - first_update) * images_per_update / seconds,
             }
+            wholes = {ending: whole_model(net) for ending, net in results.items()}
             if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
-                for ending, net in results.items():
-                    found = evaluate(net, prepare, val_loader, accelerator, to_imagenet1k, lambda: bool(stopped()))
+                for ending, net in wholes.items():
+                    recorder = Recorder()
+                    found = evaluate(
+                        net, prepare, val_loader, accelerator, to_imagenet1k, lambda: bool(stopped()), recorder)
                     if found is None:
                         checkpoint(epoch, num_updates)
+                        report()
                         raise stopped() or Terminated
                     row.update({f'eval_{name}{ending}': value for name, value in found.items()})
+                    predictions = recorder.gather()
+                    if show:
+                        with best_effort('the predictions for the report'):
+                            keep_evaluation(
+                                folder / PREDICTIONS.format(ending=ending), predictions, val_loader,
+                                recorder.num_classes, epoch)
             history.append(row)
             first_update = 0
             sums.zero_()
@@ -515,20 +569,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             best.update({ending: row[f'eval_top1{ending}'] for ending in improved})
             if show:
                 write_metrics(folder, history)
-                for ending, net in results.items():
+                for ending, net in wholes.items():
                     export_model(folder / f'last{ending}', net, names, config)
                     if ending in improved:
                         export_model(folder / f'best{ending}', net, names, config)
             accelerator.log(row, step=(epoch + 1) * num_updates)
+            best_said = f'best {best[""]:.2f}%'
+            best_said = colored(best_said, 'green') if '' in improved else best_said
             log(f'epoch {epoch + 1}/{num_epochs}: loss {row["loss"]:.3f}'
-                + (f', top-1 {row["eval_top1"]:.2f}% (best {best[""]:.2f}%)' if 'eval_top1' in row else '')
+                + (f', top-1 {row["eval_top1"]:.2f}% ({best_said})' if 'eval_top1' in row else '')
                 + (f', averaged {row["eval_top1_ema"]:.2f}%' if 'eval_top1_ema' in row else '')
                 + f', {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data')
             checkpoint(epoch + 1, 0)
             if total(accelerator, stopped() is not None)[0]:
+                report()
                 raise stopped() or Terminated
-    log(f'finished: {folder}, best top-1 {best[""]:.2f}%')
+        if store is not None and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
+            ending = max(results, key=lambda ending: history[-1].get(f'eval_top1{ending}', -1.))
+            sampler.set_epoch(num_epochs - 1)
+            net = whole_model(results[ending])
+            if show:
+                with best_effort('the comparison with the teacher'):
+                    views = look_at_stored_views(
+                        net, prepare, loader, store, accelerator, num_epochs - 1, names and len(names),
+                        lambda: bool(stopped()))
+                    if views is not None:
+                        views.write(folder / STORED_VIEWS)
+            accelerator.wait_for_everyone()
+        report()
+    result(f'{colored("finished:", "bold")} {folder}, best top-1 {best[""]:.2f}%')
     accelerator.end_training()
+    if args.push_to_hub and show:
+        push_finished_run(folder, args)
 
 
 if __name__ == '__main__':

@@ -1,28 +1,42 @@
 """What distillation costs: training steps from labels, from a store, and with the teacher beside the student.
 
     python benchmarks/epoch_cost.py --dataset FOLDER
-    python benchmarks/epoch_cost.py --dataset imagenet-1k --device cuda --batch-size 256 --amp --workers 16 --json
+    python benchmarks/epoch_cost.py --dataset FOLDER --turns 8 --teachers convnext_large --amp
+    python benchmarks/epoch_cost.py --dataset FOLDER --script --epochs 8 --train-split train[:256]
+    python benchmarks/epoch_cost.py --dataset imagenet-1k --device cuda --batch-size 256 --amp --workers 16 --steps 20
 
-All see the same views through the same loader, and end with an optimiser step of the same student:
+All see the same views and end with an optimiser step of one and the same student:
 
 labels     cross-entropy to the labels
+control    the same once more, with `--control`: how far the figures can be trusted
 store      the sparse loss to records of a store, read and checked in the loader, decoded on the device
 online     timm's `LogitDistillationTask` with a teacher that looks at every batch, for each of `--teachers`
 
-The store is made for the occasion from random logits, and the models' weights are random too: neither changes the cost.
-Passes of `--steps` steps run in turns. A figure is seconds per pass: of the clock on an accelerator, of the processor,
-loader processes included, on a CPU. A ratio is the median over the turns.
+Each has a loader of its own with persistent workers, as in the trainer. They take turns of `--steps` steps, in the
+opposite order every other time, and a ratio is the median over the turns, with the 95% interval of this median. Time is
+that of the processor, in the trainer and in the loader's workers; on an accelerator the trainer's is that of the clock,
+and the loader's does not count. What a worker or a run spends once is printed apart, and so is what distillation does
+and labels do not, timed alone. The store is made for the occasion from random logits, and the models' weights are
+random: neither changes the cost.
+
+With `--script`, train_distill.py itself runs without and with `--logits`, both in turns of a few seconds of the clock.
+A ratio is that of the processor time of two epochs with the same views; the first and the last epoch do not count.
 """
 
 import argparse
 import json
+import math
 import os
-import resource
+import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -31,156 +45,287 @@ import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
+from program_turns import epoch_seconds
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.codec import create_codec
-from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate, read_records
 from timm_tinyvit.fingerprint import dataset_fingerprint
-from timm_tinyvit.replay import Replay, ViewRecipe
+from timm_tinyvit.replay import Replay, ViewRecipe, library_versions
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.sparse import SparseTargets, sparse_soft_target_cross_entropy
 from timm_tinyvit.store import LogitStore, Manifest
 from timm_tinyvit.teacher import ModelInput
 
+SCRIPT = Path(__file__).resolve().parents[1] / 'train_distill.py'
+RAND_AUGMENT, ERASING = 'rand-m9-mstd0.5-inc1', 0.25
+SHARD_SIZE = 16384  # a store's by default
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--dataset', required=True, metavar='NAME', help='Hub name, or a folder of parquet or images')
+    parser.add_argument('--train-split', metavar='NAME', help='training split, train by default')
     parser.add_argument('--model', default='tiny_vit_5m_224', metavar='NAME', help='the student')
     parser.add_argument('--teachers', nargs='*', default=['resnet50', 'convnext_large'], metavar='NAME')
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--classes', type=int, default=1000)
     parser.add_argument('--k', type=int, default=10)
     parser.add_argument('--batch-size', type=int, default=16)
-    parser.add_argument('--steps', type=int, default=4, help='steps of a pass')
-    parser.add_argument('--turns', type=int, default=5)
+    parser.add_argument('--steps', type=int, default=1, help='steps of a turn')
+    parser.add_argument('--turns', type=int, default=40, help='turns of labels and store')
+    parser.add_argument('--online-turns', type=int, default=4, help='turns of store and teachers')
+    parser.add_argument('--control', action='store_true', help='labels a second time')
     parser.add_argument('--workers', type=int, default=1)
-    parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='CPU threads')
+    parser.add_argument('--threads', type=int, default=1, help='CPU threads; those that wait count as if they worked')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
-    parser.add_argument('--json', action='store_true', help='one JSON line per figure')
-    return parser.parse_args()
+    parser.add_argument('--script', action='store_true', help='run train_distill.py without and with --logits instead')
+    parser.add_argument('--epochs', type=int, default=8, help='epochs of the store, and of a run of the script')
+    parser.add_argument('--json', action='store_true', help='one JSON line')
+    args = parser.parse_args()
+    if args.workers < 1 or args.epochs < 3:
+        parser.error('--workers is 1 at least, --epochs 3')
+    return args
 
 
-def make_store(folder: Path, dataset: datasets.Dataset, replay: Replay, num_classes: int, k: int) -> LogitStore:
-    """A store of one epoch for these images, of random logits."""
-    codec = create_codec('compact', num_classes, k)
+def make_store(folder: Path, dataset: datasets.Dataset, args: argparse.Namespace) -> tuple[LogitStore, Replay]:
+    """A store of random logits for these images."""
+    replay = Replay(ViewRecipe(
+        input_size=(3, args.img_size, args.img_size), auto_augment=RAND_AUGMENT, re_prob=ERASING), seed=0)
+    codec = create_codec('compact', args.classes, args.k)
     store = LogitStore.create(folder, Manifest(
-        num_samples=len(dataset), num_classes=num_classes, k=k, record_width=codec.width, epochs=1, seed=replay.seed,
-        shard_size=16384, codec=codec.name, recipe=replay.recipe.to_dict(), dataset=dataset_fingerprint(dataset)))
-    generator = torch.Generator().manual_seed(0)
-    for shard in range(store.manifest.num_shards):
-        parts = [
-            codec.encode(SparseTargets.from_logits(3 * torch.randn(len(rows), num_classes, generator=generator), k))
-            for rows in torch.arange(store.manifest.shard_rows(shard)).split(1024)]
-        store.write_shard(0, shard, np.concatenate(parts))
-    return store
+        num_samples=len(dataset), num_classes=args.classes, k=args.k, record_width=codec.width, epochs=args.epochs,
+        seed=0, shard_size=SHARD_SIZE, codec=codec.name, recipe=replay.recipe.to_dict(), versions=library_versions(),
+        probe=replay.probe(), dataset=dataset_fingerprint(dataset), teacher=dict(
+            name='random', weights='', dtype='float32', device='cpu', batch_size=1, input_size=[3, 224, 224])))
+    logits = 3 * torch.randn(1024, args.classes, generator=torch.Generator().manual_seed(0))
+    records = codec.encode(SparseTargets.from_logits(logits, args.k))
+    for epoch, shard in store.missing(store.manifest.stored_epochs):
+        store.write_shard(epoch, shard, records[np.arange(store.manifest.shard_rows(shard)) % len(records)])
+    return store, replay
 
 
-def seconds(device: torch.device) -> float:
-    """The clock, or the processor time of this process and the loader processes that have ended."""
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
-        return time.perf_counter()
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+def timed_collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch, and the processor seconds of its worker so far."""
+    return {**collate(samples), 'worker': (get_worker_info().id, time.process_time())}
 
 
-class Training:
-    """One student with its optimiser, loader and loss."""
+class Feed:
+    """The endless batches of a loader, each with the processor seconds that it took.
 
-    def __init__(self, args: argparse.Namespace, data: SparseLogitDataset, loss: Callable):
-        self.args, self.data, self.loss = args, data, loss
+    Attributes:
+        start: Seconds until the first batch of each worker, which is not handed out.
+    """
+
+    def __init__(self, data: SparseLogitDataset, args: argparse.Namespace):
+        self.start: list[float] = []
+        self._sampler = EpochBatchSampler(len(data), args.batch_size, seed=0, store_epochs=range(args.epochs))
+        self._loader = DataLoader(
+            data, batch_sampler=self._sampler, num_workers=args.workers, collate_fn=timed_collate,
+            persistent_workers=True, pin_memory=args.device.startswith('cuda'))
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], float]]:
+        seconds: dict[int, float] = {}
+        for epoch in count():
+            self._sampler.set_epoch(epoch)
+            for batch in self._loader:
+                worker, now = batch.pop('worker')
+                before, seconds[worker] = seconds.get(worker), now
+                if before is None:
+                    self.start.append(now)
+                else:
+                    yield batch, now - before
+
+
+class Bench:
+    """One student with its optimiser, the losses that it learns from, and a loader for each of them."""
+
+    def __init__(self, dataset: datasets.Dataset, store: LogitStore, replay: Replay, args: argparse.Namespace):
+        self.args, self.store = args, store
         self.device = torch.device(args.device)
+        self.data = {'labels': SparseLogitDataset(dataset, replay), 'store': SparseLogitDataset(dataset, replay, store)}
         torch.manual_seed(0)
-        self.student = timm.create_model(args.model, num_classes=args.classes).to(self.device)
+        self.student = timm.create_model(args.model, num_classes=args.classes)
+        self.student.set_input_size(img_size=(args.img_size, args.img_size))
+        self.student.to(self.device)
         config = self.student.pretrained_cfg
         self.prepare = ModelInput(config['mean'], config['std']).to(self.device)
         self.optimizer = create_optimizer_v2(self.student, 'adamw', lr=1e-4, weight_decay=0.05)
+        self.losses = {'labels': self.from_labels, 'control': self.from_labels, 'store': self.from_store}
+        for name in args.teachers:
+            teacher = timm.create_model(name, num_classes=args.classes).to(self.device).eval()
+            self.losses[f'online {name}'] = self.online(LogitDistillationTask(
+                self.student, teacher, nn.CrossEntropyLoss(), distill_loss_weight=1., task_loss_weight=0.,
+                device=self.device, verbose=False))
+        self.feeds = {name: Feed(self.data['store' if name == 'store' else 'labels'], args) for name in self.losses}
+        self.batches = {name: iter(feed) for name, feed in self.feeds.items()}
 
-    def run(self) -> float:
-        """Seconds of one pass."""
-        sampler = EpochBatchSampler(len(self.data), self.args.batch_size, seed=0)
-        loader = DataLoader(
-            self.data, batch_sampler=sampler, num_workers=self.args.workers, collate_fn=collate,
-            pin_memory=self.device.type == 'cuda')
-        start = seconds(self.device)
-        for batch in loader:
+    def from_labels(self, views: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        return F.cross_entropy(self.student(views).float(), batch['label'].to(self.device, non_blocking=True))
+
+    def from_store(self, views: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        targets = self.store.codec.decode(batch['record'].to(self.device, non_blocking=True))
+        return sparse_soft_target_cross_entropy(self.student(views), targets)
+
+    def online(self, task: nn.Module) -> Callable:
+        return lambda views, batch: task(views, batch['label'].to(self.device, non_blocking=True))['loss']
+
+    def clock(self) -> float:
+        if self.device.type == 'cpu':
+            return time.process_time()
+        torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def turn(self, name: str) -> tuple[float, float]:
+        """Seconds of a step in the trainer, and in the loader."""
+        start, loading = self.clock(), 0.
+        for _ in range(self.args.steps):
+            batch, spent = next(self.batches[name])
+            loading += spent
             views = self.prepare(batch['view'].to(self.device, non_blocking=True))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-                loss = self.loss(self.student, views, batch)
+                loss = self.losses[name](views, batch)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        return seconds(self.device) - start
+        return (self.clock() - start) / self.args.steps, loading / self.args.steps
+
+    def turns(self, names: Sequence[str], number: int) -> dict[str, np.ndarray]:
+        """Seconds of a step in trainer and loader, float [number, 2], of each; one more turn before warms up."""
+        found = {name: [] for name in names}
+        for turn in range(number + 1):
+            for name in names[::1 if turn % 2 else -1]:
+                found[name].append(self.turn(name))
+        return {name: np.array(values[1:]) for name, values in found.items()}
+
+    def parts(self) -> dict[str, Callable[[], Any]]:
+        """What distillation does in a step, and the last one what labels do instead."""
+        size = self.args.batch_size
+        rows, epochs = np.random.default_rng(0).permutation(len(self.data['store']))[:size], np.zeros(size, np.int64)
+        records = read_records(self.store, epochs, rows)
+        there = records.to(self.device)
+        targets = self.store.codec.decode(there)
+        logits = torch.randn(size, self.args.classes, device=self.device, requires_grad=True)
+        labels = torch.zeros(size, dtype=torch.int64, device=self.device)
+        return {
+            'read and check': lambda: read_records(self.store, epochs, rows),
+            'collate': lambda: torch.stack(list(records)),
+            'decode': lambda: self.store.codec.decode(there),
+            'sparse loss': lambda: torch.autograd.grad(sparse_soft_target_cross_entropy(logits, targets), logits),
+            'cross-entropy': lambda: torch.autograd.grad(F.cross_entropy(logits.float(), labels), logits),
+        }
 
 
-def trainings(args: argparse.Namespace, folder: Path) -> dict[str, Training]:
-    dataset = load_split(args.dataset, None, is_training=True)
-    dataset = dataset.select(range(min(len(dataset), args.steps * args.batch_size)))
-    replay = Replay(ViewRecipe(
-        input_size=(3, args.img_size, args.img_size), auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25), seed=0)
-    store = make_store(folder, dataset, replay, args.classes, args.k)
-    plain, distilled = SparseLogitDataset(dataset, replay), SparseLogitDataset(dataset, replay, store)
-    device = torch.device(args.device)
+def timed(parts: dict[str, Callable[[], Any]], turns: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each part, all in turns."""
+    found = {name: [] for name in parts}
+    for _ in range(turns):
+        for name, part in parts.items():
+            start = clock()
+            part()
+            found[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in found.items()}
 
-    def from_labels(student: nn.Module, views: torch.Tensor, batch: dict) -> torch.Tensor:
-        return F.cross_entropy(student(views).float(), batch['label'].to(device, non_blocking=True))
 
-    def from_store(student: nn.Module, views: torch.Tensor, batch: dict) -> torch.Tensor:
-        targets = store.codec.decode(batch['record'].to(device, non_blocking=True))
-        return sparse_soft_target_cross_entropy(student(views), targets)
+def ratio(values: np.ndarray, others: np.ndarray) -> dict[str, float]:
+    """The median of the ratios of pairs, and its 95% interval by rank, which asks nothing of how they are spread."""
+    ratios = np.sort(values / others)
+    middle, half = (len(ratios) - 1) / 2, 0.98 * math.sqrt(len(ratios))
+    low, high = max(math.floor(middle - half), 0), min(math.ceil(middle + half), len(ratios) - 1)
+    return dict(times=float(np.median(ratios)), low=float(ratios[low]), high=float(ratios[high]), pairs=len(ratios))
 
-    found = {'labels': Training(args, plain, from_labels), 'store': Training(args, distilled, from_store)}
-    for name in args.teachers:
-        training = Training(args, plain, None)
-        teacher = timm.create_model(name, num_classes=args.classes).to(device).eval()
-        task = LogitDistillationTask(
-            training.student, teacher, nn.CrossEntropyLoss(), distill_loss_weight=1., task_loss_weight=0.,
-            device=device, verbose=False)
 
-        def online(student: nn.Module, views: torch.Tensor, batch: dict, task: nn.Module = task) -> torch.Tensor:
-            return task(views, batch['label'].to(device, non_blocking=True))['loss']
+def of_turns(bench: Bench, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The figures of all ways to train, step by step."""
+    online = [name for name in bench.losses if name.startswith('online')]
+    spent = bench.turns(['labels', 'store', *(['control'] if args.control else [])], args.turns)
+    beside = bench.turns(['store', *online], args.online_turns) if online else {}
+    # An accelerator does not wait for a loader that keeps up.
+    columns = slice(0, 2 if bench.device.type == 'cpu' else 1)
 
-        training.loss = online
-        found[f'online {name}'] = training
-    return found
+    def times(name: str, peer: str, found: dict[str, np.ndarray]) -> dict[str, float]:
+        return ratio(found[name][:, columns].sum(1), found[peer][:, columns].sum(1))
+
+    step = np.median(spent['labels'][:, columns].sum(1))
+    extras = timed(bench.parts(), 200, bench.clock)
+    store = bench.store
+    whole = LogitStore.create(folder / 'whole', replace(store.manifest, num_samples=SHARD_SIZE, epochs=1))
+    whole.write_shard(0, 0, store.read(0, np.arange(SHARD_SIZE) % store.manifest.num_samples))
+    once = timed({
+        'shard': lambda: LogitStore.open(whole.path).read(0, [0]), 'open': lambda: LogitStore.open(whole.path),
+        'probe': bench.data['store'].replay.probe}, 15, time.process_time)
+    mapping = once['shard'] - once['open']
+    return dict(
+        seconds={name: dict(zip(('trainer', 'loader'), np.median(values, axis=0).tolist()))
+                 for name, values in {**beside, **spent}.items()},
+        times_labels={name: times(name, 'labels', spent) for name in spent if name != 'labels'},
+        times_store={name: times(name, 'store', beside) for name in online},
+        milliseconds_of_batch={name: 1e3 * value for name, value in extras.items()},
+        share=(sum(extras.values()) - 2 * extras['cross-entropy']) / step,
+        first_batch={name: statistics.median(bench.feeds[name].start) for name in ('labels', 'store')},
+        seconds_of_shard=mapping, share_of_shards=args.workers * mapping / SHARD_SIZE * args.batch_size / step,
+        seconds_of_run=once['open'] + once['probe'])
+
+
+def of_script(store: LogitStore, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The figures of train_distill.py without and with the store, epoch by epoch."""
+    command = [
+        sys.executable, SCRIPT, '--dataset', args.dataset, '--model', args.model, '--num-classes', args.classes,
+        '--batch-size', args.batch_size, '--epochs', args.epochs, '--workers', args.workers, '--val-interval',
+        args.epochs, '--output', folder, *(['--train-split', args.train_split] if args.train_split else []),
+        *(['--amp-dtype', 'bfloat16'] if args.amp else [])]
+    views = ['--img-size', args.img_size, '--aa', RAND_AUGMENT, '--reprob', ERASING]
+    commands = {'labels': [*command, *views], 'store': [*command, '--logits', store.path]}
+    found = epoch_seconds(
+        {name: [*map(str, command), '--experiment', name] for name, command in commands.items()}, args.threads)
+    return dict(
+        seconds_of_epoch={name: statistics.median(values) for name, values in found.items()},
+        times_labels=dict(store=ratio(found['store'], found['labels'])))
+
+
+def report(figure: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = ['{machine}, {threads} CPU threads, load {load:.1f}, torch {torch}; {model}, {img_size} pixels, batches of '
+             '{batch_size}, {classes:,} classes, k = {k}{0}'.format(', bfloat16' if figure['amp'] else '', **figure)]
+    for name, value in (figure.get('seconds') or figure['seconds_of_epoch']).items():
+        line = f'{name:22} {value:8.2f} s an epoch' if figure['script'] else \
+            f'{name:22} {value["trainer"]:7.3f} s a step in the trainer, {value["loader"]:.3f} s in the loader'
+        for peer in ('labels', 'store'):
+            if found := figure.get(f'times_{peer}', {}).get(name):
+                line += ', {times:.3f} times {0} ({low:.3f} to {high:.3f}, {pairs} pairs)'.format(peer, **found)
+        lines.append(line)
+    if not figure['script']:
+        parts = ', '.join(f'{name} {value:.2f}' for name, value in figure['milliseconds_of_batch'].items())
+        lines += [
+            f'ms of a batch alone: {parts}; {100 * figure["share"]:.3f}% of the step more than with labels',
+            f'once in each worker and epoch, map and check a shard of {SHARD_SIZE:,} samples: '
+            f'{1e3 * figure["seconds_of_shard"]:.2f} ms, {100 * figure["share_of_shards"]:.4f}% of the step',
+            'a worker up to its first batch: {labels:.3f} s with labels, {store:.3f} s with the store'.format(
+                **figure['first_batch']),
+            f'once in each run, open the store and make the probe views: {figure["seconds_of_run"]:.2f} s']
+    return '\n'.join(lines)
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as folder:
-        found = trainings(args, Path(folder) / 'store')
-        times: dict[str, list[float]] = {name: [] for name in found}
-        for turn in range(args.turns + 1):
-            for name, training in found.items():
-                spent = training.run()
-                if turn:  # the first one warms up
-                    times[name].append(spent)
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else 'CPU'
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times[name], times['labels'])) for name in times}
-    against_store = {
-        name: statistics.median(a / b for a, b in zip(times[name], times['store']))
-        for name in times if name.startswith('online')}
+    dataset = load_split(args.dataset, args.train_split, is_training=True)
+    machine = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else platform.machine()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        store, replay = make_store(folder / 'store', dataset, args)
+        found = of_script(store, args, folder) if args.script else \
+            of_turns(Bench(dataset, store, replay, args), args, folder)
+    settings = {name: getattr(args, name) for name in (
+        'threads', 'model', 'img_size', 'batch_size', 'classes', 'k', 'workers', 'amp', 'script')}
     figure = dict(
-        benchmark='epoch_cost', device=device, threads=args.threads, load=os.getloadavg()[0], torch=torch.__version__,
-        timm=timm.__version__, model=args.model, batch_size=args.batch_size, classes=args.classes, k=args.k,
-        seconds={name: statistics.median(values) for name, values in times.items()}, times_labels=ratios,
-        times_store=against_store)
-    if args.json:
-        print(json.dumps(figure))
-        return
-    print(
-        f'{device}, {args.threads} CPU threads, load {figure["load"]:.1f}; {args.model}, {args.steps} steps of '
-        f'{args.batch_size}, {args.classes:,} classes, k = {args.k}')
-    for name, value in figure['seconds'].items():
-        also = f', {against_store[name]:.2f} times the store' if name in against_store else ''
-        print(f'{name:24} {value:7.2f} s  {ratios[name]:.3f} times labels{also}')
+        benchmark='epoch_cost', machine=machine, load=os.getloadavg()[0], torch=torch.__version__,
+        timm=timm.__version__, **settings, **found)
+    print(json.dumps(figure) if args.json else report(figure))
 
 
 if __name__ == '__main__':

@@ -19,6 +19,10 @@ import pytest
 import timm
 import torch
 
+from hub_child import Children
+from hub_server import HubServer
+
+from timm_tinyvit import save_logits
 from timm_tinyvit.errors import InputError
 from timm_tinyvit.hub import export_model
 
@@ -80,9 +84,47 @@ def warm_processes():
 
 
 @pytest.fixture(scope='session')
+def hub_children():
+    """Real processes with an environment of their own that need not import torch: `hub_children.run(code, env)`."""
+    with Children() as children:
+        yield children
+
+
+@pytest.fixture
+def hub():
+    """A server of the Hub's interface; the test fails if a client sent what it must not."""
+    with HubServer() as server:
+        yield server
+    assert not server.violations
+
+
+@pytest.fixture(scope='session')
 def teacher(tmp_path_factory) -> str:
     """A small timm model with the weights of one seed, as a folder."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp('teacher')
     export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 32, 32)})
     return str(folder)
+
+
+@pytest.fixture(scope='session')
+def filled_store(tmp_path_factory, teacher) -> Path:
+    """A store of 4 epochs of 120 images, in 6 shards each; not to be written to."""
+    path = tmp_path_factory.mktemp('stores') / 'logits'
+    save_logits.main([
+        '--dataset', str(EXAMPLES), '--train-split', 'train[:120]', '--teacher', teacher, '--logits', str(path),
+        '--epochs', '4', '--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--topk', '3',
+        '--shard-size', '20', '--workers', '0', '--quiet'])
+    return path
+
+
+@pytest.fixture(scope='session')
+def keyed_store(tmp_path_factory, teacher, fashion) -> tuple[Path, Path]:
+    """A data set of 40 images with a column `name`, and a store of 3 epochs that knows them by it."""
+    folder = tmp_path_factory.mktemp('keyed')
+    rows = fashion.select(range(40))
+    rows.add_column('name', [f'image {row}' for row in range(40)]).save_to_disk(folder / 'data')
+    save_logits.main([
+        '--dataset', str(folder / 'data'), '--key', 'name', '--teacher', teacher, '--logits', str(folder / 'logits'),
+        '--epochs', '3', '--img-size', '32', '--shard-size', '10', '--workers', '0', '--quiet'])
+    return folder / 'data', folder / 'logits'

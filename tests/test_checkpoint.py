@@ -32,7 +32,7 @@ CPU = torch.device('cpu')
 SMALL = [
     '--dataset', DATA, '--train-split', 'train[:96]', '--val-split', 'test[:16]', '--img-size', '32', '--model',
     'test_efficientnet', '--drop-path', '0.2', '--drop', '0.1', '--mixup', '0.8', '--model-ema', '--lr', '1e-2',
-    '--warmup-epochs', '1', '--epochs', '2', '-j', '0', '--quiet']
+    '--warmup-epochs', '1', '--epochs', '2', '-j', '0']
 EVERY_STEP = ['--recovery-interval', '1']
 
 

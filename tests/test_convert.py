@@ -55,7 +55,8 @@ def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(official
     result = run(tmp_path / 'official.pth', '--model', 'tiny_vit_5m_224', '--output', tmp_path / 'out')
     assert result.returncode == 0, result.stderr
     assert 'shorter side to 256, then the middle 224x224' in result.stdout
-    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['config.json', 'model.safetensors']
+    written = sorted(path.name for path in (tmp_path / 'out').iterdir())
+    assert written == ['README.md', 'config.json', 'model.safetensors']
 
     golden = GOLDEN['builds']['tiny_vit_5m_224']
     logits = logits_in_plain_timm(tmp_path / 'out', golden_image(224), tmp_path)

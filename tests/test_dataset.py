@@ -237,6 +237,22 @@ def test_views_and_records_belong_together_through_loader_workers(real, replay, 
             assert torch.equal(batch['view'], collate(data.__getitems__(keys))['view'])
 
 
+@pytest.mark.parametrize('context', ['fork', 'spawn'])
+def test_a_batch_comes_out_of_a_loader_worker_as_it_is_made_without_one(real, replay, tmp_path, context):
+    data = SparseLogitDataset(real, replay, make_store(tmp_path / 'store', real))
+    keys = [(1, index) for index in range(48)]
+    here = collate(data.__getitems__(keys))
+    loader = DataLoader(
+        data, batch_sampler=[keys], num_workers=1, collate_fn=collate, multiprocessing_context=context)
+    there, = loader
+    assert list(there) == list(here) == ['view', 'label', 'index', 'record']
+    for name, values in there.items():
+        assert type(values) is type(here[name]) is torch.Tensor and values.dtype == here[name].dtype
+        assert torch.equal(values, here[name])
+        # Shared memory costs more than it saves where there are few bytes.
+        assert values.is_shared() == (name == 'view') == (values.nbytes > 1 << 16)
+
+
 def test_a_data_set_travels_to_spawned_workers(real, replay, tmp_path):
     data = SparseLogitDataset(real, replay, make_store(tmp_path / 'store', real))
     there = pickle.loads(pickle.dumps(data))

@@ -117,7 +117,7 @@ def test_every_recipe_runs_two_updates_on_real_images(recipe, teacher, tmp_path,
     flags = [
         '--config', recipe, '--dataset', DATA, '--train-split', 'train[:8]', '--val-split', 'test[:4]', '--target-key',
         'label', '--img-size', '32', '-b', '4', '--grad-accum-steps', '1', '--epochs', '1', '--warmup-epochs', '0',
-        '-j', '0', '--quiet', '--output', str(tmp_path), '--experiment', 'run']
+        '-j', '0', '--output', str(tmp_path), '--experiment', 'run']
     if recipe != 'demo_teacher':
         flags += ['--model', 'test_efficientnet']
     if 'distill' in recipe or recipe == 'cifar100':

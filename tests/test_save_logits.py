@@ -196,6 +196,7 @@ def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
         ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, 99'),
         ([*fill, store, '--hflip', '0'], 'hflip 0.0 instead of 0.5'),
         ([*fill, tmp_path / 'new', '-j', '-1'], '--workers is -1'),
+        ([*fill, tmp_path / 'new', '--shards', '4:9'], 'only shards 0:4'),
         ([*fill, store, '--samples', '0:5'], 'give --copy-to too'),
         (['--logits', tmp_path / 'new', '--merge-from', store, '--epochs', '1'], 'leave --copy-to and --epochs out'),
         (['--describe', '--logits', tmp_path], 'there is no logit store at'),
@@ -219,3 +220,21 @@ def test_check_refuses_another_teacher(store, tmp_path, capsys):
     export_model(tmp_path / 'other', timm.create_model('test_resnet', num_classes=10))
     said = refusal([*COMMON, '--teacher', tmp_path / 'other', '--logits', store, '--check'], capsys)
     assert 'is not the teacher of the store' in said
+
+
+def test_a_recipe_of_the_trainer_says_how_to_fill_and_its_other_keys_are_passed_over(store, tmp_path, capsys):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('epochs: 2\nlr: 0.001\nmodel: tiny_vit_5m_224\ntopk: 3\n')
+    save_logits.main(['--describe', '--logits', str(store), '--config', str(recipe)])
+    # A store of some kilobytes is not one of 0.0 MB.
+    assert re.search(r'size +[1-9][0-9.]* kB on disk', capsys.readouterr().out)
+    recipe.write_text('lr: 0.001\nlearning: 2\n')
+    assert "unknown key 'learning'" in refusal(['--describe', '--logits', store, '--config', recipe], capsys)
+
+
+def test_a_file_in_the_place_of_an_epoch_is_called_one(store, tmp_path, capsys):
+    copy = shutil.copytree(store, tmp_path / 'copy')
+    shutil.rmtree(copy / 'epoch-00001')
+    (copy / 'epoch-00001').write_text('not a folder')
+    said = refusal(['--describe', '--logits', copy], capsys)
+    assert 'epoch-00001 is a file where the folder of epoch 1 should be' in said

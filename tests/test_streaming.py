@@ -197,7 +197,7 @@ def test_a_student_learns_from_a_stream_as_long_as_from_rows(folders, stores, tm
     train_distill.main([
         '--dataset', str(folders / 'cls'), '--streaming', '--val-dataset', str(folders / 'parquet'), '--val-split',
         'train', '--model', 'test_resnet', '--epochs', '4', '-b', '30', '-j', '0', '--warmup-epochs', '0', '--lr',
-        '2e-3', '--logits', str(stores / 'cls'), '--output', str(tmp_path), '--quiet'])
+        '2e-3', '--logits', str(stores / 'cls'), '--output', str(tmp_path)])
     metrics = np.genfromtxt(tmp_path / 'test_resnet' / 'metrics.csv', delimiter=',', names=True)
     assert metrics['distill_loss'][-1] < metrics['distill_loss'][0] and len(metrics) == 4
     assert metrics['label_loss'].max() == 0 and '3 steps of 30 an epoch' in capsys.readouterr().out

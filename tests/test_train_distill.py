@@ -27,7 +27,7 @@ VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--re
 SPLITS = ['--train-split', 'train[:96]', '--val-split', 'test[:64]']
 SMALL = [
     '--dataset', DATA, *VIEWS, *SPLITS, '--model', 'tiny_vit_5m_224', '--epochs', '2', '-b', '16', '--lr', '1e-3',
-    '--warmup-epochs', '1', '--drop-path', '0.2', '-j', '0', '--quiet', '--crop-pct', '1']
+    '--warmup-epochs', '1', '--drop-path', '0.2', '-j', '0', '--crop-pct', '1']
 
 
 @pytest.fixture(scope='module', autouse=True)

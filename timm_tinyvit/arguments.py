@@ -10,7 +10,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 import yaml
@@ -97,7 +97,11 @@ def add_store_arguments(parser: argparse.ArgumentParser, several: bool = False) 
     group = parser.add_argument_group('teacher and store')
     group.add_argument(
         '--logits', metavar='DIR', nargs='+' if several else None,
-        help='the logit store' + ('; several of different teachers for the average of them' if several else ''))
+        help='the logit store, a folder or hf://datasets/ORG/NAME'
+             + ('; several of different teachers for the average of them' if several else ''))
+    group.add_argument('--keep-epochs', type=int, metavar='N',
+                       help='epochs of a store on the Hub that are on disk (default: those in use and the next)')
+    group.add_argument('--store-cache', metavar='DIR', help='where they go (default: a folder in HF_HOME)')
     group.add_argument(
         '--teacher', metavar='NAME', help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
     group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the teacher of that name')
@@ -141,8 +145,17 @@ def recipe_names() -> list[str]:
         item.name.removesuffix('.yaml') for item in RECIPES.iterdir() if item.name.endswith('.yaml'))
 
 
-def parse_arguments(parser: ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+        parser: ArgumentParser,
+        argv: Sequence[str] | None = None,
+        other_flags: Callable[[], Container[str]] = tuple,
+) -> argparse.Namespace:
     """Parse flags, over those of the recipe that `--config` names: a path, or the name of one in this package.
+
+    Args:
+        parser: Knows the flags.
+        argv: The arguments; by default the command line's.
+        other_flags: Flags of other programs, whose keys in a recipe are passed over.
 
     Raises:
         InputError: A flag or key is unknown or has a wrong value, or there is no such recipe.
@@ -152,7 +165,7 @@ def parse_arguments(parser: ArgumentParser, argv: Sequence[str] | None = None) -
     peek = ArgumentParser(add_help=False)
     peek.add_argument('-c', '--config')
     config = peek.parse_known_args(argv)[0].config
-    recipe = [] if config is None else _recipe_flags(parser, config)
+    recipe = [] if config is None else _recipe_flags(parser, config, other_flags)
     try:
         args, unknown = parser.parse_known_args(recipe + argv)
     except ValueError as error:
@@ -170,7 +183,11 @@ def _nearest(parser: argparse.ArgumentParser, name: str) -> str:
     return f'; did you mean {near[0]}?' if near else '; see --help'
 
 
-def _recipe_flags(parser: argparse.ArgumentParser, config: str) -> list[str]:
+def _recipe_flags(
+        parser: argparse.ArgumentParser,
+        config: str,
+        other_flags: Callable[[], Container[str]],
+) -> list[str]:
     """The flags of a recipe as they would stand on the command line."""
     file = Path(config)
     if not file.is_file() and config in recipe_names():
@@ -187,6 +204,8 @@ def _recipe_flags(parser: argparse.ArgumentParser, config: str) -> list[str]:
     for key, value in recipe.items():
         flag = '--' + str(key).replace('_', '-')
         action = parser._option_string_actions.get(flag)
+        if action is None and flag in other_flags():
+            continue
         if action is None or flag == '--config':
             raise InputError(f'the recipe {config} has an unknown key {key!r}{_nearest(parser, flag)}')
         if action.nargs == 0:

@@ -7,7 +7,7 @@ day, on another; the file system's own clock counts it, whatever the machines' c
 import errno
 import os
 from pathlib import Path
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 from .errors import InputError
 from .process import is_dead, machine_name
@@ -17,8 +17,17 @@ __all__ = ['cannot_write', 'remove_stale', 'write_aside']
 STALE_SECONDS = 24 * 3600
 
 
-def write_aside(path: Path, data: bytes | memoryview | Sequence[bytes]) -> None:
+def write_aside(
+        path: Path,
+        data: bytes | memoryview | Iterable[bytes],
+        check: Callable[[Path], None] = lambda aside: None,
+) -> None:
     """Write a file so that it is there whole or not at all, also after a kill or a power cut.
+
+    Args:
+        path: The file.
+        data: Its content, or the parts of it.
+        check: Looks at what was written before it is put into its place, and raises if that is not good.
 
     Raises:
         InputError: The disk is full, or may not be written; nothing is left behind.
@@ -31,6 +40,7 @@ def write_aside(path: Path, data: bytes | memoryview | Sequence[bytes]) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
+        check(aside)
         os.replace(aside, path)
         if os.name == 'posix':  # elsewhere a folder cannot be opened
             # The new name must be on disk too.

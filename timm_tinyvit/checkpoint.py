@@ -16,6 +16,7 @@ from torch import nn
 
 from .aside import write_aside
 from .errors import InputError
+from .sharding import local
 
 __all__ = ['is_finite', 'last_checkpoint', 'random_state', 'save_checkpoint', 'set_random_state', 'what_changes']
 
@@ -107,9 +108,18 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
     return state
 
 
-def what_changes(state: dict[str, Any], world_size: int, images_per_update: int) -> str:
-    """A line on what can no longer be identical when a checkpoint goes on with another number of processes."""
+def what_changes(state: dict[str, Any], world_size: int, images_per_update: int, is_sharded: bool) -> str | None:
+    """A line on what can no longer be identical when a checkpoint goes on with another number of processes, or with a
+    model that is sharded where it was whole or the other way round; None where all can be.
+    """
     there, images = state['world_size'], state['images_per_update']
+    if there == world_size:
+        # Checkpoints from before there were sharded runs do not say.
+        was_sharded = state.get('is_sharded', False)
+        if was_sharded == is_sharded:
+            return None
+        kinds = {True: 'sharded', False: 'whole on each process'}
+        return f'the model was {kinds[was_sharded]} and is {kinds[is_sharded]}: rounding can no longer be identical'
     line = (f'{there} process(es) there, {world_size} here: dropout, drop path and rounding can no longer be identical '
             f'to a run on {there}')
     if images != images_per_update:
@@ -120,4 +130,4 @@ def what_changes(state: dict[str, Any], world_size: int, images_per_update: int)
 
 def is_finite(model: nn.Module) -> bool:
     """Whether all weights and statistics of a model are numbers."""
-    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+    return all(bool(local(tensor).isfinite().all()) for tensor in model.state_dict().values())

@@ -110,7 +110,8 @@ class ClassSets:
                 refuse(rank >= self._num_sets, f'has a rank that no {self.k} classes have')
             places = []  # from the last entry to the first
             for entry in reversed(range(self.k)):
-                places.append(xp.searchsorted(binomials[entry], rank, side='right') - 1)
+                # That of place 0 is 0, and never beyond the rank.
+                places.append(xp.searchsorted(binomials[entry, 1:], rank, side='right'))
                 rank = rank - binomials[entry][places[-1]]
             ids = xp.stack(places[::-1], 1)
         elif xp is np:

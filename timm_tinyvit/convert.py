@@ -2,10 +2,11 @@
 
     python -m timm_tinyvit.convert tiny_vit_21m_22kto1k_384_distill.pth --model tiny_vit_21m_384 --output tiny_vit_384
 
-The folder holds model.safetensors and config.json; `timm.create_model('local-dir:FOLDER', pretrained=True)` makes the
-model, with or without this package. The config asks for the test crop of the official evaluation, which the paper's
-accuracies belong to; timm's own tags ask for another at 224 and 384. Nothing in a checkpoint is ever executed, and
-a checkpoint that does not fit leaves no folder behind.
+The folder holds model.safetensors, config.json and a card; `timm.create_model('local-dir:FOLDER', pretrained=True)`
+makes the model, with or without this package, and `python -m timm_tinyvit.publish FOLDER --repo ORG/NAME` brings it to
+the Hub. The config asks for the test crop of the official evaluation, which the paper's accuracies belong to; timm's
+own tags ask for another at 224 and 384. Nothing in a checkpoint is ever executed, and a checkpoint that does not fit
+leaves no folder behind.
 """
 
 import os
@@ -19,19 +20,26 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from torch import nn
 
 from . import clip_teacher, tiny_vit
 from .arguments import ArgumentParser
+from .aside import write_aside
 from .errors import InputError, reports_input_errors
 from .hub import export_model
+from .imagenet22k import NUM_CLASSES_22K
+from .model_card import CARD, NO_REPO
+from .official import converted_card, find_checkpoint
 
-__all__ = ['convert', 'main']
+__all__ = ['convert', 'main', 'official_config']
 
 TINY_VITS = ('tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512')
 TEACHER = 'clip_vit_large_patch14_224'
 # the same model under the name by which plain timm knows it
 TEACHER_IN_TIMM = 'vit_large_patch14_clip_quickgelu_224'
+# by the number of classes
+IMAGENETS = {1000: 'imagenet-1k', NUM_CLASSES_22K: 'imagenet-22k'}
 # official evaluation: at 224 the middle of an image of 256, above it the whole image, squashed
 CROPS = {
     224: (dict(crop_pct=224 / 256, crop_mode='center'), 'shorter side to 256, then the middle 224x224'),
@@ -106,13 +114,27 @@ def _fit_teacher(weights: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str,
     return model, weights
 
 
+def official_config(name: str, num_classes: int) -> dict[str, Any]:
+    """What the config of an official checkpoint says beside the model: `label_names` and `label_descriptions` of the
+    ImageNet with so many classes, and the `data_config` of the official evaluation."""
+    labels = {}
+    if num_classes in IMAGENETS:
+        info = ImageNetInfo(IMAGENETS[num_classes])
+        labels = dict(label_names=info.label_names(), label_descriptions=info.label_descriptions(as_dict=True))
+    return dict(labels, data_config=dict(_crop(name)[0], interpolation='bicubic'))
+
+
+def _crop(name: str) -> tuple[dict[str, Any], str]:
+    return CROPS[int(name.rsplit('_', 1)[1])]
+
+
 def convert(checkpoint: Path, name: str, output: Path) -> dict[str, Any]:
     """Convert an official checkpoint into a folder that plain timm loads.
 
     Args:
         checkpoint: An official .pth file.
         name: Name of the model whose weights it holds.
-        output: Folder to make, with model.safetensors and config.json.
+        output: Folder to make, with model.safetensors, config.json and a card, README.md.
 
     Returns:
         What was converted: `name`, `num_classes`, `crop` in words.
@@ -132,16 +154,17 @@ def convert(checkpoint: Path, name: str, output: Path) -> dict[str, Any]:
         raise InputError(f'{checkpoint} cannot be converted: its {broken} holds values that are not finite')
     model.load_state_dict(weights, assign=True)
 
-    settings, words = CROPS[int(name.rsplit('_', 1)[1])]
     aside = output.with_name(f'.{output.name}.{os.getpid()}.tmp')
     try:
-        export_model(aside, model, data_config=dict(settings, interpolation='bicubic'))
+        export_model(aside, model, **official_config(name, model.num_classes))
+        card = converted_card(aside, checkpoint.name, find_checkpoint(checkpoint.name, name), NO_REPO)
+        write_aside(aside / CARD, str(card).encode())
         os.replace(aside, output)
     except OSError as error:
         raise InputError(f'{output} cannot be written: {error.strerror or error}')
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return dict(name=name, num_classes=model.num_classes, crop=words)
+    return dict(name=name, num_classes=model.num_classes, crop=_crop(name)[1])
 
 
 @reports_input_errors

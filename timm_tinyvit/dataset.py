@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, Dataset
+from torch.utils.data import BatchSampler, Dataset, get_worker_info
 
 from .ensemble import Ensemble
 from .errors import InputError
@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 Key = tuple[int, int]
+
+MAX_MESSAGE_BYTES = 1 << 16
 
 
 class ImageDataset(Dataset):
@@ -247,7 +249,20 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
             batch[name] = torch.tensor([sample[name] for sample in samples])
     if 'record' in samples[0]:
         batch['record'] = torch.stack([sample['record'] for sample in samples])
+    if get_worker_info() is not None:
+        batch = {name: values.as_subclass(_InMessage) if values.nbytes <= MAX_MESSAGE_BYTES else values
+                 for name, values in batch.items()}
     return batch
+
+
+class _InMessage(torch.Tensor):
+    """A tensor that a loader worker sends in the message itself; what arrives is a plain tensor.
+
+    Others get a piece of shared memory each, which costs both sides some tenths of a millisecond, however small.
+    """
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Callable, tuple[np.ndarray]]:
+        return torch.from_numpy, (self.numpy(),)
 
 
 class EpochBatchSampler(BatchSampler):
@@ -267,6 +282,7 @@ class EpochBatchSampler(BatchSampler):
         store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
         views_per_image: Views of an image in a batch, which is decoded once for all of them.
         pairing: The pairs of a data set whose views are mixed, its `pairing`.
+        store: A store that is told which epochs begin and which come next, so that one on the Hub has them on disk.
 
     Raises:
         InputError: The data set is smaller than one batch of all ranks, or a batch is no multiple of the views or
@@ -283,6 +299,7 @@ class EpochBatchSampler(BatchSampler):
             store_epochs: Sequence[int] | None = None,
             views_per_image: int = 1,
             pairing: Pairing | None = None,
+            store: LogitStore | Ensemble | None = None,
     ):
         if batch_size % views_per_image:
             raise InputError(
@@ -310,6 +327,7 @@ class EpochBatchSampler(BatchSampler):
         self.store_epochs = store_epochs
         self.views_per_image = views_per_image
         self.pairing = pairing
+        self.store = store
         self.epoch = 0
         self.start = 0
 
@@ -317,6 +335,9 @@ class EpochBatchSampler(BatchSampler):
         """Choose the training epoch, and the batch to begin with, of the next iteration."""
         self.epoch = epoch
         self.start = start
+        if self.store is not None:
+            first_epoch = epoch - epoch % self.views_per_image
+            self.store.begin(self._stored(first_epoch), self._stored(first_epoch + self.views_per_image))
 
     def __len__(self) -> int:
         """Batches of one whole epoch."""
@@ -325,9 +346,7 @@ class EpochBatchSampler(BatchSampler):
     def __iter__(self) -> Iterator[list[Key]]:
         part = self.epoch % self.views_per_image
         first_epoch = self.epoch - part
-        epochs = range(first_epoch, first_epoch + self.views_per_image)
-        if self.store_epochs is not None:
-            epochs = [self.store_epochs[epoch % len(self.store_epochs)] for epoch in epochs]
+        epochs = self._stored(first_epoch)
         # Images stand alone, or in pairs.
         group = 1 if self.pairing is None else 2
         order = np.random.Generator(np.random.PCG64([self.seed, first_epoch])).permutation(self.num_samples // group)
@@ -338,3 +357,10 @@ class EpochBatchSampler(BatchSampler):
             if self.pairing is not None:
                 indices = self.pairing.members(epochs[0], indices).ravel()
             yield [(epoch, index) for index in indices.tolist() for epoch in epochs]
+
+    def _stored(self, first_epoch: int) -> Sequence[int]:
+        """Epochs of the store that the training epochs from this one on use together."""
+        epochs = range(first_epoch, first_epoch + self.views_per_image)
+        if self.store_epochs is None:
+            return epochs
+        return [self.store_epochs[epoch % len(self.store_epochs)] for epoch in epochs]

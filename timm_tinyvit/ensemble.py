@@ -8,7 +8,7 @@ shard size and epochs; the epochs that all of them hold are used.
 
 from dataclasses import replace
 from typing import Any
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -61,6 +61,15 @@ class Ensemble:
     def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
         """The (epoch, shard) pairs of these epochs that one of the stores lacks."""
         return [pair for store in self.stores for pair in store.missing(epochs)]
+
+    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
+        """Say which epochs are read from now on, and which after them; see `LogitStore.begin`."""
+        for store in self.stores:
+            store.begin(epochs, then)
+
+    def wait(self, stop: Callable[[], bool] = bool) -> bool:
+        """Wait until the epochs that have begun can be read; see `LogitStore.wait`."""
+        return all(store.wait(stop) for store in self.stores)
 
     def open_keys(self) -> KeyIndex:
         """The keys that all of them share."""

@@ -4,7 +4,7 @@ from .codec import create_codec
 from .errors import InputError
 from .sparsifier import create_sparsifier
 
-__all__ = ['estimate_store']
+__all__ = ['estimate_store', 'readable_bytes']
 
 
 def estimate_store(
@@ -17,6 +17,7 @@ def estimate_store(
         codec: str | None = None,
         views_per_second: float | None = None,
         num_processes: int = 1,
+        keep_epochs: int = 2,
 ) -> str:
     """Bytes per view, per epoch and in all, beside the official format, and the time that filling takes.
 
@@ -30,6 +31,7 @@ def estimate_store(
         codec: Name of the codec; the sparsifier's own by default.
         views_per_second: Views that one process's teacher looks at in a second; None to leave the time out.
         num_processes: Processes that fill the store.
+        keep_epochs: Epochs that are on disk in a training from the Hub.
 
     Raises:
         InputError: The settings do not go together.
@@ -43,22 +45,26 @@ def estimate_store(
     most = 'at most ' if record.is_variable else ''
     width = record.width + 3 if record.is_variable else record.width  # an offset of 4 bytes for the byte in memory
     views = num_samples * epochs
-    official = f', {_bytes(views * (4 * k + 4))} in the official format' if num_classes <= 1 << 15 else ''
+    official = f', {readable_bytes(views * (4 * k + 4))} in the official format' if num_classes <= 1 << 15 else ''
     lines = [
         f'views            {num_samples:,} samples x {epochs} epochs = {views:,}',
         f'record           {most}{width} bytes ({sparsifier}, k = {k} of {num_classes:,} classes, {record.name})',
-        f'epoch            {most}{_bytes(num_samples * width)}',
-        f'store            {most}{_bytes(views * width)}{official}',
+        f'epoch            {most}{readable_bytes(num_samples * width)}',
+        f'store            {most}{readable_bytes(views * width)}{official}',
     ]
+    if epochs > keep_epochs:
+        lines.append(f'from the Hub     {most}{readable_bytes(keep_epochs * num_samples * width)} on disk in training, '
+                     f'with --keep-epochs {keep_epochs}')
     if views_per_second:
         hours = views / views_per_second / num_processes / 3600
         lines.append(
-            f'teacher          {hours:,.1f} hours at {views_per_second:,.0f} views/s in '
+            f'teacher          {hours:,.1f} hours at {views_per_second:,.10g} views/s in '
             + (f'each of {num_processes} processes' if num_processes > 1 else 'one process'))
     return '\n'.join(lines)
 
 
-def _bytes(count: float) -> str:
+def readable_bytes(count: float) -> str:
+    """A number of bytes for people: `2.8 GB`."""
     units = ['TB', 'GB', 'MB', 'kB', 'bytes']
     while count >= 1000 and len(units) > 1:
         count /= 1000

@@ -23,10 +23,12 @@ from .dataset import ImageDataset, collate
 from .errors import InputError
 from .imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k, logits_22k_to_1k
 from .launch import quiet_worker
+from .predictions import Recorder
 from .save_logits import read_labels
 from .sources import class_names, find_column, load_split
 from .student import create_student
 from .teacher import ModelInput
+from .terminal import progress
 
 __all__ = [
     'check_label_values', 'check_labels', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint',
@@ -112,6 +114,7 @@ def evaluate(
         accelerator: Accelerator,
         to_imagenet1k: bool = False,
         stopped: Callable[[], bool] = bool,
+        recorder: Recorder | None = None,
 ) -> dict[str, float] | None:
     """Loss, top-1 and top-5 accuracy in percent over the samples of all ranks.
 
@@ -122,6 +125,7 @@ def evaluate(
         accelerator: Sums over the ranks.
         to_imagenet1k: The labels are those of ImageNet-1k, whatever the classifier.
         stopped: Whether to break off.
+        recorder: Takes what the model says of this rank's samples.
 
     Returns:
         `loss`, `top1` and `top5`, or None where any rank broke off.
@@ -131,7 +135,7 @@ def evaluate(
         # What is evaluated is what is exported: rank 0's statistics, where each rank has some of its own.
         distribute_bn(model, accelerator.num_processes)
     sums = torch.zeros(5, dtype=torch.float64)  # loss, top-1, top-5, samples, broken off
-    for batch in loader:
+    for batch in progress(loader, desc='evaluation', unit='batch', leave=False):
         if stopped():
             sums[4] = 1
             break
@@ -143,6 +147,8 @@ def evaluate(
             logits = logits_22k_to_1k(logits)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
         loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
+        if recorder is not None:
+            recorder.add(logits, labels)
         sums[:4] += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(labels))]).double().cpu()
     loss, top1, top5, count, broken = accelerator.reduce(sums.to(accelerator.device, torch.float32), 'sum').tolist()
     return None if broken else {'loss': loss / count, 'top1': 100 * top1 / count, 'top5': 100 * top5 / count}

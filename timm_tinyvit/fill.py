@@ -8,6 +8,7 @@ writes it.
 import time
 from collections import deque
 from itertools import chain, islice
+from pathlib import Path
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -21,11 +22,11 @@ from .errors import InputError
 from .launch import quiet_worker
 from .progress import StoreProgress
 from .sparsifier import Sparsifier, create_sparsifier
-from .store import LogitStore
+from .store import LogitStore, Manifest
 from .streaming import StreamedRows
 from .teacher import Teacher
 
-__all__ = ['fill_shard', 'fill_store']
+__all__ = ['choose_shards', 'fill_shard', 'fill_store']
 
 
 class _ClaimedBatches:
@@ -127,6 +128,20 @@ def fill_shard(
     store.write_shard(epoch, shard, np.concatenate(records))
 
 
+def choose_shards(manifest: Manifest, shards: range | None, path: str | Path) -> range:
+    """The shards of an epoch that are asked for, all by default.
+
+    Raises:
+        InputError: The epochs of this store, at `path`, have none of them.
+    """
+    chosen = range(manifest.num_shards) if shards is None else shards[:max(0, manifest.num_shards - shards.start)]
+    if not chosen:
+        raise InputError(
+            f'shards {shards.start}:{shards.stop} were asked for, but an epoch of {path} has only shards '
+            f'0:{manifest.num_shards}; mend --shards')
+    return chosen
+
+
 def fill_store(
         store: LogitStore,
         teacher: Teacher,
@@ -161,11 +176,7 @@ def fill_store(
             finished shards stay, and the others are free for other processes.
     """
     manifest = store.manifest
-    chosen = range(manifest.num_shards) if shards is None else shards[:max(0, manifest.num_shards - shards.start)]
-    if not chosen:
-        raise InputError(
-            f'shards {shards.start}:{shards.stop} were asked for, but an epoch of {store.path} has only shards '
-            f'0:{manifest.num_shards}; mend --shards')
+    chosen = choose_shards(manifest, shards, store.path)
     sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
     num_views = 0
     with Claims(expire, beat) as claims, StoreProgress(store, epochs, chosen, show_progress) as progress:

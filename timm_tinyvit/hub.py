@@ -11,7 +11,7 @@ from torch import nn
 
 from .aside import write_aside
 
-__all__ = ['export_model']
+__all__ = ['export_config', 'export_model']
 
 
 def export_model(
@@ -19,6 +19,7 @@ def export_model(
         model: nn.Module,
         label_names: list[str] | None = None,
         data_config: dict[str, Any] | None = None,
+        label_descriptions: dict[str, str] | None = None,
 ) -> None:
     """Write a model so that plain timm loads it: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
@@ -28,14 +29,27 @@ def export_model(
         label_names: Names of its classes.
         data_config: How images were prepared when it was evaluated: `input_size`, `crop_pct`, `interpolation` and the
             like, as in timm; by default what its configuration says.
+        label_descriptions: What the names mean, where they are such as the synsets of ImageNet.
     """
     # Channels-last weights must be laid out anew, which timm's save_for_hf does not do.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_aside(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
+    export_config(folder, model, label_names, data_config, label_descriptions)
+
+
+def export_config(
+        folder: Path,
+        model: nn.Module,
+        label_names: list[str] | None = None,
+        data_config: dict[str, Any] | None = None,
+        label_descriptions: dict[str, str] | None = None,
+) -> None:
+    """Write the config.json of `export_model` alone; the model needs no weights."""
+    labels = {'label_names': label_names and list(label_names), 'label_descriptions': label_descriptions}
     with TemporaryDirectory() as aside:
         config = Path(aside) / 'config.json'
         save_config_for_hf(
-            model, str(config), model_config={'label_names': list(label_names)} if label_names else None,
+            model, str(config), model_config={name: value for name, value in labels.items() if value},
             data_config=data_config)
         settings = json.loads(config.read_text())
     # These speak of the weights that the model's name stands for, not of the ones written here.

@@ -3,7 +3,6 @@
 import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -13,21 +12,35 @@ from types import FrameType
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .errors import InputError, Terminated
 
 __all__ = [
-    'TRACKERS', 'create_accelerator', 'make_deterministic', 'progress_seconds', 'quiet_worker', 'stop_requests',
-    'stop_with_launcher', 'total',
+    'TRACKERS', 'create_accelerator', 'make_deterministic', 'quiet_worker', 'stop_requests', 'stop_with_launcher',
+    'total',
 ]
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 
 # A launcher kills half a minute after it has asked to stop.
 STOP_SECONDS = 30
+
+# Kinds of launches, by what accelerate's launcher sets for them.
+UNSUPPORTED_LAUNCHES = {
+    'DeepSpeed': 'ACCELERATE_USE_DEEPSPEED', 'Megatron-LM': 'ACCELERATE_USE_MEGATRON_LM',
+    'a parallelism configuration': 'ACCELERATE_USE_PARALLELISM_CONFIG',
+}
+
+# Settings of FSDP2 that would not train the model that is asked for.
+UNSUPPORTED_SHARDING = {
+    'activation_checkpointing': 'a second forward pass would draw other paths to drop',
+    'ignored_modules': 'their gradients would differ from process to process',
+    'offload_params': 'batch norms have statistics on the device',
+}
 
 PRECISIONS = {None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}
 
@@ -45,30 +58,58 @@ def create_accelerator(
         folder: Where trackers that write files write them.
 
     Raises:
-        InputError: More processes were launched than work together, they are to share out one model, or a tracker is
-            not installed.
+        InputError: More processes were launched than work together, they are to share out one model in another way
+            than FSDP2's, or a tracker is not installed.
     """
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in trackers:
         if tracker not in installed:
             raise InputError(f'the tracker {tracker} is not installed; install it, or the extra `tracking`')
+    plugin = _fsdp_plugin()
     # Without `cpu` accelerate makes no process group on a machine that has no accelerator: every process would take
     # itself for the only one.
     # Ranks wait while one downloads the data, or has more shards to fill than the others.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype], kwargs_handlers=[patience],
-        log_with=list(trackers) or None, project_dir=folder)
+        log_with=list(trackers) or None, project_dir=folder, fsdp_plugin=plugin)
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     if accelerator.num_processes != launched:
         raise InputError(
             f'{launched} processes were launched and {accelerator.num_processes} work together; on a machine without '
             f'GPUs launch them with `accelerate launch --multi_gpu --num_processes {launched}`, without --cpu')
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise InputError(
-            f'the launch is set up for {accelerator.distributed_type.value}, and here every process holds the whole '
-            f'model; launch it with --multi_gpu')
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards on GPUs alone and would give plain DDP here, without a word; torch shards on CPUs as well.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
     return accelerator
+
+
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """How the launch wants the model shared out, None where each process is to hold all of it."""
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, 'false').lower() == 'true'
+
+    for kind, name in UNSUPPORTED_LAUNCHES.items():
+        if is_set(name):
+            raise InputError(f'the launch is set up for {kind}, which is not supported here; launch it with '
+                             f'--multi_gpu, or with --use_fsdp --fsdp_version 2')
+    if not is_set('ACCELERATE_USE_FSDP'):
+        return None
+    if os.environ.get('FSDP_VERSION', '1') != '2':
+        raise InputError('the launch is set up for FSDP1, which is not supported here; add --fsdp_version 2, or launch '
+                         'it with --multi_gpu')
+    for flag, reason in UNSUPPORTED_SHARDING.items():
+        if os.environ.get(f'FSDP_{flag.upper()}', 'false').lower() not in ('false', ''):
+            raise InputError(f'the launch sets fsdp_{flag}, which is not supported here: {reason}; leave it out')
+    try:
+        # Autocast decides what is computed in half precision, as under DDP: batch norms want their weights and
+        # statistics of one type. The other setting is meant for models of transformers.
+        return FullyShardedDataParallelPlugin(
+            mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False)
+    except ValueError as error:
+        raise InputError(f'accelerate does not take the settings of FSDP ({error}); correct them')
 
 
 def make_deterministic() -> None:
@@ -76,11 +117,6 @@ def make_deterministic() -> None:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
-
-
-def progress_seconds() -> float:
-    """Seconds between two drawings of a progress bar: few where it moves, many where each is a line of a log file."""
-    return 0.1 if sys.stderr.isatty() else 30.
 
 
 def stop_with_launcher(seconds: float = 1.) -> None:

@@ -16,6 +16,7 @@ from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from .errors import InputError
+from .sharding import whole
 
 __all__ = ['clip_gradients', 'create_optimizer', 'create_schedule', 'learning_rates']
 
@@ -84,7 +85,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, mode: str) 
         The norm of all gradients before clipping, a scalar tensor.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    norm = whole(nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
     if limit and mode == 'norm':
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     elif limit:

@@ -3,10 +3,8 @@
 import time
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
-from .launch import progress_seconds
 from .store import LogitStore
+from .terminal import progress
 
 __all__ = ['StoreProgress']
 
@@ -34,9 +32,9 @@ class StoreProgress:
         self._due = 0.
         for epoch in list(self._missing):
             self._views += self._rows(self._finished(epoch))
-        self._bar = tqdm(
-            total=len(epochs) * self._rows(shards), initial=self._views, desc='teacher', unit='view', unit_scale=True,
-            smoothing=0, mininterval=progress_seconds(), disable=not show)
+        self._bar = progress(
+            show=show, total=len(epochs) * self._rows(shards), initial=self._views, desc='teacher', unit='view',
+            unit_scale=True, smoothing=0)
 
     def __enter__(self) -> 'StoreProgress':
         return self

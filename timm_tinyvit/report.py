@@ -1,12 +1,41 @@
-"""Pictures of a run."""
+"""`python -m timm_tinyvit.report STORE`: what a store says of its teacher, and what a run says of its student.
 
+Prints the facts of a store, on disk or on the Hub; `--html` writes them as one page, with plots and, where the data set
+is named, with pictures. Of a run, and with `--compare` of several, it writes the page anew that a training leaves.
+"""
+
+import argparse
 import csv
 import io
+import json
+import os
 from pathlib import Path
+from collections.abc import Sequence
 
+import numpy as np
+
+from .arguments import ArgumentParser
 from .aside import write_aside
+from .dataset import SparseLogitDataset
+from .errors import InputError, reports_input_errors
+from .hub_client import is_hub_url
+from .hub_store import open_store_at
+from .replay import Replay, ViewRecipe, check_probe
+from .save_logits import parse_range, read_labels
+from .sources import class_names, load_split
+from .store import LogitStore
+from .store_pictures import choose_samples, draw_gallery, name_classes, show_samples
+from .store_report import plain_report, store_page, text_report
+from .store_statistics import MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, rows_of, store_statistics
+from .terminal import progress, result, speak
 
-__all__ = ['plot_metrics']
+__all__ = ['main', 'plot_metrics', 'report_store']
+
+# Each is downloaded.
+MAX_HUB_EPOCHS = 3
+NUM_GALLERY_ROWS = 5
+NUM_GALLERY_EPOCHS = 6
+METRICS = 'metrics.csv'
 
 
 def plot_metrics(metrics: Path, picture: Path) -> bool:
@@ -42,3 +71,156 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
     figure.savefig(buffer, dpi=110, format='png')
     write_aside(picture, buffer.getbuffer())
     return True
+
+
+def report_store(args: argparse.Namespace) -> None:
+    """Print what there is to know of a store, and write the page and the gallery that are asked for.
+
+    Raises:
+        InputError: There is no store, it is damaged, the data set is not its own, or a file cannot be written.
+    """
+    max_epochs = MAX_HUB_EPOCHS if is_hub_url(args.path) and args.epochs is None else MAX_EPOCHS
+    store = open_store_at(args.path, keep_epochs=max_epochs)
+    stored = store.manifest.stored_epochs
+    epochs = stored if args.epochs is None else args.epochs
+    if not set(epochs) <= set(stored):
+        raise InputError(f'the store {store.path} is meant to hold epochs {stored.start}:{stored.stop}, but '
+                         f'{epochs.start}:{epochs.stop} are asked for; mend --epochs')
+    data, rows, labels, notes = None, None, None, []
+    if args.dataset:
+        data = SparseLogitDataset(
+            load_split(args.dataset, args.train_split, is_training=True),
+            Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed), store, args.input_key,
+            args.target_key, args.key)
+        rows = rows_of(data)
+        labels = teacher_labels(data, rows, notes)
+    else:
+        notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
+    num_samples = min(args.max_samples, store.manifest.num_samples if rows is None else len(rows))
+    with progress(total=num_samples * min(max_epochs, len(epochs)), desc='report', unit='view', leave=False) as bar:
+        statistics = store_statistics(
+            store, labels, None if rows is None else np.sort(rows), epochs, args.max_samples, max_epochs, bar.update)
+    if statistics is None:
+        notes.append('none of it is filled yet')
+    result(json.dumps(plain_report(store, statistics, notes), indent=2) if args.json else
+           text_report(store, statistics, notes))
+    if not (args.html or args.gallery):
+        return
+    if statistics is None:
+        raise InputError(f'the store {store.path} holds nothing to show yet; fill it first')
+    names = name_classes(data, store.manifest.num_classes)
+    if args.gallery:
+        write_gallery(args.gallery, data, statistics, rows, names)
+    if args.html:
+        write_page(args.html, store, data, statistics, rows, names, notes)
+
+
+def teacher_labels(data: SparseLogitDataset, rows: np.ndarray, notes: list[str]) -> np.ndarray | None:
+    """Labels of the rows of a store, int64 [num_samples], where they are classes of its teacher; or a note why not."""
+    if data.label_key is None:
+        notes.append('teacher accuracy unknown: the data set has no labels')
+        return None
+    found, num_classes = read_labels(data.dataset, data.label_key), data.store.manifest.num_classes
+    named = class_names(data.dataset, data.label_key)
+    num_labels = len(named) if named else int(found.max(initial=-1)) + 1
+    if num_labels > num_classes or (named and num_labels != num_classes):
+        notes.append(f'teacher accuracy unknown: the labels are {num_labels:,} classes, those of the teacher '
+                     f'{num_classes:,}')
+        return None
+    labels = np.full(data.store.manifest.num_samples, -1)
+    labels[rows] = found
+    return labels
+
+
+def write_gallery(
+        path: str,
+        data: SparseLogitDataset | None,
+        statistics: StoreStatistics,
+        rows: np.ndarray,
+        names: Sequence[str],
+) -> None:
+    """Write a picture of some samples under several epochs side by side."""
+    if data is None:
+        raise InputError('--gallery shows views, which are made from the images; give --dataset')
+    manifest = data.store.manifest
+    check_probe(data.replay, manifest.probe, manifest.versions)
+    chosen = {'varied': choose_samples(statistics)['varied'][:NUM_GALLERY_ROWS]}
+    samples = show_samples(data, statistics, chosen, rows, names, NUM_GALLERY_EPOCHS)['varied']
+    buffer = io.BytesIO()
+    draw_gallery(samples).save(buffer, 'png', optimize=True)
+    write_aside(Path(path), buffer.getbuffer())
+
+
+def write_page(
+        path: str,
+        store: LogitStore,
+        data: SparseLogitDataset | None,
+        statistics: StoreStatistics,
+        rows: np.ndarray | None,
+        names: Sequence[str],
+        notes: list[str],
+) -> None:
+    """Write the page on a store; without pictures where there is no data set or this machine makes other views."""
+    shown = {}
+    if data is not None:
+        try:
+            check_probe(data.replay, store.manifest.probe, store.manifest.versions)
+            shown = show_samples(data, statistics, choose_samples(statistics), rows, names)
+        except InputError as error:
+            notes = [*notes, f'there are no pictures: {error}']
+    store_page(store, statistics, names, shown, notes).write(path)
+
+
+def _check_output(path: str | None, flag: str) -> None:
+    """Refuse a file that cannot be written, before the work is done."""
+    if path is None:
+        return
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f'{flag} {path} cannot be written: it is a folder, or in one that may not be written; name '
+                         f'a file')
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog='report', description=__doc__.split('\n')[0])
+    parser.add_argument('path', nargs='?', metavar='STORE', help='a store, hf://datasets/ORG/NAME, or folder of a run')
+    parser.add_argument('--compare', nargs='+', metavar='RUN', help='folders of runs to show side by side')
+    parser.add_argument('--html', metavar='FILE', help='write the page there')
+    parser.add_argument('--gallery', metavar='FILE', help='write a PNG of some views of several epochs there')
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument('--epochs', type=parse_range, metavar='A:B', help='epochs of the store to choose from')
+    parser.add_argument('--max-samples', type=int, default=MAX_SAMPLES, metavar='N', help='samples to look at')
+    group = parser.add_argument_group('data')
+    group.add_argument('--dataset', metavar='NAME', help='the data set of the store')
+    group.add_argument('--train-split', metavar='NAME', help='its split, train by default')
+    group.add_argument('--input-key', metavar='NAME', help='image column')
+    group.add_argument('--target-key', metavar='NAME', help='label column')
+    group.add_argument('--key', metavar='NAME', help='column of keys, the store\'s by default')
+    return parser
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program with these arguments, by default the command line's."""
+    args = _parser().parse_args(argv)
+    speak(is_first=True)
+    _check_output(args.html, '--html')
+    _check_output(args.gallery, '--gallery')
+    if args.max_samples < 1:
+        raise InputError(f'--max-samples is {args.max_samples}; expected 1 or more')
+    if args.compare:
+        from .run_comparison import compare_runs
+
+        result(str(compare_runs(args.compare, args.html)))
+    elif args.path is None:
+        raise InputError('a store or the folder of a run is missing; see --help')
+    elif not is_hub_url(args.path) and (Path(args.path) / METRICS).is_file():
+        from .run_report import write_run_report
+
+        result(str(write_run_report(args.path, args.html)))
+    else:
+        report_store(args)
+
+
+if __name__ == '__main__':
+    main()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
-from tqdm import tqdm
 
 from .aside import write_aside
 from .errors import InputError
@@ -19,10 +18,10 @@ from .fingerprint import (
     check_fingerprint, check_keys, dataset_fingerprint, key_fingerprint, keyed_fingerprint, stored_samples,
 )
 from .keys import KeyIndex
-from .launch import progress_seconds
 from .replay import ViewRecipe
 from .sources import find_column
 from .store import LogitStore, Manifest
+from .terminal import log, progress
 
 __all__ = ['copy_epochs', 'copy_keys', 'copy_range', 'merge_stores']
 
@@ -132,7 +131,7 @@ def copy_keys(
     return copy
 
 
-def merge_stores(path: str | Path, sources: Sequence[LogitStore], log: Callable[[str], None] = print) -> LogitStore:
+def merge_stores(path: str | Path, sources: Sequence[LogitStore], log: Callable[[str], None] = log) -> LogitStore:
     """Put stores together into one, which may be there already.
 
     Stores of the same views and the same samples give the shards that they have, of whatever epochs. Stores with keys
@@ -216,7 +215,7 @@ def _create(
 def _take_shards(target: LogitStore, sources: Sequence[LogitStore], epochs: range) -> None:
     """Copy the shards that a store lacks from stores of the same identity."""
     lacking = [dict.fromkeys(source.missing(epochs)) for source in sources]
-    for epoch, shard in tqdm(target.missing(epochs), unit='shard', desc='copying', mininterval=progress_seconds()):
+    for epoch, shard in progress(target.missing(epochs), unit='shard', desc='copying'):
         for source, missing in zip(sources, lacking):
             if (epoch, shard) not in missing:
                 # Reading one record checks the whole file.
@@ -229,7 +228,7 @@ def _gather(target: LogitStore, epochs: range, places: Places) -> None:
     """Write the shards that a store lacks of these epochs from records of other stores."""
     sources, owners, rows = places
     size = target.manifest.shard_size
-    for epoch, shard in tqdm(target.missing(epochs), unit='shard', desc='gathering', mininterval=progress_seconds()):
+    for epoch, shard in progress(target.missing(epochs), unit='shard', desc='gathering'):
         here = slice(shard * size, shard * size + target.manifest.shard_rows(shard))
         records = np.empty((target.manifest.shard_rows(shard), target.manifest.record_width), dtype=np.uint8)
         for number, source in enumerate(sources):

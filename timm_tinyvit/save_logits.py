@@ -1,4 +1,4 @@
-"""`accelerate launch -m timm_tinyvit.save_logits`: fill, verify, check and describe a logit store.
+"""`accelerate launch -m timm_tinyvit.save_logits`: fill, verify, check, describe and publish a logit store.
 
 The teacher looks once at every view of every epoch; its most probable classes go to disk. Every process takes the next
 missing shard until none is left, and so does every further launch of the same command, on any machine that has the
@@ -8,12 +8,11 @@ folder. Stopped at any moment, the same command fills just what is still missing
 import argparse
 from pathlib import Path
 from typing import Any
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import datasets
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_store_arguments, add_view_arguments, amp_dtype,
@@ -24,25 +23,31 @@ from .dataset import SparseLogitDataset, collate, refuse_keys
 from .ensemble import Ensemble
 from .errors import InputError, reports_input_errors
 from .estimate import estimate_store
-from .fill import fill_store
-from .fingerprint import dataset_fingerprint, iterate_keys, keyed_fingerprint
+from .fill import choose_shards, fill_store
+from .fingerprint import dataset_fingerprint, keyed_fingerprint
+from .hub_client import check_repo_id, is_hub_url
+from .hub_store import open_store_at
 from .keys import KeyIndex
-from .launch import create_accelerator, progress_seconds, stop_with_launcher
+from .launch import create_accelerator, stop_with_launcher
 from .replay import Replay, ViewRecipe, check_probe, library_versions
 from .reuse import copy_epochs, copy_keys, copy_range, merge_stores
-from .sources import Source, labels_of, load_split, select_columns
+from .publish_store import PublishedStore, check_complete, publish_store
+from .sources import Source, class_names, labels_of, load_split, select_columns
 from .sparsifier import create_sparsifier
 from .store import LogitStore, Manifest
+from .store_report import figures_of, shards_on_disk, store_facts
+from .store_statistics import rows_of, store_statistics
+from .store_card import LabelledViews, data_name
 from .streaming import StreamedRows
 from .teacher import Teacher, create_pretrained
+from .terminal import log, progress, result, speak
 
 __all__ = [
-    'check_store', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'open_stores', 'top1',
+    'check_store', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'open_stores',
     'views_to_fill',
 ]
 
 NUM_CHECKED = 512
-NUM_SCORED = 100_000
 
 
 def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
@@ -56,20 +61,24 @@ def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
 def open_store(
         path: str,
         given_view: dict[str, Any],
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = log,
+        keep_epochs: int | None = None,
+        cache_dir: str | None = None,
 ) -> tuple[LogitStore, Replay]:
     """Open a store whose views this machine can replay.
 
     Args:
-        path: The store.
+        path: The store, a folder or `hf://datasets/ORG/NAME`.
         given_view: Entries of the view recipe that the user asked for.
         log: Takes the line that says which versions differ while the views do not.
+        keep_epochs: Of a store on the Hub, see `open_store_at`.
+        cache_dir: Likewise.
 
     Raises:
         InputError: There is no store, a shard of it is cut short or another one, or its views are not those asked for
             or not those that this machine makes.
     """
-    store = LogitStore.open(path)
+    store = open_store_at(path, keep_epochs, cache_dir)
     teacher = store.manifest.teacher
     batch_size = teacher.get('batch_size')
     if not {'name', 'weights', 'dtype', 'device', 'input_size'} <= set(teacher) or type(batch_size) is not int or \
@@ -94,10 +103,12 @@ def open_store(
 def open_stores(
         paths: Sequence[str],
         given_view: dict[str, Any],
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = log,
+        keep_epochs: int | None = None,
+        cache_dir: str | None = None,
 ) -> tuple[LogitStore | Ensemble, Replay]:
     """Open one store, or several of different teachers as an ensemble; see `open_store`."""
-    opened = [open_store(path, given_view, log) for path in paths]
+    opened = [open_store(path, given_view, log, keep_epochs, cache_dir) for path in paths]
     stores = [store for store, _ in opened]
     return stores[0] if len(stores) == 1 else Ensemble(stores), opened[0][1]
 
@@ -108,7 +119,7 @@ def create_store(
         teacher: Teacher,
         dataset: Source,
         epochs: int,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = log,
 ) -> tuple[LogitStore, Replay]:
     """Make the store that the flags describe, or open the one that is there if it is made the same way.
 
@@ -191,6 +202,7 @@ def create_store(
         probe=replay.probe() if there is None else there.manifest.probe,
         dataset=fingerprint,
     )
+    choose_shards(manifest, getattr(args, 'shards', None), path)
     store = LogitStore.create(path, manifest)
     if hashes is not None and not KeyIndex.exists(store.path):
         KeyIndex.write(store.path, store.manifest, hashes)
@@ -255,34 +267,9 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
     }
 
 
-def top1(store: LogitStore, epoch: int, labels: np.ndarray) -> float:
-    """Share of views whose most probable stored class is the label, over up to 100,000 samples of a complete epoch.
-
-    Args:
-        store: The store.
-        epoch: A complete epoch of it.
-        labels: Labels of all samples [num_samples]; -1, not scored, where there is none.
-    """
-    indices = np.flatnonzero(labels >= 0)
-    indices = indices[np.linspace(0, len(indices) - 1, min(NUM_SCORED, len(indices))).astype(np.int64)]
-    right = 0
-    for part in np.array_split(indices, -(-len(indices) // 4096)):
-        records = store.read(epoch, part)
-        store.codec.check(records)
-        targets = store.codec.decode(torch.from_numpy(records))
-        best = targets.log_probs.masked_fill(~targets.valid, -torch.inf).argmax(dim=1, keepdim=True)
-        right += int((targets.ids.gather(1, best)[:, 0].numpy() == labels[part]).sum())
-    return right / len(indices)
-
-
 def completeness(store: LogitStore) -> str:
     """One line: which part of the store is on disk."""
-    manifest = store.manifest
-    missing = store.missing(manifest.stored_epochs)
-    total = manifest.epochs * manifest.num_shards
-    return (
-        f'shards           {total - len(missing)} of {total} ({manifest.shard_size:,} samples each), '
-        f'{manifest.epochs - len({epoch for epoch, _ in missing})} of {manifest.epochs} epochs complete')
+    return f'shards           {shards_on_disk(store)}'
 
 
 def verify_store(store: LogitStore, epochs: Sequence[int] | None = None) -> None:
@@ -302,46 +289,23 @@ def verify_store(store: LogitStore, epochs: Sequence[int] | None = None) -> None
             f'epochs {epochs[0]}:{epochs[-1] + 1} are to be verified, but the store {store.path} has '
             f'{stored.start}:{stored.stop}; mend --epochs')
     num_problems = 0
-    for problem in store.verify(tqdm(epochs, 'verify', unit='epoch', leave=False, mininterval=progress_seconds())):
-        tqdm.write(problem)
+    for problem in store.verify(progress(epochs, desc='verify', unit='epoch', leave=False)):
+        result(problem)
         num_problems += 1
     if num_problems:
         raise InputError(f'{store.path} has {num_problems} problem(s), one on each line above')
-    print(f'{store.path}: {len(epochs) * store.manifest.num_shards} shards, every byte as it was written')
+    result(f'{store.path}: {len(epochs) * store.manifest.num_shards} shards, every byte as it was written')
 
 
 def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
     """The manifest, what is on disk, and with labels the teacher's accuracy, as text."""
-    manifest = store.manifest
-    incomplete = {epoch for epoch, _ in store.missing(manifest.stored_epochs)}
-    views = manifest.epochs * manifest.num_samples
-    # A manifest that was written by another program may say less.
-    unknown = dict.fromkeys(('name', 'weights', 'dtype', 'device'), 'unknown') | {'input_size': '??'}
-    teacher = unknown | manifest.teacher
-    lines = [
-        f'store            {store.path}',
-        f'teacher          {teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, '
-        f'{teacher["device"]}, input {teacher["input_size"][-2]}x{teacher["input_size"][-1]})',
-        f'samples          {manifest.num_samples:,} of {manifest.num_classes:,} classes, {manifest.epochs} epochs, '
-        f'seed {manifest.seed}',
-        f'targets          {manifest.sparsifier}, k = {manifest.k}, remainder {manifest.remainder}',
-        f'codec            {manifest.codec}, {manifest.record_width} bytes per view',
-        completeness(store),
-        f'size             {store.size() / 1e6:,.1f} MB on disk, {views * manifest.record_width / 1e6:,.1f} MB '
-        f'when complete',
-        f'views            {", ".join(f"{key}={value}" for key, value in manifest.recipe.items())}',
-        f'made with        {", ".join(f"{key} {value}" for key, value in manifest.versions.items())}',
-    ]
-    complete = [epoch for epoch in manifest.stored_epochs if epoch not in incomplete]
+    facts = store_facts(store)
     if labels is None or labels.max() < 0:
-        lines.append('teacher accuracy unknown; give --dataset to compare with the labels')
-    elif complete:
-        scores = [top1(store, epoch, labels) for epoch in complete[:10]]
-        views = 'mixed views, by the first label,' if ViewRecipe.from_dict(manifest.recipe).is_mixed else 'views'
-        lines.append(
-            f'teacher accuracy {100 * np.mean(scores):.2f}% top-1 on the {views} of {len(scores)} epoch(s), '
-            f'{100 * min(scores):.2f} to {100 * max(scores):.2f}')
-    return '\n'.join(lines)
+        facts['teacher accuracy'] = 'unknown; give --dataset to compare with the labels'
+    else:
+        statistics = store_statistics(store, labels, np.flatnonzero(labels >= 0))
+        facts |= {} if statistics is None else figures_of(statistics, store)
+    return '\n'.join(f'{name:<17}{fact}' for name, fact in facts.items())
 
 
 def read_labels(dataset: datasets.Dataset, label_key: str) -> np.ndarray:
@@ -355,15 +319,15 @@ def row_labels(data: SparseLogitDataset) -> np.ndarray:
     if data.keys is None:
         return labels
     found = np.full(data.store.manifest.num_samples, -1)
-    found[data.keys.find(np.concatenate([hashes for hashes, _ in iterate_keys(data.dataset, data.key)]))] = labels
+    found[rows_of(data)] = labels
     return found
 
 
 def reuse_stores(args: argparse.Namespace) -> LogitStore:
     """The store that `--copy-to` or `--merge-from` makes from others."""
     if args.merge_from:
-        return merge_stores(args.logits, [LogitStore.open(path) for path in args.merge_from])
-    store = LogitStore.open(args.logits)
+        return merge_stores(args.logits, [_open_at(args, path) for path in args.merge_from])
+    store = _open_at(args, args.logits)
     if not args.dataset:
         if args.samples:
             raise InputError('--samples without --dataset: the copy is told from others by its images; name the data')
@@ -404,7 +368,79 @@ def _parser() -> ArgumentParser:
     parser.add_argument('--verify', action='store_true', help='read every byte of --epochs, or of all')
     parser.add_argument('--check', action='store_true', help='run the teacher again on a sample of stored views')
     parser.add_argument('--describe', action='store_true', help='print the manifest, completeness, size and accuracy')
+    parser.add_argument('--push-to-hub', metavar='ORG/NAME', help='publish the store as a dataset repo of the Hub')
+    parser.add_argument('--hub-private', action='store_true', help='make a new repo a private one')
+    parser.add_argument('--hub-license', metavar='NAME', help='licence that its card names, as in cc-by-nc-4.0')
+    parser.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
     return parser
+
+
+def _trainer_flags() -> Container[str]:
+    """Flags of train_distill, with which a recipe may be shared."""
+    from train_distill import create_parser  # it imports this module
+
+    return create_parser()._option_string_actions
+
+
+def _open_at(args: argparse.Namespace, location: str) -> LogitStore:
+    return open_store_at(location, args.keep_epochs, args.store_cache)
+
+
+def _labelled_views(args: argparse.Namespace, store: LogitStore) -> LabelledViews | None:
+    """The data set that the flags name, as that of a store; None where they name none."""
+    if not args.dataset:
+        return None
+    dataset = load_split(args.dataset, args.train_split, is_training=True)
+    replay = Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed)
+    data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
+    origin = *data_name(args.dataset), args.train_split or 'train'
+    if data.label_key is None:
+        return LabelledViews(*origin, data, np.full(store.manifest.num_samples, -1), None)
+    return LabelledViews(*origin, data, row_labels(data), class_names(dataset, data.label_key))
+
+
+def _publish(args: argparse.Namespace, store: LogitStore, epochs: range | None) -> None:
+    check_complete(store, epochs)
+    published = PublishedStore(args.push_to_hub, args.hub_private)
+    data = None
+    if args.streaming:
+        log('the card has no picture and no accuracy, which want samples from anywhere in the data: push again with '
+            '--dataset and without --streaming and --teacher for them')
+    else:
+        data = _labelled_views(args, store)
+    publish_store(store, published, epochs, data, args.hub_license)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        InputError: It does not.
+    """
+    if args.workers < 0:
+        raise InputError(f'--workers is {args.workers}; expected 0 or more')
+    if args.keep_epochs is not None and args.keep_epochs < 1:
+        raise InputError(f'--keep-epochs is {args.keep_epochs}; expected at least 1')
+    if args.samples and not args.copy_to:
+        raise InputError('--samples names rows to copy; give --copy-to too, or leave it out')
+    if args.merge_from and (args.copy_to or args.epochs):
+        raise InputError('--merge-from takes all epochs of its stores; leave --copy-to and --epochs out, or copy them '
+                         'out first')
+    is_read = args.verify or args.describe or args.check or args.copy_to
+    written = args.copy_to or (None if is_read else args.logits)
+    if written and is_hub_url(written):
+        raise InputError(f'{written} is on the Hub, where a store is only read; give a folder, and publish it with '
+                         f'--push-to-hub')
+    if (args.hub_private or args.hub_license) and not args.push_to_hub:
+        raise InputError('--hub-private and --hub-license without --push-to-hub: name the repo that they are for')
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
+        others = {'--shards': args.shards, '--merge-from': args.merge_from, '--copy-to': args.copy_to,
+                  '--check': args.check, '--verify': args.verify, '--describe': args.describe}
+        for flag, value in others.items():
+            if value:
+                raise InputError(f'--push-to-hub publishes a whole store, and {flag} does something else; run the one '
+                                 f'after the other')
 
 
 def _require(args: argparse.Namespace, *names: str) -> None:
@@ -427,48 +463,41 @@ def _estimate(args: argparse.Namespace) -> str:
                 for key, default in STORE_DEFAULTS.items()}
     return estimate_store(
         args.num_samples, args.teacher_num_classes, len(args.epochs), settings['sparsifier'], settings['topk'],
-        settings['top_p'], settings['codec'], args.views_per_second, args.processes)
+        settings['top_p'], settings['codec'], args.views_per_second, args.processes, args.keep_epochs or 2)
 
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program with these arguments, by default the command line's."""
-    args = parse_arguments(_parser(), argv)
+    args = parse_arguments(_parser(), argv, _trainer_flags)
     args.dataset = args.dataset or args.data_dir
     if args.estimate:
         print(_estimate(args))
         return
     _require(args, 'logits')
-    if args.workers < 0:
-        raise InputError(f'--workers is {args.workers}; expected 0 or more')
-    if args.samples and not args.copy_to:
-        raise InputError('--samples names rows to copy; give --copy-to too, or leave it out')
-    if args.merge_from and (args.copy_to or args.epochs):
-        raise InputError('--merge-from takes all epochs of its stores; leave --copy-to and --epochs out, or copy them '
-                         'out first')
+    _check_flags(args)
     stop_with_launcher()
     accelerator = create_accelerator()
+    speak(accelerator.is_main_process, args.quiet)
     if args.verify:
         if accelerator.is_main_process:
-            verify_store(LogitStore.open(args.logits), args.epochs)
+            verify_store(_open_at(args, args.logits), args.epochs)
         return
     if args.describe:
         if not accelerator.is_main_process:
             return
-        store = LogitStore.open(args.logits)
-        labels = None
-        if args.dataset:
-            dataset = load_split(args.dataset, args.train_split, is_training=True)
-            data = SparseLogitDataset(
-                dataset, Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed), store,
-                args.input_key, args.target_key, args.key)
-            labels = None if data.label_key is None else row_labels(data)
-        print(describe_store(store, labels))
+        store = _open_at(args, args.logits)
+        data = _labelled_views(args, store)
+        result(describe_store(store, None if data is None else data.labels))
+        return
+    if args.push_to_hub and not args.teacher:
+        if accelerator.is_main_process:
+            _publish(args, LogitStore.open(args.logits), args.epochs)
         return
 
     if args.copy_to or args.merge_from:
         if accelerator.is_main_process:
-            print(completeness(reuse_stores(args)))
+            result(completeness(reuse_stores(args)))
         return
 
     _require(args, 'dataset', 'teacher')
@@ -481,31 +510,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     teacher = create_teacher(args, accelerator.device)
     if args.check:
-        store, replay = open_store(args.logits, view_arguments(args))
+        store, replay = open_store(args.logits, view_arguments(args), log, args.keep_epochs, args.store_cache)
         data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
         if teacher.weights != store.manifest.teacher['weights']:
             raise InputError(
                 f'{args.teacher} is not the teacher of the store {args.logits}: it was made with '
                 f'{store.manifest.teacher["name"]} of other weights; give --teacher that one')
         found = check_store(store, teacher, data)
-        print(
+        result(
             f'{found["views"]} views: {100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
             f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most')
         return
 
     _require(args, 'epochs')
     with accelerator.main_process_first():
-        log = print if accelerator.is_main_process else lambda line: None
-        store, replay = create_store(args.logits, args, teacher, dataset, args.epochs.stop, log)
+        store, replay = create_store(args.logits, args, teacher, dataset, args.epochs.stop)
         if accelerator.is_main_process:
             store.remove_stale()
+            if args.push_to_hub:
+                # What the Hub would refuse in the end, it refuses before the teacher works for days.
+                PublishedStore(args.push_to_hub, args.hub_private).joined(store.manifest, store.manifest.stored_epochs)
     data = views_to_fill(args, store, replay, dataset)
     # A copy may begin later, and has no place for the epochs before.
     epochs = range(max(args.epochs.start, store.manifest.first_epoch), args.epochs.stop)
-    fill_store(
-        store, teacher, data, epochs, args.shards, args.workers, show_progress=accelerator.is_local_main_process)
+    fill_store(store, teacher, data, epochs, args.shards, args.workers)
     if accelerator.is_main_process:
-        print(completeness(store))
+        result(completeness(store))
+        if args.push_to_hub:
+            _publish(args, store, None)
     accelerator.end_training()
 
 

@@ -11,7 +11,7 @@ maps the shards into memory and builds no index: a row is found by arithmetic.
 import os
 from dataclasses import replace
 from pathlib import Path
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -144,6 +144,23 @@ class LogitStore:
             found += [(epoch, shard) for shard in range(self.manifest.num_shards) if shard_name(shard) not in there]
         return found
 
+    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
+        """Say which epochs are read from now on, and which after them; one on disk need not know."""
+
+    def wait(self, stop: Callable[[], bool] = bool) -> bool:
+        """Wait until the epochs that have begun can be read, where they are not on disk yet.
+
+        Args:
+            stop: Is asked now and then whether to wait no longer.
+
+        Returns:
+            Whether they can be read; False if `stop` said so before.
+
+        Raises:
+            InputError: They will not come.
+        """
+        return True
+
     def open_keys(self) -> KeyIndex:
         """The keys of its samples, mapped into memory.
 
@@ -210,8 +227,11 @@ class LogitStore:
         folder = self.shard_path(epoch, 0).parent
         try:
             return set(os.listdir(folder))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return set()
+        except NotADirectoryError:
+            raise InputError(f'{folder} is a file where the folder of epoch {epoch} should be; move it away, and run '
+                             f'the same command again')
         except OSError as error:
             raise InputError(f'{folder} cannot be read: {error.strerror}')
 

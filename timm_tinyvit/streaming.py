@@ -87,14 +87,18 @@ class SparseLogitStream(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the training epoch of the next iteration; loader workers that are kept alive hear of it too."""
         self.stream.set_epoch(epoch)
+        if self.store is not None:
+            self.store.begin([self._stored(epoch)], [self._stored(epoch + 1)])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = self.stream.epoch
-        if self.store_epochs is not None:
-            epoch = self.store_epochs[epoch % len(self.store_epochs)]
+        epoch = self._stored(self.stream.epoch)
         rows = iter(self.stream)
         while tables := list(islice(rows, CHUNK_SIZE)):
             yield from self._samples(epoch, pa.concat_tables(tables))
+
+    def _stored(self, epoch: int) -> int:
+        """The epoch of the store that a training epoch uses."""
+        return epoch if self.store_epochs is None else self.store_epochs[epoch % len(self.store_epochs)]
 
     def _samples(self, epoch: int, table: pa.Table) -> list[dict[str, Any]]:
         names = column(table, self.key)

@@ -58,7 +58,11 @@ def create_student(
         # Models of a fixed size say so only when they see another one.
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *(size or model.pretrained_cfg['input_size'][-2:])))
+    except InputError:
+        raise
     except Exception as error:
+        if args.drop_path is not None and "'drop_path_rate'" in str(error):
+            raise InputError(f'the model {args.model} has no drop path; leave --drop-path out')
         # Unknown names, arguments, files and Hub failures each raise their own kind.
         reason = f'{type(error).__name__} {error}'.splitlines()[0]
         pixels = f' for {size[0]}x{size[1]} pixels' if size else ''
@@ -76,6 +80,7 @@ def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None 
         log: Told what becomes of a classifier of other classes; without it only ImageNet-22k's is taken.
 
     Raises:
+        InputError: The file holds no weights.
         ValueError: The weights are of another model.
         OSError: There is no such file.
     """
@@ -109,7 +114,15 @@ def _read_weights(path: str) -> dict[str, torch.Tensor]:
     file = file / HF_SAFE_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f'there is no file {file}')
-    return load_state_dict(str(file), weights_only=True)
+    try:
+        weights = load_state_dict(str(file), weights_only=True)
+    except Exception as error:
+        # Damaged archives and foreign pickles fail in as many ways as there are bytes.
+        raise InputError(f'the file {file} holds no weights that can be read ({type(error).__name__}); give '
+                         f'safetensors, or a checkpoint of torch that loads with weights_only')
+    if not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f'the file {file} holds no weights; give a state dict')
+    return weights
 
 
 def _num_classes(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | None:

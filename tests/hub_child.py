@@ -1,0 +1,202 @@
+"""Processes with an environment of their own that need not import torch: forked from a parent that did nothing else.
+
+huggingface_hub reads its environment when it is imported, so the parent has everything slow in it but that. `Children`
+is the tests' side, this file run as a program the parent's.
+"""
+
+import json
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from collections.abc import Mapping, Sequence
+
+SLOW_MODULES = ('torch', 'torch._dynamo', 'torchvision.transforms', 'numpy', 'pandas', 'pyarrow.parquet', 'PIL.Image',
+                'yaml', 'httpx2', 'httpcore2', 'filelock', 'safetensors.torch', 'tqdm.auto')
+
+
+@dataclass
+class Result:
+    """How a child ended, and what it said."""
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Children:
+    """Starts children; a context manager that ends their parent."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix='hub-child-')
+        self.address = f'{self.folder.name}/socket'
+        # Its own group: a Ctrl-C is for pytest alone. It ends when its standard input does.
+        self.parent = subprocess.Popen(
+            [sys.executable, __file__, self.address], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+    def __enter__(self) -> 'Children':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.parent.stdin.close()
+        self.parent.wait(60)
+        self.parent.stdout.close()
+        self.folder.cleanup()
+
+    def start(
+            self,
+            program: str | Sequence[str],
+            environment: Mapping[str, str],
+            folder: str | Path | None = None,
+            max_sleep: float | None = 0.05,
+    ) -> 'Child':
+        """Start a child.
+
+        Args:
+            program: Source text to run as a main program, or a command line without the interpreter:
+                `['-m', 'MODULE', ...]` or `['FILE.py', ...]`.
+            environment: All of its environment.
+            folder: Its working directory; the tests' by default.
+            max_sleep: Its longest sleep in seconds, so that pauses before further attempts take no time; None for
+                sleeps as they are.
+        """
+        if not os.path.exists(self.address):
+            self.parent.stdout.readline()
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.address)
+        out = Path(tempfile.mkdtemp(dir=self.folder.name))
+        request = dict(program=program if isinstance(program, str) else [str(word) for word in program],
+                       environment=dict(environment), folder=str(folder or os.getcwd()), out=str(out),
+                       max_sleep=max_sleep)
+        connection.sendall(json.dumps(request).encode() + b'\n')
+        return Child(connection, out)
+
+    def run(self, program: str | Sequence[str], environment: Mapping[str, str], timeout: float = 120., **options
+            ) -> Result:
+        """Start a child and wait for its end; arguments as of `start`."""
+        return self.start(program, environment, **options).wait(timeout)
+
+
+class Child:
+    """A process that was started."""
+
+    def __init__(self, connection: socket.socket, out: Path):
+        self.connection, self.out = connection, out
+        self.lines = connection.makefile('r')
+        self.pid = int(self.lines.readline())
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 120.) -> Result:
+        self.connection.settimeout(timeout)
+        try:
+            returncode = int(self.lines.readline())
+        except TimeoutError:
+            self.kill()
+            raise AssertionError(f'the child did not end within {timeout} s; it said:\n{self.read("stderr")}')
+        finally:
+            self.lines.close()
+            self.connection.close()
+        return Result(returncode, self.read('stdout'), self.read('stderr'))
+
+    def read(self, name: str) -> str:
+        """What it has said so far on `stdout` or `stderr`."""
+        return (self.out / name).read_text(errors='replace')
+
+
+def serve(address: str) -> None:
+    """Be the parent: fork for every connection, until standard input ends."""
+    for module in SLOW_MODULES:
+        __import__(module)
+    assert 'huggingface_hub' not in sys.modules
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f'{address}.new')
+        listener.listen(16)
+        os.rename(f'{address}.new', address)
+        print('ready', flush=True)
+        while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                attend(connection)
+            connection.close()
+    # What torch would tidy up at its end takes seconds.
+    os._exit(0)
+
+
+def attend(connection: socket.socket) -> None:
+    """Fork the child and say how it ended; the parent is free for others meanwhile."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with connection.makefile('rw') as stream:
+        request = json.loads(stream.readline())
+        pid = os.fork()
+        if pid == 0:
+            connection.detach()
+            be_child(**request)
+        stream.write(f'{pid}\n')
+        stream.flush()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        try:
+            stream.write(f'{status}\n')
+            stream.flush()
+        except OSError:
+            pass
+    os._exit(0)
+
+
+def be_child(program: str | list[str], environment: dict, folder: str, out: str, max_sleep: float | None) -> None:
+    """Become the process that was asked for; never returns."""
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, name in ((1, 'stdout'), (2, 'stderr')):
+        os.dup2(os.open(f'{out}/{name}', os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[0] = ''
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As in a process that was started anew.
+    random.seed()
+    sys.modules['numpy'].random.seed()
+    if max_sleep is not None:
+        sleep = time.sleep
+        time.sleep = lambda seconds: sleep(min(seconds, max_sleep))
+    status = 0
+    try:
+        if isinstance(program, str):
+            sys.argv = ['-c']
+            exec(compile(program, '<child>', 'exec'), {'__name__': '__main__'})
+        elif program[0] == '-m':
+            sys.argv = program[1:]
+            runpy.run_module(program[1], run_name='__main__', alter_sys=True)
+        else:
+            sys.argv = program
+            runpy.run_path(program[0], run_name='__main__')
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    finally:
+        import atexit
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == '__main__':
+    serve(sys.argv[1])

@@ -1,0 +1,70 @@
+"""The code on every page of the documentation, run as it stands there; what takes a cluster is made small."""
+
+import io
+from pathlib import Path
+
+import datasets
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_tinyvit  # noqa: F401  registers the models
+from timm_tinyvit.hub import export_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ['README.md', *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob('docs/*.md'))]
+
+
+def parquet(columns, features):
+    file = io.BytesIO()
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).to_parquet(file)
+    return file.getvalue()
+
+
+def model_files(folder, name, **kwargs):
+    torch.manual_seed(0)
+    export_model(folder, timm.create_model(name, **kwargs))
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory, fashion, encode_image):
+    """What the pages take from the Hub, by repo and kind: a few images under the names of large data sets, models."""
+    images = [encode_image(Image.open(io.BytesIO(row['bytes'])).convert('RGB').resize((48, 40)))
+              for row in fashion.cast_column('image', datasets.Image(decode=False))['image'][:32]]
+    images = [{'bytes': image, 'path': None} for image in images]
+    classes = datasets.ClassLabel(names=[f'class {number}' for number in range(1000)])
+    folder = tmp_path_factory.mktemp
+    return {
+        ('ILSVRC/imagenet-1k', 'dataset'): {
+            f'data/{split}-00000-of-00001.parquet': parquet(
+                {'image': images[start:], 'label': list(range(len(images) - start))},
+                {'image': datasets.Image(), 'label': classes})
+            for split, start in (('train', 0), ('validation', 24))},
+        ('timm/imagenet-22k-wds', 'dataset'): {
+            'data/train-00000-of-00001.parquet': parquet(
+                {'jpg': images, 'cls': list(range(0, 21841, 700))},
+                {'jpg': datasets.Image(), 'cls': datasets.Value('int64')})},
+        ('tests/teacher-1k', 'model'): model_files(folder('teacher'), 'test_resnet', num_classes=1000),
+        ('tests/teacher-22k', 'model'): model_files(folder('teacher'), 'test_resnet', num_classes=21841),
+        ('timm/tiny_vit_21m_224.dist_in22k_ft_in1k', 'model'): model_files(folder('tiny'), 'tiny_vit_21m_224'),
+    }
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_the_code_of_a_page_runs(page, published, hub, hub_children, tmp_path):
+    for (repo, kind), files in published.items():
+        hub.add_commit(repo, files, repo_type=kind)
+    for name in ('examples', 'hub'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = hub.environment(tmp_path / 'home') | {'PYTHONPATH': str(ROOT)}
+    if page == 'README.md':
+        found = hub_children.run([
+            '-m', 'timm_tinyvit.save_logits', '--dataset', 'examples/fashion_mnist', '--train-split', 'train[:500]',
+            '--teacher', 'examples/fashion_mnist/teacher', '--logits', 'runs/demo/logits', '--topk', '3', '--epochs',
+            '2', '--img-size', '32', '--workers', '0'], environment, folder=tmp_path)
+        assert found.returncode == 0, found.stderr
+    found = hub_children.run(
+        [str(ROOT / 'tests' / 'docs_program.py'), str(ROOT / page)], environment, folder=tmp_path, timeout=300)
+    assert found.returncode == 0, found.stdout + found.stderr

@@ -1,0 +1,287 @@
+"""Stores on their way to the Hub, with the real clients, and what is published beside the shards."""
+
+import io
+import json
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+from huggingface_hub import DatasetCard
+from PIL import Image
+
+from conftest import EXAMPLES
+from hub_server import READ_TOKEN, TOKEN, card_problems
+from timm_tinyvit import store_card
+from timm_tinyvit.claims import Claims
+from timm_tinyvit.dataset import SparseLogitDataset
+from timm_tinyvit.save_logits import open_store
+from timm_tinyvit.sources import load_split
+from timm_tinyvit.store import LogitStore
+from timm_tinyvit.store_card import LabelledViews
+
+DATA = ['--dataset', EXAMPLES, '--train-split', 'train[:120]']
+BESIDES = {'store.json', 'README.md', 'sample.parquet'}
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob('[!.]*') if file.is_file()}
+
+
+@pytest.fixture
+def store(filled_store, tmp_path) -> Path:
+    """A copy of the store, to be changed."""
+    return shutil.copytree(filled_store, tmp_path / 'store')
+
+
+@pytest.fixture
+def push(hub, hub_children, tmp_path):
+    """`push([store, flag, ...], ...)` runs save_logits --push-to-hub, for each list, in commits of 10 files, one after
+    the other in a process whose Hub is the server; returns status, stdout and stderr of each."""
+    code = '''
+import contextlib, io, json, os
+from timm_tinyvit import publish_store, save_logits
+publish_store.MAX_FILES = 10
+ends = []
+for argv in json.loads(os.environ['COMMANDS']):
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            save_logits.main(argv)
+        except SystemExit as end:
+            status = end.code
+    ends.append([status, out.getvalue(), err.getvalue()])
+print(json.dumps(ends))
+'''
+
+    def push(*commands, start=False, **environment):
+        commands = [['--logits', str(store), *map(str, flags)] for store, *flags in commands]
+        commands = [argv if '--push-to-hub' in argv else [*argv, '--push-to-hub', 'org/logits'] for argv in commands]
+        environment = hub.environment(tmp_path / 'home', COMMANDS=json.dumps(commands), **environment)
+        if start:
+            return hub_children.start(code, environment)
+        ended = hub_children.run(code, environment)
+        assert ended.returncode == 0 and 'Traceback' not in ended.stderr, ended.stderr
+        return json.loads(ended.stdout.splitlines()[-1])
+
+    return push
+
+
+def published(hub, repo='org/logits') -> dict[str, bytes]:
+    return hub.files(repo, 'dataset')
+
+
+def messages(hub) -> list[str]:
+    return [commit.message for commit in hub.commits('org/logits', 'dataset')[1:]]
+
+
+def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_store, keyed_store, tmp_path):
+    (status, said, _), = push([filled_store, *DATA, '--hub-private'])
+    assert status == 0 and 'pushed to hf://datasets/org/logits: 4 epochs' in said
+    commits = hub.commits('org/logits', 'dataset')
+    added = [set(after.files) - set(before.files) for before, after in zip(commits, commits[1:])]
+    assert [len(files) for files in added[:-1]] == [10, 10, 4]
+    assert added[-1] == BESIDES | {'views.png'}
+    there = published(hub)
+    assert {name: there[name] for name in tree(filled_store)} == tree(filled_store)
+    assert hub.repos['dataset', 'org/logits'].private
+    assert card_problems(there['README.md'].decode()) == ([], [])
+    assert len(there['views.png']) < 300_000 and Image.open(io.BytesIO(there['views.png'])).width > 500
+    # Without the data set nothing that it gave is taken away, and with it the same bytes come out.
+    *ends, keyed = push([filled_store], [filled_store, *DATA], [keyed_store[1], '--push-to-hub', 'org/keyed'])
+    assert all(status == 0 and 'nothing was pushed' in said for status, said, _ in ends), ends
+    commits_of_keyed = hub.commits('org/keyed', 'dataset')
+    assert keyed[0] == 0 and set(commits_of_keyed[-1].files) - set(commits_of_keyed[-2].files) == {
+        *BESIDES, 'keys.arrow'}
+    assert (filled_store / '.published').read_text() == 'hf://datasets/org/logits\n'
+    assert hub.commits('org/logits', 'dataset') == commits
+    files = [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
+    assert not [name for name, content in there.items() if TOKEN.encode() in content]
+    assert files and not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in said + str(ends)
+
+
+def test_a_push_that_is_killed_leaves_no_manifest_and_the_next_one_sends_what_is_missing(hub, push, filled_store):
+    hub.fail('POST /api/datasets/org/logits/commit/', 'hang', skip=1, seconds=60)
+    child = push([filled_store], start=True)
+    end = time.monotonic() + 100
+    while len(hub.seen('POST /api/datasets/org/logits/commit/')) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    child.kill(signal.SIGKILL)
+    child.wait()
+    assert len(published(hub)) == 10 and 'store.json' not in published(hub)
+    hub.forget()
+    # And it goes on through what breaks by itself.
+    hub.fail('PUT /storage/upload', 'cut')
+    hub.fail('POST /api/datasets/org/logits/commit/', '500', skip=1)
+    (status, said, _), = push([filled_store])
+    assert status == 0 and 'give --dataset' in said
+    assert set(published(hub)) == set(tree(filled_store)) | BESIDES
+    # Of 24 shards the 4 of the third commit, as those of the second had been sent before the kill; and the sample.
+    assert len({request.path for request in hub.seen('PUT /storage/upload')}) == 5
+    assert 'views.png' not in published(hub)['README.md'].decode()
+
+
+def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, one_sentence):
+    for epoch in (2, 3):
+        shutil.rmtree(store / f'epoch-0000{epoch}')
+    whole, part, gap = push([store], [store, '--epochs', '0:2'], [filled_store, '--epochs', '3:4'])
+    assert (whole[0], part[0], gap[0]) == (2, 0, 2)
+    one_sentence(whole[2].strip(), '12 shards', 'epoch 2', '--epochs 0:2')
+    one_sentence(gap[2].strip(), '0:2', '3:4', 'gap')
+    there = published(hub)
+    assert json.loads(there['store.json'])['epochs'] == 2 and len(there) == 12 + 3
+    # Only the new ones, as where the first are no longer on this disk; the licence of the owner stays.
+    card = there['README.md'].decode().replace('pretty_name', 'license: cc-by-4.0\npretty_name', 1)
+    hub.add_commit('org/logits', {'README.md': card.encode()}, repo_type='dataset')
+    before = len(messages(hub))
+    (status, *_), = push([filled_store, '--epochs', '2:4', *DATA])
+    assert status == 0
+    there = published(hub)
+    manifest = json.loads(there['store.json'])
+    assert (manifest['first_epoch'], manifest['epochs']) == (0, 4) and len(there) == 24 + 4
+    assert {name: there[name] for name in tree(filled_store)} == tree(filled_store)
+    assert messages(hub)[before:] == ['Shards of epoch-00002 to epoch-00003', 'Shards of epoch-00003',
+                                      'Store of 4 epochs, 120 samples']
+    assert DatasetCard(there['README.md'].decode()).data.license == 'cc-by-4.0'
+    (status, *_), = push([filled_store, '--hub-license', 'cc0-1.0'])
+    card = DatasetCard(published(hub)['README.md'].decode())
+    assert status == 0 and card.data.license == 'cc0-1.0' and '](views.png)' in card.text
+
+
+def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
+        hub, push, filled_store, store, tmp_path, one_sentence):
+    hub.add_commit('org/images', {'README.md': b'# Pictures', 'data/train.parquet': b'PAR1'}, repo_type='dataset')
+    hub.add_commit('org/words', {'README.md': b'---\nlicense: mit\n---\nWords of its owner.'}, repo_type='dataset')
+    other = tree(filled_store)
+    manifest = json.loads(other['store.json'])
+    other['store.json'] = json.dumps({**manifest, 'seed': 5}).encode()
+    hub.add_commit('org/other', other, repo_type='dataset')
+    lacking = {name: content for name, content in tree(filled_store).items() if 'epoch-00001/' not in name}
+    hub.add_commit('org/lacking', lacking, repo_type='dataset')
+    damaged = store / 'epoch-00002' / 'shard-00004.arrow'
+    content = bytearray(damaged.read_bytes())
+    content[600] ^= 1
+    damaged.write_bytes(content)
+    busy = shutil.copytree(filled_store, tmp_path / 'busy')
+    expected = [
+        (filled_store, 'images', ['something else', 'data/train.parquet']),
+        (filled_store, 'words', ['something else', 'README.md']),
+        (filled_store, 'other', ['another store', 'seed: 5, 0']),
+        (store, 'logits', ['1 problem(s)', 'nothing was pushed']),
+    ]
+    with Claims() as claims:
+        assert claims.take(busy / '.published')
+        (status, said, _), = push([busy])
+    assert status == 0 and 'by another process' in said
+    ends = push(*([path, '--push-to-hub', f'org/{repo}'] for path, repo, _ in expected),
+                [filled_store, '--push-to-hub', 'org/lacking', '--epochs', '2:4', '--hub-license', 'mit'])
+    refused = push([filled_store, '--push-to-hub', 'org/new'], HF_TOKEN=READ_TOKEN)
+    for (status, _, said), words in zip(ends + refused, [words for *_, words in expected] + [
+            ['lacks 6 shards', 'epoch 1'], ['write']]):
+        assert status == 2
+        one_sentence(said.strip().splitlines()[-1], *words)
+    counts = {'images': 2, 'words': 2, 'other': 2, 'lacking': 2, 'logits': 1}
+    assert {repo: len(hub.commits(f'org/{repo}', 'dataset')) for repo in counts} == counts
+
+
+def test_a_store_is_filled_and_pushed_in_one_command_and_its_sample_is_what_datasets_loads(
+        hub, hub_children, push, teacher, tmp_path):
+    hub.add_commit('org/logits', {'README.md': b'---\nlicense: cc-by-nc-4.0\n---\n'}, repo_type='dataset')
+    fill = ['--dataset', EXAMPLES, '--teacher', teacher, '--epochs', '2', '--config', 'demo', '--workers', '0']
+    first, second = push([tmp_path / 'new', *fill, '--train-split', 'train[:30]'],
+                         [tmp_path / 'second', *fill, '--train-split', 'train[:40]'])
+    assert first[0] == 0, first
+    there = published(hub)
+    # The recipe is the trainer's; what it says of the views and the store counts.
+    manifest = json.loads(there['store.json'])
+    assert (manifest['k'], manifest['shard_size'], manifest['recipe']['re_prob']) == (3, 500, 0.25)
+    card = DatasetCard(there['README.md'].decode())
+    assert card.data.license == 'cc-by-nc-4.0' and 'cc-by-nc-4.0, as the one' in card.text
+    assert '| Top-1 accuracy |' in card.text and '](views.png)' in card.text
+    # What would be refused in the end is refused before the teacher is asked.
+    assert second[0] == 2 and 'another store' in second[2]
+    assert not list((tmp_path / 'second').rglob('shard-*'))
+    # The viewer and `datasets` see the sample alone.
+    loaded = hub_children.run('''
+import datasets
+found = datasets.load_dataset('org/logits')
+print(list(found), len(found['train']), datasets.get_dataset_config_names('org/logits'))
+print(sorted(found['train'][0]))
+''', hub.environment(tmp_path / 'home'))
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.splitlines() == [
+        "['train'] 60 ['sample']",
+        "['classes', 'epoch', 'index', 'label', 'label_name', 'names', 'probabilities', 'rest']"]
+
+
+@pytest.fixture(scope='module')
+def views(filled_store) -> tuple[LogitStore, LabelledViews]:
+    opened, replay = open_store(str(filled_store), {})
+    rows = load_split(str(EXAMPLES), 'train[:120]', is_training=True)
+    data = SparseLogitDataset(rows, replay, opened)
+    names = rows.features['label'].names
+    return opened, LabelledViews('fashion_mnist', False, 'train[:120]', data, np.array(rows['label']), names)
+
+
+def test_the_sample_says_what_the_teacher_says(views, teacher):
+    store, data = views
+    table = pq.read_table(io.BytesIO(store_card.parquet_bytes(store_card.sample_table(store, range(1, 4), data))))
+    assert len(table) == 360 and set(table['epoch'].to_pylist()) == {1, 2, 3}
+    row = table.to_pylist()[200]
+    sample = data.views[row['epoch'], row['index']]
+    model = timm.create_model(f'local-dir:{teacher}', pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[name])[:, None, None] for name in ('mean', 'std'))
+    with torch.inference_mode():
+        probs = model(((sample['view'] / 255 - mean) / std)[None]).softmax(dim=1)[0]
+    best = probs.argsort(descending=True)[:3].tolist()
+    assert row['label'] == sample['label'] and row['label_name'] == data.class_names[sample['label']]
+    assert row['names'] == [data.class_names[index] for index in row['classes']] and row['classes'] == best
+    assert row['probabilities'] == pytest.approx(probs[best].tolist(), abs=0.03)
+    assert row['rest'] == pytest.approx(1 - sum(row['probabilities']), abs=1e-6)
+
+
+def test_a_store_alone_has_a_plain_sample_and_imagenet_its_names(views):
+    store, _ = views
+    table = store_card.sample_table(store, [0])
+    assert table.column_names == ['epoch', 'index', 'classes', 'probabilities', 'rest'] and len(table) == 120
+    manifest = replace(store.manifest, num_classes=1000, teacher={'name': 'tiny_vit_21m_224.dist_in22k_ft_in1k'})
+    assert store_card.teacher_classes(manifest)[:2] == ['tench, Tinca tinca', 'goldfish, Carassius auratus']
+    assert store_card.teacher_classes(replace(manifest, num_classes=999)) is None
+    assert store_card.teacher_classes(replace(manifest, num_classes=21841,
+                                              teacher={'name': 'clip_vit_large_patch14_224.in22k'}))[0]
+
+
+def test_a_picture_of_any_views_stays_small(views, monkeypatch):
+    store, data = views
+    picture = Image.open(io.BytesIO(store_card.draw_views(store, range(4), data)))
+    assert picture.format == 'PNG'
+    # Noise of 256 pixels does not compress: the tiles get smaller.
+    noise = torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    samples = data.views.__getitems__([(0, 0)] * 12)
+    for sample in samples:
+        sample['view'] = noise
+    monkeypatch.setattr(SparseLogitDataset, '__getitems__', lambda self, keys: samples)
+    content = store_card.draw_views(store, [0], data)
+    assert 100_000 < len(content) <= store_card.MAX_PICTURE_BYTES
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--push-to-hub', 'logits'], ['ORG/NAME']),
+    (['--push-to-hub', 'org/logits', '--shards', '0:2'], ['--shards']),
+    (['--push-to-hub', 'org/logits', '--verify'], ['--verify']),
+    (['--hub-private'], ['--push-to-hub']),
+])
+def test_flags_that_do_not_go_together_are_one_sentence(flags, words, filled_store, capsys, one_sentence):
+    from timm_tinyvit import save_logits
+    with pytest.raises(SystemExit) as stopped:
+        save_logits.main(['--logits', str(filled_store), *flags])
+    assert stopped.value.code == 2
+    one_sentence(capsys.readouterr().err.strip(), *words)

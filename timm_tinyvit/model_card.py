@@ -1,0 +1,377 @@
+"""Model cards: what a model is, how well it does, how it was made, and how to use it.
+
+The words stand in the templates of `cards/`, the facts come from the files that a run left, and nothing depends on the
+time or the place of the rendering: the same run gives the same card. Metadata are huggingface_hub's own classes, so
+that the Hub shows the results.
+"""
+
+import csv
+import json
+import math
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from collections.abc import Iterable, Mapping
+
+import jinja2
+import timm
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import InputError
+from .provenance import read_run
+
+__all__ = [
+    'CARD', 'CITATION', 'METRICS', 'NO_REPO', 'PICTURE', 'ModelFacts', 'Weights', 'accuracy_results',
+    'evaluation_command', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card', 'run_card',
+]
+
+HUB = 'https://huggingface.co'
+CARD, METRICS, PICTURE = 'README.md', 'metrics.csv', 'metrics.png'
+# What stands for the repo in a card that is made before it is known.
+NO_REPO = 'ORG/NAME'
+# What a card keeps of the one that is there, if its owners have written it there.
+KEPT_METADATA = ('license', 'license_name', 'license_link', 'language')
+# Class names that a card lists.
+MAX_NAMES = 12
+CITATION = """\
+@InProceedings{tiny_vit,
+  title = {TinyViT: Fast Pretraining Distillation for Small Vision Transformers},
+  author = {Wu, Kan and Zhang, Jinnian and Peng, Houwen and Liu, Mengchen and Xiao, Bin and Fu, Jianlong and Yuan, Lu},
+  booktitle = {European Conference on Computer Vision (ECCV)},
+  year = {2022}
+}"""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a card says of a model, whatever its weights.
+
+    Attributes:
+        architecture: timm's name.
+        parameters: Their number, in words.
+        macs: Multiply-accumulates for one image, in words; empty where they cannot be counted.
+        size: Height and width of its images.
+        crop: How an image is brought to this size, in words.
+        num_classes: Classes of its head.
+        label_names: Their names, where the configuration has them.
+        label_descriptions: What the names mean, where it says that.
+    """
+    architecture: str
+    parameters: str
+    macs: str
+    size: tuple[int, int]
+    crop: str
+    num_classes: int
+    label_names: tuple[str, ...] = ()
+    label_descriptions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def pixels(self) -> str:
+        return f'{self.size[0]}x{self.size[1]}'
+
+    @property
+    def classes(self) -> str:
+        more = f' and {self.num_classes - MAX_NAMES:,} more' if self.num_classes > MAX_NAMES else ''
+        # A description is a list of synonyms.
+        names = [self.label_descriptions.get(name, name).partition(', ')[0] for name in self.label_names[:MAX_NAMES]]
+        listed = ', '.join(' '.join(name.split()) for name in names)
+        return f'{self.num_classes:,}: {listed}{more}' if listed else f'{self.num_classes:,}'
+
+    @property
+    def other_size(self) -> int:
+        """A larger size, for an example."""
+        return (self.size[0] // 32 + 1) * 32
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """What the `config.json` of a folder says of its model; the weights need not be there.
+
+    Raises:
+        InputError: There is no such file, or timm makes no model of it.
+    """
+    file = folder / 'config.json'
+    try:
+        config = json.loads(file.read_text(encoding='utf-8'))
+        model = timm.create_model(f'local-dir:{folder}', pretrained=False, device='meta').eval()
+    except Exception as error:
+        # timm fails in as many ways as there are wrong files.
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise InputError(f'timm makes no model of {file} ({reason}); name the folder of a timm model')
+    data = timm.data.resolve_model_data_config(model)
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = False  # the counter knows matrix products
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, *data['input_size'], device='meta'))
+        macs = _large(counter.get_total_flops() / 2)
+    except (NotImplementedError, RuntimeError):
+        # Some models look at values, and there are none.
+        macs = ''
+    return ModelFacts(
+        architecture=config['architecture'], macs=macs, size=tuple(data['input_size'][-2:]), crop=_crop_words(data),
+        parameters=_large(sum(parameter.numel() for parameter in model.parameters())),
+        num_classes=model.num_classes,
+        label_names=tuple(map(str, config.get('label_names') or ())),
+        label_descriptions=config.get('label_descriptions') or {})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that a run exported, and how they did.
+
+    Attributes:
+        name: Their folder: `best`, `last`, `best_ema` or `last_ema`.
+        epoch: After how many epochs.
+        top1: Accuracy in percent; None where they were not evaluated, like the next two.
+        top5: The same for the five most probable classes.
+        loss: Cross-entropy in nats.
+    """
+    name: str
+    epoch: int
+    top1: float | None = None
+    top5: float | None = None
+    loss: float | None = None
+
+    @property
+    def is_average(self) -> bool:
+        """Whether they are an average over updates."""
+        return self.name.endswith('_ema')
+
+
+def read_weights(run: Path) -> list[Weights]:
+    """The weights that a run has exported, the most accurate first.
+
+    Raises:
+        InputError: There is no `metrics.csv`, or it is not readable.
+    """
+    rows, found = _read_metrics(run), []
+    for ending in ('', '_ema'):
+        evaluated = [row for row in rows if row.get(f'eval_top1{ending}')]
+        # Like the run, the first of equals.
+        best = max(evaluated, key=lambda row: float(row[f'eval_top1{ending}']), default=None)
+        for name, row in ((f'best{ending}', best), (f'last{ending}', rows[-1])):
+            if row is not None and (run / name / 'config.json').is_file():
+                values = {key: float(row[f'eval_{key}{ending}']) for key in ('top1', 'top5', 'loss')
+                          if row.get(f'eval_{key}{ending}')}
+                found.append(Weights(name, int(row['epoch']) + 1, **values))
+    return sorted(found, key=lambda weights: -(weights.top1 or 0.))
+
+
+def accuracy_results(
+        dataset: str,
+        split: str,
+        top1: float,
+        top5: float | None = None,
+        name: str | None = None,
+        source: tuple[str, str] | None = None,
+) -> list[EvalResult]:
+    """Accuracies as entries of the Hub's `model-index`, which has them as shares of one.
+
+    Args:
+        dataset: Name of the data set, on the Hub where it is there.
+        split: Its split.
+        top1: Top-1 accuracy in percent.
+        top5: Top-5 accuracy in percent.
+        name: Name of the data set for readers.
+        source: Name and address of who measured, where it was not the publisher.
+    """
+    return [
+        EvalResult(
+            task_type='image-classification', task_name='Image Classification', dataset_type=dataset,
+            dataset_name=name or dataset, dataset_split=split, metric_type='accuracy', metric_name=metric,
+            metric_value=round(value / 100, 6), source_name=source and source[0], source_url=source and source[1])
+        for metric, value in (('Top-1 accuracy', top1), ('Top-5 accuracy', top5)) if value is not None]
+
+
+def evaluation_command(repo: str, dataset: str, split: str, *flags: str) -> str:
+    """The command that measures the accuracy of a published model."""
+    data = shlex.join(['--dataset', dataset, '--val-split', split, *flags])
+    return f'python -m train_distill --eval --pretrained --model hf-hub:{repo} \\\n    {data}'
+
+
+def render_card(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
+    """A card from a template of this package.
+
+    Args:
+        template: Name of the file in `cards/`.
+        data: Its metadata.
+        facts: What the template asks for.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('timm_tinyvit', 'cards'), trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined)
+    environment.filters.update(
+        code=lambda text: f'`{text}`', data_link=_data_link, listed=_listed, model_link=_model_link,
+        number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate,
+        standard_error=_standard_error, store_link=_store_link, teacher_link=_teacher_link)
+    text = environment.get_template(template).render(
+        card_data=data.to_yaml(), license=data.license_name or data.license, **facts)
+    # What is left out leaves blank lines.
+    return ModelCard(re.sub(r'\n{3,}', '\n\n', text).strip() + '\n')
+
+
+def run_card(
+        run: Path,
+        which: str,
+        repo: str,
+        license: str | None = None,
+        notes: str = '',
+        speed: dict[str, Any] | None = None,
+        before: str = '',
+) -> ModelCard:
+    """The card of a model that a run has trained.
+
+    Args:
+        run: Folder of the run.
+        which: The weights: `best`, `last`, `best_ema` or `last_ema`.
+        repo: ORG/NAME.
+        license: The licence of the weights, as the Hub spells it, in place of the one there.
+        notes: Markdown by the publisher, put near the top.
+        speed: Speed of inference: `images_per_second`, `batch_size`, `device`, `threads`, `torch`.
+        before: The card that is there; what its owners say of licence and languages is kept.
+
+    Raises:
+        InputError: The folder lacks something that a run leaves.
+    """
+    record, rows = read_run(run), _read_metrics(run)
+    model, weights = model_facts(run / which), read_weights(run)
+    published = next(item for item in weights if item.name == which)
+    shown = [published]
+    for item in weights:
+        # Those of the same epoch are the same.
+        if (item.epoch, item.is_average) not in [(other.epoch, other.is_average) for other in shown]:
+            shown.append(item)
+    stores, base, train, val = (record[name] for name in ('stores', 'base', 'train', 'val'))
+    with_top5 = model.num_classes > 5
+    title = repo.partition('/')[2]
+    results = [] if published.top1 is None else accuracy_results(
+        val['name'], val['split'], published.top1, published.top5 if with_top5 else None)
+    data = ModelCardData(
+        library_name='timm', pipeline_tag='image-classification', **_kept_metadata(before, license),
+        tags=['image-classification', 'timm', 'timm_tinyvit', *(['knowledge-distillation'] if stores else [])],
+        datasets=[train['name']] if train['on_hub'] else None,
+        base_model=base['name'] if base and base['on_hub'] else None,
+        **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
+    return render_card(
+        'run_card.md', data, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
+        weights=shown, with_top5=with_top5, with_average=any(item.is_average for item in shown), train=train, val=val,
+        stores=stores,
+        base=base, teachers=list(dict.fromkeys(map(_teacher_link, stores))), processes=record['processes'],
+        device=record['device'], images_per_update=record['images_per_update'], versions=record['versions'],
+        commits=record['commits'], recipe=recipe_yaml(record).strip(), command=_training_command(record),
+        evaluation=evaluation_command(repo, val['name'], val['split'], *val['flags']),
+        picture=PICTURE if (run / PICTURE).is_file() else '', num_epochs=len(rows),
+        training_rate=_rate(median(float(row['images_per_second']) for row in rows)),
+        waiting=median(float(row['data_wait']) for row in rows), speed=speed,
+        citation=CITATION if stores or model.architecture.startswith('tiny_vit') else '')
+
+
+def recipe_yaml(record: dict[str, Any]) -> str:
+    """The flags of a run that differ from their defaults, as a file for `--config`."""
+    # On the command line pairs are a list.
+    recipe = {key: [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else value
+              for key, value in record['recipe'].items()}
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100)
+
+
+def _kept_metadata(before: str, license: str | None) -> dict[str, Any]:
+    """Licence and languages of a card, or of the publisher's flags."""
+    try:
+        found = ModelCard(before, ignore_metadata_errors=True).data if before else {}
+    except (ValueError, yaml.YAMLError):
+        found = {}
+    kept = {key: found.get(key) for key in KEPT_METADATA if found.get(key)}
+    if license:
+        kept = {key: value for key, value in kept.items() if not key.startswith('license')} | {'license': license}
+    return kept
+
+
+def _training_command(record: dict[str, Any]) -> str:
+    train, val = record['train'], record['val']
+    data = ['--dataset', train['name']]
+    if val['name'] != train['name']:
+        data += ['--val-dataset', val['name']]
+    if record['stores']:
+        data += ['--logits', *(store['name'] for store in record['stores'])]
+    return f'accelerate launch -m train_distill --config recipe.yaml \\\n    {shlex.join(data)}'
+
+
+def _read_metrics(run: Path) -> list[dict[str, str]]:
+    file = run / METRICS
+    try:
+        with open(file, newline='', encoding='utf-8') as lines:
+            rows = list(csv.DictReader(lines))
+        if rows and all(row['epoch'].isdigit() for row in rows):
+            return rows
+    except OSError:
+        raise InputError(f'{run} has no {METRICS}; name the folder of a run of train_distill with an epoch behind it')
+    except (AttributeError, KeyError, UnicodeDecodeError, csv.Error):
+        pass
+    raise InputError(f'{file} is not readable as the metrics of a run; start the run again, which writes them anew')
+
+
+def _large(value: float) -> str:
+    """A number in millions or billions."""
+    value, unit = (value / 1e9, 'billion') if value >= 1e9 else (value / 1e6, 'million')
+    return f'{value:.2f} {unit}' if value < 10 else f'{value:.1f} {unit}'
+
+
+def _rate(value: float) -> str:
+    return f'{value:,.0f}' if value >= 10 else f'{value:.1f}'
+
+
+def _standard_error(percent: float, images: int) -> str:
+    """What chance does to an accuracy over so many images."""
+    share = percent / 100
+    return f'{100 * math.sqrt(share * (1 - share) / images):.2f}'
+
+
+def _crop_words(data: dict[str, Any]) -> str:
+    """How timm brings an image to its size."""
+    size = tuple(data['input_size'][-2:])
+    height, width = size
+    scaled = tuple(math.floor(side / data['crop_pct']) for side in size)
+    filter = f'{data["interpolation"]} interpolation'
+    if data['crop_mode'] == 'squash':
+        words = f'the whole image squashed to {scaled[0]}x{scaled[1]} with {filter}'
+    elif data['crop_mode'] == 'border':
+        words = f'the longer side resized to {max(scaled)} with {filter}, the rest filled up'
+    else:
+        words = f'the shorter side resized to {min(scaled)} with {filter}'
+    return words if data['crop_mode'] != 'center' and scaled == size else f'{words}, then the middle {height}x{width}'
+
+
+def _link(name: str, path: str) -> str:
+    return f'[{name}]({HUB}/{path})'
+
+
+def _data_link(data: dict[str, Any]) -> str:
+    return _link(data['name'], f'datasets/{data["name"]}') if data['on_hub'] else f'`{data["name"]}` (a local folder)'
+
+
+def _model_link(base: dict[str, Any]) -> str:
+    return _link(base['name'], base['name']) if base['on_hub'] else f'the weights `{base["name"]}`'
+
+
+def _teacher_link(store: dict[str, Any]) -> str:
+    name, repo = store['teacher']['name'].removeprefix('hf-hub:'), store['teacher_repo']
+    return _link(name, repo) if repo else f'`{name}`'
+
+
+def _store_link(store: dict[str, Any]) -> str:
+    if not store['on_hub']:
+        return f'`{store["name"]}` (identity {store["identity"]})'
+    repo, _, commit = store['name'].removeprefix('hf://datasets/').partition('@')
+    return _link(repo, f'datasets/{repo}' + (f'/tree/{commit}' if commit else ''))
+
+
+def _listed(items: Iterable[str]) -> str:
+    *most, last = items
+    return f'{", ".join(most)} and {last}' if most else last

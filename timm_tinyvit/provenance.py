@@ -1,0 +1,198 @@
+"""What made a run: its code, machine, data and teachers, kept as `run.json` beside `args.yaml`.
+
+Data and stores move, packages are updated and checkouts go on; whoever describes the run later, as a model card does,
+finds it here as it was. Nothing in it names a folder of the machine: of a path only the last part is kept.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import datasets
+import timm
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from .aside import write_aside
+from .ensemble import Ensemble
+from .errors import InputError
+from .hub_client import is_hub_url
+from .imagenet22k import NUM_CLASSES_22K
+from .store import LogitStore
+from .version import __version__
+
+__all__ = ['RUN_RECORD', 'device_name', 'hub_repo_of', 'read_run', 'record_run', 'source_commit']
+
+RUN_RECORD = 'run.json'
+VERSION = 1
+# Settings of the run that are no part of a recipe: it would not find them on another machine.
+NO_RECIPE = ('initial_checkpoint',)
+
+
+def record_run(
+        folder: Path,
+        args: argparse.Namespace,
+        decisive: dict[str, Any],
+        defaults: argparse.Namespace,
+        student: nn.Module,
+        store: LogitStore | Ensemble | None,
+        train_images: int,
+        val_set: datasets.Dataset,
+        to_imagenet1k: bool,
+        images_per_update: int,
+        accelerator: Accelerator,
+) -> None:
+    """Write `run.json`, at each start of the run.
+
+    Args:
+        folder: Folder of the run.
+        args: All settings.
+        decisive: Those that decide the weights.
+        defaults: The settings of a run without flags.
+        student: The model, at its final size.
+        store: What it learns from.
+        train_images: Images of the training split.
+        val_set: The evaluation split.
+        to_imagenet1k: Its labels are those of ImageNet-1k.
+        images_per_update: Images of one update, over all processes.
+        accelerator: Knows the processes.
+    """
+    recipe = {
+        name: value for name, value in decisive.items()
+        if name == 'model' or name not in NO_RECIPE and name in defaults and value != getattr(defaults, name)}
+    if args.model.startswith('local-dir:'):
+        recipe['model'] = f'local-dir:{Path(args.model.removeprefix("local-dir:")).name}'
+    stores = [] if store is None else getattr(store, 'stores', [store])
+    commit = source_commit()
+    try:
+        before = read_run(folder)['commits']
+    except InputError:
+        before = []
+    write_aside(folder / RUN_RECORD, json.dumps({
+        'version': VERSION,
+        'recipe': recipe,
+        'train': {**_describe_data(args.dataset, args.train_split or 'train'), 'images': train_images},
+        'val': {
+            **_describe_data(args.val_dataset or args.dataset, args.val_split or str(val_set.split)),
+            'images': len(val_set), 'flags': _evaluation_flags(args),
+            'imagenet1k_of_22k': to_imagenet1k and student.num_classes == NUM_CLASSES_22K},
+        'stores': [_describe_store(location, store, args.teacher_checkpoint)
+                   for location, store in zip(args.logits or [], stores)],
+        'base': _base(args, student),
+        'images_per_update': images_per_update,
+        'processes': accelerator.num_processes,
+        'device': device_name(accelerator.device),
+        'versions': {'timm_tinyvit': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+        'commits': [*before, commit] if commit and commit not in before[-1:] else before,
+    }, indent=2).encode())
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` of a run says.
+
+    Raises:
+        InputError: There is none, or none that this package reads.
+    """
+    file = folder / RUN_RECORD
+    try:
+        record = json.loads(file.read_text(encoding='utf-8'))
+        if record['version'] == VERSION:
+            return record
+    except OSError:
+        raise InputError(
+            f'{folder} has no {RUN_RECORD}, which each start of a run writes; name the folder of a run of '
+            f'train_distill, or start it again, which ends at once where it is finished')
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise InputError(f'{file} is not readable as the record of a run; start the run again, which writes it anew')
+
+
+def source_commit(package: Path = Path(__file__).parent) -> str | None:
+    """The commit of the checkout that this package runs from, with `-dirty` where files of it are changed.
+
+    Returns:
+        None where the package is installed and not run from a checkout, or git is not there.
+    """
+    root = package.parent
+    if not (root / '.git').exists():
+        return None
+    found = []
+    for command in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no']):
+        try:
+            # Without locks, since somebody may be at work in the checkout.
+            done = subprocess.run(
+                ['git', '--no-optional-locks', '-C', str(root), *command], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        found.append(done.stdout.strip())
+    return found[0] + ('-dirty' if found[1] else '')
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called by its maker."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names and device.type == 'cpu' else f'{platform.machine()} {device.type}'
+
+
+def hub_repo_of(model: str) -> str | None:
+    """The repo of the Hub with the weights of a model that is named in full: `hf-hub:ORG/NAME`, or with timm's tag.
+
+    A name without a tag may have gone with weights of a file.
+    """
+    if model.startswith('hf-hub:'):
+        return model.removeprefix('hf-hub:').partition('@')[0]
+    if '.' in model and timm.is_model_pretrained(model):
+        return timm.get_pretrained_cfg(model).hf_hub_id
+    return None
+
+
+def _describe_data(name: str, split: str) -> dict[str, Any]:
+    name = name.removeprefix('hfds/')
+    path = Path(name).expanduser()
+    on_hub = not path.exists()
+    return {'name': name if on_hub else path.resolve().name, 'on_hub': on_hub, 'split': split}
+
+
+def _evaluation_flags(args: argparse.Namespace) -> list[str]:
+    """What else an evaluation needs to give the same figure."""
+    given = {'--input-key': args.input_key, '--target-key': args.target_key, '--amp-dtype': args.amp_dtype}
+    return [part for flag, value in given.items() if value for part in (flag, value)]
+
+
+def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | None) -> dict[str, Any]:
+    manifest = store.manifest
+    teacher = manifest.teacher.get('name', '')
+    on_hub = is_hub_url(location)
+    # The store on the Hub knows its commit, the flag need not.
+    name = str(store.path) if on_hub else Path(location).expanduser().resolve().name
+    return {
+        'name': name, 'on_hub': on_hub, 'identity': manifest.identity, 'teacher': manifest.teacher,
+        'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
+        'sparsifier': manifest.sparsifier, 'k': manifest.k, 'codec': manifest.codec,
+        'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
+        'view_recipe': manifest.recipe,
+    }
+
+
+def _base(args: argparse.Namespace, student: nn.Module) -> dict[str, Any] | None:
+    """Whose weights the student starts from: a repo of the Hub, or the last part of a path."""
+    if args.initial_checkpoint:
+        path = Path(args.initial_checkpoint).expanduser().resolve()
+        # A run's folders are called last and best.
+        return {'name': '/'.join(path.parts[-2:]) if path.is_dir() else path.name, 'on_hub': False}
+    if args.pretrained:
+        repo = student.pretrained_cfg.get('hf_hub_id')
+        return {'name': repo or args.model, 'on_hub': bool(repo)}
+    return None

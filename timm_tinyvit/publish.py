@@ -1,0 +1,267 @@
+"""Models on the Hub: weights, configuration and card in one commit, or nothing at all.
+
+    python -m timm_tinyvit.publish output/train/tiny_vit_5m_224 --repo ORG/NAME
+
+takes the folder of a run of train_distill, or one that `timm_tinyvit.convert` made, and `timm.create_model('hf-hub:
+ORG/NAME', pretrained=True)` makes the model anywhere. Pushed again unchanged it makes no second commit: nothing of what
+is pushed depends on when and where that happens. The card is written anew each time; `--notes` adds words of your own.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+from collections.abc import Sequence
+
+import timm
+import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME
+
+from .arguments import ArgumentParser
+from .aside import write_aside
+from .errors import InputError, reports_input_errors
+from .hub_client import check_repo_id, create_repo, push_files, retried
+from .model_card import CARD, METRICS, NO_REPO, PICTURE, read_weights, recipe_yaml, run_card
+from .provenance import device_name, read_run
+from .terminal import result, speak
+
+__all__ = [
+    'add_push_arguments', 'check_push_arguments', 'main', 'model_files', 'prepare_push', 'publish', 'push_finished_run',
+]
+
+SPEED = 'speed.json'
+SPEED_SECONDS = 2.
+MODEL = ('config.json', HF_SAFE_WEIGHTS_NAME)
+# What a push may write; of these the repo keeps none that the newest push has not.
+FILES = (CARD, *MODEL, METRICS, PICTURE, 'recipe.yaml')
+
+
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a program that pushes what it has made."""
+    group = parser.add_argument_group('Hub')
+    group.add_argument('--push-to-hub', metavar='ORG/NAME', help='push the best model to this repo at the end')
+    group.add_argument('--hub-private', action='store_true', help='make a new repo a private one')
+    group.add_argument('--hub-license', metavar='NAME', help='licence of the weights, as in apache-2.0')
+
+
+def check_push_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that ask for no push that can be, without asking the Hub.
+
+    Raises:
+        InputError: The repo has no possible name, or there is none, or nothing is trained.
+    """
+    if args.push_to_hub is None:
+        if args.hub_private or args.hub_license:
+            raise InputError('--hub-private and --hub-license need a repo; name it with --push-to-hub ORG/NAME')
+        return
+    check_repo_id(args.push_to_hub)
+    if args.eval is not None:
+        raise InputError('--eval trains nothing that --push-to-hub could push; push a run with python -m '
+                         'timm_tinyvit.publish')
+
+
+def prepare_push(args: argparse.Namespace) -> None:
+    """Make the repo before a long run, and know that its model can be pushed.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        create_repo(args.push_to_hub, private=args.hub_private or None)
+    except InputError as error:
+        raise InputError(f'{error}; or leave --push-to-hub out, and push the run later with python -m '
+                         f'timm_tinyvit.publish')
+
+
+def push_finished_run(folder: Path, args: argparse.Namespace) -> None:
+    """Push the best model of a run that has ended.
+
+    Raises:
+        InputError: It did not work out; the message says how to do it again.
+    """
+    try:
+        result(publish(folder, args.push_to_hub, private=args.hub_private, license=args.hub_license))
+    except InputError as error:
+        again = f'python -m timm_tinyvit.publish {folder} --repo {args.push_to_hub}'
+        again += f' --license {args.hub_license}' if args.hub_license else ''
+        again += ' --private' if args.hub_private else ''
+        raise InputError(f'the run is finished and its models are in {folder}, but nothing was pushed: {error}; to '
+                         f'push them: {again}')
+
+
+def publish(
+        folder: Path,
+        repo: str,
+        which: str | None = None,
+        private: bool = False,
+        license: str | None = None,
+        notes: str = '',
+) -> str:
+    """Push a model in one commit.
+
+    Args:
+        folder: What to push, as in `model_files`.
+        repo: ORG/NAME; made unless it is there.
+        which: The weights of a run.
+        private: Make a new repo a private one.
+        license: The licence of the weights, as the Hub spells it.
+        notes: Markdown of the publisher's for the card.
+
+    Returns:
+        A line for the user: what was pushed, and where it is.
+
+    Raises:
+        InputError: Something is missing in the folder, or the push did not work out; the repo is as it was.
+    """
+    _find_model(Path(folder), which)
+    create_repo(repo, private=private or None)
+    files = model_files(folder, repo, which, license, notes, _card_of(repo))
+    commit = push_files(
+        repo, files, f'Push {Path(folder).resolve().name} with timm_tinyvit',
+        delete=[name for name in FILES if name not in files])
+    url = f'{constants.ENDPOINT}/{repo}'
+    return f'published: {url} (commit {commit})' if commit else f'published: {url} had all of it already'
+
+
+def model_files(
+        folder: Path,
+        repo: str,
+        which: str | None = None,
+        license: str | None = None,
+        notes: str = '',
+        before: str = '',
+) -> dict[str, bytes | Path]:
+    """What a push brings to a repo, by path there.
+
+    Args:
+        folder: A run of train_distill, one of the model folders in it, or a folder that `convert` made.
+        repo: ORG/NAME.
+        which: The weights of a run: `best`, `last`, `best_ema` or `last_ema`; by default the most accurate ones.
+        license: The licence of the weights.
+        notes: Markdown for the card.
+        before: The card that is there.
+
+    Raises:
+        InputError: The folder is no such folder, or lacks something.
+    """
+    check_repo_id(repo)
+    folder, which = _find_model(Path(folder), which)
+    if which is None:
+        if license or notes:
+            raise InputError(f'{folder} has a card of its own; edit its {CARD} instead of giving --license or --notes')
+        card = (folder / CARD).read_text(encoding='utf-8').replace(NO_REPO, repo)
+        return {CARD: card.encode(), **{name: folder / name for name in MODEL}}
+    card = str(run_card(folder, which, repo, license, notes, _speed(folder, folder / which), before))
+    files: dict[str, bytes | Path] = {
+        CARD: card.encode(), **{name: folder / which / name for name in MODEL}, METRICS: folder / METRICS,
+        'recipe.yaml': recipe_yaml(read_run(folder)).encode()}
+    return {**files, PICTURE: folder / PICTURE} if (folder / PICTURE).is_file() else files
+
+
+def _find_model(folder: Path, which: str | None) -> tuple[Path, str | None]:
+    """The folder of a run and the name of its weights, or a folder of a model with a card and None.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if (folder / 'config.json').is_file() and (folder.parent / METRICS).is_file() and which in (None, folder.name):
+        folder, which = folder.parent, folder.name
+    if (folder / METRICS).is_file():
+        read_run(folder)
+        names = [weights.name for weights in read_weights(folder)]
+        if not names or which not in (None, *names):
+            raise InputError(f'{folder} has no weights {which or "yet"}, only {", ".join(names) or METRICS}; choose '
+                             f'others with --which, or let the run end an epoch')
+        return folder, which or names[0]
+    if which is not None or not all((folder / name).is_file() for name in (CARD, *MODEL)):
+        raise InputError(
+            f'{folder} is neither a run of train_distill, with {METRICS}, nor a model with a card, {CARD} beside '
+            f'{" and ".join(MODEL)}, as timm_tinyvit.convert makes them; name a folder that is')
+    return folder, None
+
+
+def _card_of(repo: str) -> str:
+    """The card that a repo has; empty where it has none."""
+
+    def download() -> str:
+        with TemporaryDirectory() as folder:
+            try:
+                return Path(hf_hub_download(repo, CARD, local_dir=folder)).read_text(encoding='utf-8', errors='replace')
+            except RemoteEntryNotFoundError:
+                return ''
+
+    return retried(f'read the card of {repo}', download)
+
+
+def _speed(run: Path, model: Path) -> dict[str, Any] | None:
+    """Speed of inference on this machine, measured once and kept, so that the same run has the same card again."""
+    file = run / SPEED
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        pass
+    try:
+        speed = _measure_speed(model)
+        write_aside(file, json.dumps(speed, indent=2).encode())
+        return speed
+    except (InputError, RuntimeError):
+        # No room for the model beside others, or for the file: a card without it.
+        return None
+
+
+@torch.inference_mode()
+def _measure_speed(folder: Path) -> dict[str, Any]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
+    batch_size = 16 if device.type == 'cpu' else 128
+    images = torch.zeros(batch_size, *timm.data.resolve_model_data_config(model)['input_size'], device=device)
+    seconds: list[float] = []
+    start = time.perf_counter()
+    # The first pass warms up.
+    while len(seconds) < 2 or time.perf_counter() - start < SPEED_SECONDS:
+        tick = time.perf_counter()
+        model(images)
+        if device.type != 'cpu':
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - tick)
+    return {
+        'images_per_second': batch_size / median(seconds[1:]), 'batch_size': batch_size,
+        'device': device_name(device), 'threads': torch.get_num_threads() if device.type == 'cpu' else 0,
+        'torch': torch.__version__}
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog='publish', description=__doc__.split('\n')[0])
+    parser.add_argument('folder', type=Path, help='a run of train_distill, or a folder of timm_tinyvit.convert')
+    parser.add_argument('--repo', required=True, metavar='ORG/NAME', help='repo on the Hub, made unless it is there')
+    parser.add_argument('--which', choices=('best', 'last', 'best_ema', 'last_ema'),
+                        help='weights of the run (default: the most accurate)')
+    parser.add_argument('--private', action='store_true', help='make a new repo a private one')
+    parser.add_argument('--license', metavar='NAME', help='licence of the weights, as in apache-2.0')
+    parser.add_argument('--notes', type=Path, metavar='FILE', help='Markdown that goes near the top of the card')
+    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write what would be pushed to this folder')
+    args = parser.parse_args(argv)
+    speak(True)
+    notes = ''
+    if args.notes is not None:
+        try:
+            notes = args.notes.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'{args.notes} cannot be read ({error}); give --notes a text file')
+    if args.dry_run is None:
+        result(publish(args.folder, args.repo, args.which, args.private, args.license, notes))
+        return
+    files = model_files(args.folder, args.repo, args.which, args.license, notes)
+    for name, content in files.items():
+        write_aside(args.dry_run / name, content if isinstance(content, bytes) else content.read_bytes())
+    result(f'{args.dry_run}: {", ".join(files)}, as they would be pushed to {args.repo}')
+
+
+if __name__ == '__main__':
+    main()
