@@ -470,10 +470,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return torch.stack([loss, label_part, distill_part])
 
     if show:
+        defaults = settings(['--dataset', args.dataset])
         record_run(
-            folder, args, decisive, settings(['--dataset', args.dataset]), student, store, num_samples, val_set,
-            to_imagenet1k, images_per_update, accelerator)
-        record_environment(folder, args, settings(['--dataset', args.dataset]), accelerator, first_epoch)
+            folder, args, decisive, defaults, student, store, num_samples, val_set, to_imagenet1k, images_per_update,
+            accelerator)
+        record_environment(folder, args, defaults, accelerator, first_epoch)
 
     def report() -> None:
         if show and history:

@@ -35,6 +35,7 @@ SMALL_MODELS = {
     'convnext_large.fb_in22k_ft_in1k': 'hf-hub:tests/teacher-1k',
     'clip_vit_large_patch14_224.in22k': 'hf-hub:tests/teacher-22k',
 }
+SMALL_EXPORTS = {'tiny_vit_21m_224': 'hf-hub:tests/teacher-1k'}
 SMALL_VALUES = {'--epochs': '2', '--samples': '0:8', '--shards': '0:1', '--output': 'output', '--img-size': '32'}
 SMALL_STORE = '--img-size 32 --workers 0 --teacher-batch-size 8 --shard-size 32'
 SMALL_RUN = (
@@ -112,10 +113,11 @@ def small(name: str, words: list[str]) -> list[str]:
     """The arguments of a program as few images and seconds want them."""
     if '--estimate' in words:
         return words
-    if name == 'train_distill':
-        importlib.import_module(name).settings(words)
     if name == 'export':
-        return [*words, '--img-size', '32', '32']
+        return [SMALL_EXPORTS.get(word, word) for word in words] + ['--img-size', '224', '224']
+    if name == 'train_distill':
+        wanted = importlib.import_module(name).settings(words)
+        words = [*words, '--experiment', wanted.experiment or wanted.model]
     if '--dataset' in words and not set(words) & set(SMALL_DATA):
         return words
     words = [SMALL_MODELS.get(word, word) for word in words]

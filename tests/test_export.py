@@ -11,7 +11,7 @@ import torch
 from golden_weights import relative_difference
 from timm.models import save_for_hf
 
-from timm_tinyvit.export import export
+from timm_tinyvit.export import export, main
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript', 'onnxruntime')),
@@ -88,3 +88,14 @@ def test_the_command_exports_at_another_size(model, tmp_path):
     assert '[batch, 3, 48, 80]' in result.stdout
     program = torch.export.load(tmp_path / 'model.pt2')
     assert program.module()(torch.randn(2, 3, 48, 80)).shape == (2, 10)
+
+
+def test_a_model_of_any_size_takes_any_and_one_with_patches_says_no(tmp_path, capsys):
+    for name in ('test_resnet', 'test_vit'):
+        save_for_hf(timm.create_model(name, num_classes=10), tmp_path / name)
+    command = ['--format', 'torch', '--output', str(tmp_path / 'model.pt2'), '--model']
+    main([*command, str(tmp_path / 'test_resnet'), '--img-size', '64'])
+    assert torch.export.load(tmp_path / 'model.pt2').module()(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    with pytest.raises(SystemExit, match='2'):
+        main([*command, str(tmp_path / 'test_vit'), '--img-size', '8'])
+    assert 'test_vit cannot take --img-size 8' in capsys.readouterr().err

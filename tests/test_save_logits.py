@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from timm_tinyvit import save_logits
+from timm_tinyvit import save_logits, terminal
 from timm_tinyvit.dataset import SparseLogitDataset, collate
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.sources import load_split
@@ -105,14 +105,15 @@ def test_shards_can_be_filled_in_pieces(store, teacher, tmp_path, capsys):
     assert 'the store' not in refusal([*fill, '--shards', '4:5'], capsys)
 
 
-def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teacher, tmp_path, capsys):
+def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, 'LINE_SECONDS', 0.)
     path = tmp_path / 'logits'
     shutil.copytree(store, path)
     (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
     capsys.readouterr()
     save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
     said = capsys.readouterr()
-    bars = re.findall(r'(\d+)/(\d+)', said.err)
+    bars = re.findall(r'(\d+) of (\d+)', said.err)
     # The last shard has the rest, four views.
     assert bars[0] == ('196', '200') and bars[-1] == ('200', '200') and '0.0 MB' in said.err
     assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said.out

@@ -247,8 +247,8 @@ def check_gradients(rank):
         torch.testing.assert_close(whole(one.grad), two.grad / 2, msg=name)
 
 
-def train_small(name, parts=False, resume=False):
-    """Weights after four updates with an optimiser, with the same data on both ranks."""
+def train_small(name, parts):
+    """Weights after three updates with an optimiser and the same data on both ranks; parts go on from a checkpoint."""
 
     def create():
         model = small_model()
@@ -257,11 +257,11 @@ def train_small(name, parts=False, resume=False):
         return model, create_optimizer_v2(model, name, lr=1e-2, weight_decay=0.05)
 
     model, optimizer = create()
-    for seed in range(4):
+    for seed in range(3):
         learn(model, seed)
         optimizer.step()
         optimizer.zero_grad()
-        if resume and seed == 1:
+        if parts and seed == 1:
             states = [whole_state(model), whole_state(optimizer)]
             assert dist.get_rank() == 0 or states[0]['4.weight'] is None
             dist.broadcast_object_list(states)
@@ -272,7 +272,7 @@ def train_small(name, parts=False, resume=False):
 
 
 def check_optimizers(rank):
-    """Each that is allowed trains parts as the whole, and goes on from its whole state with the same bits."""
+    """Each that is allowed trains parts as the whole, and goes on from its whole state."""
     names = {}
     for name in list_optimizers():
         try:
@@ -280,10 +280,9 @@ def check_optimizers(rank):
         except AssertionError:  # needs a GPU
             pass
     for kind in sorted(SHARDED_OPTIMIZERS):
-        parts = train_small(names[kind], parts=True)
-        for name, tensor in train_small(names[kind]).items():
-            torch.testing.assert_close(parts[name], tensor, msg=f'{kind} {name}')
-        assert_same(parts, train_small(names[kind], parts=True, resume=True))
+        parts, plain = (train_small(names[kind], parts) for parts in (True, False))
+        for name in plain:
+            torch.testing.assert_close(parts[name], plain[name], msg=f'{kind} {name}')
 
 
 def check_average(rank):

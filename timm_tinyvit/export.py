@@ -116,15 +116,28 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _set_size(model: nn.Module, name: str, img_size: list[int]) -> None:
+    """Have a model take images of another size, [N] or [H, W]."""
+    size = tuple(img_size * 2 if len(img_size) == 1 else img_size)
+    try:
+        if hasattr(model, 'set_input_size'):
+            model.set_input_size(img_size=size)
+        else:
+            model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], *size)
+        # Models of a fixed size say so only when they see another one.
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *resolve_model_data_config(model)['input_size']))
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise InputError(f'{name} cannot take --img-size {" ".join(map(str, img_size))}: {reason}')
+
+
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse_args(argv)
     model = create_pretrained(args.model, args.checkpoint, args.num_classes)
     if args.img_size is not None:
-        try:
-            model.set_input_size(args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size))
-        except (AttributeError, ValueError) as error:
-            raise InputError(f'{args.model} cannot take --img-size {" ".join(map(str, args.img_size))}: {error}')
+        _set_size(model, args.model, args.img_size)
     difference = export(model, args.format, args.output)
     config = resolve_model_data_config(model)
     print(f'{args.output}: input float32 [batch, {", ".join(map(str, config["input_size"]))}], mean {config["mean"]}, '
