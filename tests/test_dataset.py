@@ -541,8 +541,13 @@ def test_what_save_to_disk_wrote_is_loaded(real, tmp_path, refused):
         load_split(str(tmp_path / 'one'), None, is_training=False)
     splits = {'train': real.select(range(9)), 'test': real.select(range(5)), 'validation': real.select(range(3))}
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / 'many'))
-    for split, is_training, rows in ((None, True, 9), (None, False, 3), ('test', False, 5)):
-        assert len(load_split(str(tmp_path / 'many'), split, is_training)) == rows
+    for split, is_training, rows, name in (
+        (None, True, 9, 'train'), (None, False, 3, 'validation'), ('test', False, 5, 'test'),
+        ('test[:2]', False, 2, 'test[:2]'),
+    ):
+        found = load_split(str(tmp_path / 'many'), split, is_training)
+        # And not by the names that the rows had before.
+        assert (len(found), str(found.split)) == (rows, name)
 
 
 def test_a_folder_that_is_missing_or_holds_no_data_is_refused(tmp_path, refused):

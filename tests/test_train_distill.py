@@ -1,6 +1,7 @@
 """The training script on real images: what it leaves behind, that it resumes exactly, and what bad input gets."""
 
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -159,6 +160,16 @@ def test_a_run_with_several_views_of_an_image_in_a_batch_sees_each_view_once_and
     seen = seen[:2 * 96]
     assert sorted(seen) == [(epoch, index) for epoch in range(2) for index in range(96)]
     assert all(seen[place][1] == seen[place + 1][1] for place in range(0, len(seen), 2))
+
+
+def test_labels_may_be_plain_integers(tmp_path):
+    rows = load_split(DATA, 'train[:64]', is_training=True).cast_column('label', datasets.Value('int64'))
+    datasets.DatasetDict(train=rows, validation=rows.select(range(20))).save_to_disk(tmp_path / 'data')
+    train_distill.main([
+        '--dataset', str(tmp_path / 'data'), *VIEWS, '--model', 'test_resnet', '--num-classes', '10', '--epochs', '1',
+        '-b', '16', '-j', '0', '--output', str(tmp_path), '--experiment', 'run'])
+    run = json.loads((tmp_path / 'run' / 'run.json').read_text())
+    assert (run['val']['split'], run['val']['images'], run['val']['imagenet1k_of_22k']) == ('validation', 20, False)
 
 
 def test_cooldown_epochs_are_filled_too(teacher, tmp_path):

@@ -71,7 +71,7 @@ def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
 def is_imagenet1k(dataset: datasets.Dataset, label_key: str) -> bool:
     """Whether labels are those of ImageNet-1k, by their number: class names, or else the largest label."""
     names = class_names(dataset, label_key)
-    return (len(names) if names else read_labels(dataset, label_key).max() + 1) == len(imagenet1k_in_22k())
+    return (len(names) if names else int(read_labels(dataset, label_key).max()) + 1) == len(imagenet1k_in_22k())
 
 
 def eval_config(args: argparse.Namespace, model: nn.Module, size: tuple[int, int] | None = None) -> dict[str, Any]:

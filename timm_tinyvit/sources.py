@@ -36,7 +36,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         streaming: Read the files from front to back and keep no copy of them; a split has no slices then.
 
     Returns:
-        A map-style data set, or with `streaming` an iterable one.
+        A map-style data set, whose `split` is this one, or with `streaming` an iterable one.
 
     Raises:
         InputError: There is no such data set or split.
@@ -82,7 +82,8 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
         for part in parts for rows in [splits[part.splitname]]
     ]
-    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
+    # Tables know the split that they once were, or none.
+    return datasets.concatenate_datasets(chosen, split=datasets.NamedSplit(split))
 
 
 def find_column(dataset: Source, key: str | None, is_image: bool) -> str | None:
