@@ -53,7 +53,7 @@ from timm_tinyvit.fill import fill_store
 from timm_tinyvit.fingerprint import dataset_fingerprint
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.hub_client import is_hub_url
-from timm_tinyvit.hub_store import check_content, content_of
+from timm_tinyvit.hub_store import check_content, content_of, pin_stores
 from timm_tinyvit.launch import (
     TRACKERS, create_accelerator, make_deterministic, quiet_worker, stop_requests, stop_with_launcher,
     total,
@@ -85,6 +85,9 @@ FREE_SETTINGS = {
     'data_dir', 'val_dataset', 'val_split', 'logits', 'log', 'eval', 'keep_epochs',
     'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
 }
+
+# A gradient scaler halves its scale where gradients overflow; below this they would not fit at any.
+MIN_SCALE = 1e-6
 
 
 def create_parser() -> ArgumentParser:
@@ -179,12 +182,13 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
         batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
         val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0,
         recovery_interval=0, warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0,
-        weight_decay=0, clip_grad=0, momentum=0, model_ema_decay=0, keep_epochs=1)
-    at_most = dict(
-        alpha=1, smoothing=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
-    above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0)
+        weight_decay=0, clip_grad=0, momentum=0, model_ema_decay=0, keep_epochs=1, warmup_lr=0, min_lr=0)
+    at_most = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
+    above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0)
+    below = dict(smoothing=1)
     for limits, holds, words in (
         (at_least, operator.ge, 'at least'), (at_most, operator.le, 'at most'), (above, operator.gt, 'more than'),
+        (below, operator.lt, 'less than'),
     ):
         for name, limit in limits.items():
             value = getattr(args, name)
@@ -240,7 +244,8 @@ def prepare_store(
             store, teacher, views_to_fill(args, store, replay, dataset), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
     else:
-        store, replay = open_stores(args.logits, view_arguments(args), log, args.keep_epochs, args.store_cache)
+        paths = pin_stores(args.logits, accelerator)
+        store, replay = open_stores(paths, view_arguments(args), log, args.keep_epochs, args.store_cache)
     missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:
         raise InputError(
@@ -387,6 +392,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = learning_rates(args, images_per_update)
     optimizer = create_optimizer(args, student, rates['lr'])
     scheduler, num_epochs = create_schedule(args, optimizer, rates, num_updates)
+    if args.warmup_epochs >= args.epochs:
+        warn(f'all of {args.epochs} epochs are warm-up: the learning rate never reaches its peak; lower '
+             f'--warmup-epochs')
     alpha = args.alpha if store is not None else 0.
     mixup = None
     label_loss = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
@@ -410,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_whole_state(optimizer, state['optimizer'])
         if ema is not None:
             load_whole_state(ema.module, state['ema'])
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and state['scaler'] is not None:
             accelerator.scaler.load_state_dict(state['scaler'])
         first_epoch, best, history = state['epoch'], state['best'], state['history']
         first_update = state['samples'] // images_per_update
@@ -423,7 +431,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             sums = state['sums'][rank].to(device)
             set_random_state(state['random'][rank], device)
         else:
-            sums = sum(state['sums']).to(device) / state['world_size']
+            # Means over updates, of which there are others now.
+            share = state['images_per_update'] / images_per_update
+            sums = sum(state['sums']).to(device) / state['world_size'] * share
             set_seed(int(np.random.SeedSequence([args.seed, first_epoch, first_update, rank]).generate_state(1)[0]))
     else:
         # Ranks must not drop the same paths.
@@ -514,14 +524,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                 norm = clip_gradients(student.parameters(), args.clip_grad, args.clip_mode)
                 # Where gradients overflow, a scaler leaves the update out by itself.
                 finite = math.isfinite(parts[0].item() if accelerator.scaler else (parts[0] + norm).item())
+                finite = finite and (accelerator.scaler is None or accelerator.scaler.get_scale() >= MIN_SCALE)
                 lost, stopping = total(accelerator, not finite, stopped() is not None)
                 if lost:
                     # The weights are still those of the update before; running means may have gone with the batch.
                     if not total(accelerator, not is_finite(student))[0]:
                         checkpoint(epoch, update)
+                    kept = 'keeps the checkpoint before it' if any(folder.glob('checkpoint-*.pt')) else \
+                        'has no checkpoint, as the weights are not finite either'
                     raise InputError(
-                        f'the loss or the gradient of step {update} in epoch {epoch} is not finite; {folder} keeps the '
-                        f'checkpoint before it; lower --lr or leave --amp-dtype out, under another --experiment')
+                        f'the loss or the gradient of step {update} in epoch {epoch} is not finite; {folder} {kept}; '
+                        f'lower --lr or leave --amp-dtype out, under another --experiment')
                 optimizer.step()
                 optimizer.zero_grad()
                 if ema is not None:
@@ -546,9 +559,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 'distill_loss': means[2], 'grad_norm': means[3], 'seconds': seconds, 'data_wait': waited / seconds,
                 'images_per_second': (num_updates - first_update) * images_per_update / seconds,
             }
-            wholes = {ending: whole_model(net) for ending, net in results.items()}
-            if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
-                for ending, net in wholes.items():
+            improved = []
+            for ending in results:
+                # Of a sharded model a whole copy, one at a time and gone before the next epoch.
+                net = whole_model(results[ending])
+                if (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs:
                     recorder = Recorder()
                     found = evaluate(
                         net, prepare, val_loader, accelerator, to_imagenet1k, lambda: bool(stopped()), recorder)
@@ -563,17 +578,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                             keep_evaluation(
                                 folder / PREDICTIONS.format(ending=ending), predictions, val_loader,
                                 recorder.num_classes, epoch)
-            history.append(row)
-            first_update = 0
-            sums.zero_()
-            improved = [ending for ending in results if row.get(f'eval_top1{ending}', -1.) > best[ending]]
-            best.update({ending: row[f'eval_top1{ending}'] for ending in improved})
-            if show:
-                write_metrics(folder, history)
-                for ending, net in wholes.items():
+                    if found['top1'] > best[ending]:
+                        improved.append(ending)
+                if show:
                     export_model(folder / f'last{ending}', net, names, config)
                     if ending in improved:
                         export_model(folder / f'best{ending}', net, names, config)
+                del net
+            best.update({ending: row[f'eval_top1{ending}'] for ending in improved})
+            history.append(row)
+            first_update = 0
+            sums.zero_()
+            if show:
+                write_metrics(folder, history)
             accelerator.log(row, step=(epoch + 1) * num_updates)
             best_said = f'best {best[""]:.2f}%'
             best_said = colored(best_said, 'green') if '' in improved else best_said

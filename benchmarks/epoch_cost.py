@@ -52,6 +52,7 @@ from torch.utils.data import DataLoader, get_worker_info
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.codec import create_codec
 from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate, read_records
+from timm_tinyvit.errors import reports_input_errors
 from timm_tinyvit.fingerprint import dataset_fingerprint
 from timm_tinyvit.replay import Replay, ViewRecipe, library_versions
 from timm_tinyvit.sources import load_split
@@ -68,6 +69,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--dataset', required=True, metavar='NAME', help='Hub name, or a folder of parquet or images')
     parser.add_argument('--train-split', metavar='NAME', help='training split, train by default')
+    parser.add_argument('--val-split', default='validation[:16]', metavar='NAME', help='evaluated by --script at last')
     parser.add_argument('--model', default='tiny_vit_5m_224', metavar='NAME', help='the student')
     parser.add_argument('--teachers', nargs='*', default=['resnet50', 'convnext_large'], metavar='NAME')
     parser.add_argument('--img-size', type=int, default=224)
@@ -86,8 +88,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, default=8, help='epochs of the store, and of a run of the script')
     parser.add_argument('--json', action='store_true', help='one JSON line')
     args = parser.parse_args()
-    if args.workers < 1 or args.epochs < 3:
-        parser.error('--workers is 1 at least, --epochs 3')
+    if min(args.workers, args.batch_size, args.steps, args.turns) < 1 or args.epochs < 3:
+        parser.error('--workers, --batch-size, --steps and --turns are 1 at least, --epochs 3')
     return args
 
 
@@ -149,7 +151,8 @@ class Bench:
         self.data = {'labels': SparseLogitDataset(dataset, replay), 'store': SparseLogitDataset(dataset, replay, store)}
         torch.manual_seed(0)
         self.student = timm.create_model(args.model, num_classes=args.classes)
-        self.student.set_input_size(img_size=(args.img_size, args.img_size))
+        if hasattr(self.student, 'set_input_size'):
+            self.student.set_input_size(img_size=(args.img_size, args.img_size))
         self.student.to(self.device)
         config = self.student.pretrained_cfg
         self.prepare = ModelInput(config['mean'], config['std']).to(self.device)
@@ -273,9 +276,9 @@ def of_turns(bench: Bench, args: argparse.Namespace, folder: Path) -> dict[str, 
 def of_script(store: LogitStore, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The figures of train_distill.py without and with the store, epoch by epoch."""
     command = [
-        sys.executable, SCRIPT, '--dataset', args.dataset, '--model', args.model, '--num-classes', args.classes,
-        '--batch-size', args.batch_size, '--epochs', args.epochs, '--workers', args.workers, '--val-interval',
-        args.epochs, '--output', folder, *(['--train-split', args.train_split] if args.train_split else []),
+        sys.executable, SCRIPT, '--dataset', args.dataset, '--val-split', args.val_split, '--model', args.model,
+        '--num-classes', args.classes, '--batch-size', args.batch_size, '--epochs', args.epochs, '--workers',
+        args.workers, '--val-interval', args.epochs, '--output', folder, *(['--train-split', args.train_split] if args.train_split else []),
         *(['--amp-dtype', 'bfloat16'] if args.amp else [])]
     views = ['--img-size', args.img_size, '--aa', RAND_AUGMENT, '--reprob', ERASING]
     commands = {'labels': [*command, *views], 'store': [*command, '--logits', store.path]}
@@ -309,6 +312,7 @@ def report(figure: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
+@reports_input_errors
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)

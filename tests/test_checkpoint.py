@@ -290,6 +290,22 @@ def test_fewer_images_per_update_on_fewer_processes_are_told(start, tmp_path):
     assert 'nor can learning rates and the order of images, with 4 images per update instead of 8' in said
 
 
+def test_losses_are_means_over_updates_of_two_sizes(tmp_path):
+    """An epoch that begins with updates of 8 images on two processes and ends with updates of 4 on one."""
+    argv = [*SMALL, '--epochs', '1', '--output', tmp_path]
+    train_distill.main([*map(str, argv), '-b', '8', '--recovery-interval', '6', '--checkpoint-hist', '9',
+                        '--experiment', 'peace'])
+    shutil.copytree(tmp_path / 'peace', tmp_path / 'run')
+    middle, last = (tmp_path / 'run' / name for name in checkpoints(tmp_path / 'run'))
+    last.unlink()
+    state = torch.load(middle, weights_only=True)
+    state |= {'world_size': 2, 'sums': state['sums'] * 2, 'random': state['random'] * 2}
+    torch.save(state, middle)
+    train_distill.main([*map(str, argv), '-b', '4', '--experiment', 'run'])
+    losses = [float(next(csv.DictReader(open(tmp_path / name / 'metrics.csv')))['loss']) for name in ('peace', 'run')]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
     real = checkpoint.nn.functional.log_softmax
     calls = []

@@ -94,6 +94,12 @@ def test_a_classifier_of_22k_is_scored_on_the_classes_of_1k(tmp_path, capsys):
     assert found['top1'] == 100
 
 
+def test_a_checkpoint_is_evaluated_as_what_its_run_exported(run, capsys):
+    checkpoint, = run.glob('checkpoint-*.pt')
+    flags = ['--model', 'test_efficientnet', '--val-split', 'test[:40]', '--eval']
+    assert evaluated(capsys, *flags, str(checkpoint)) == evaluated(capsys, *flags, str(run / 'last'))
+
+
 def test_an_official_checkpoint_is_evaluated_under_its_own_names(tmp_path, capsys):
     torch.manual_seed(0)
     model = timm.create_model('tiny_vit_5m_224', num_classes=10)

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
+from copy import deepcopy
 from pathlib import Path
 
 import datasets
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from timm.utils import dispatch_clip_grad
 
 import train_distill
+from timm_tinyvit.launch import create_accelerator
 from timm_tinyvit.optimization import clip_gradients
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.store import LogitStore
@@ -170,6 +173,39 @@ def test_labels_may_be_plain_integers(tmp_path):
         '-b', '16', '-j', '0', '--output', str(tmp_path), '--experiment', 'run'])
     run = json.loads((tmp_path / 'run' / 'run.json').read_text())
     assert (run['val']['split'], run['val']['images'], run['val']['imagenet1k_of_22k']) == ('validation', 20, False)
+
+
+def test_of_a_sharded_model_one_whole_copy_is_there_at_a_time(tmp_path, monkeypatch):
+    prepare, copies, most = train_distill.prepare_student, [], []
+
+    def whole_model(model):
+        copied = deepcopy(model)
+        copies.append(weakref.ref(copied))
+        most.append(sum(found() is not None for found in copies))
+        return copied
+
+    monkeypatch.setattr(train_distill, 'prepare_student', lambda *args: (*prepare(*args)[:2], whole_model))
+    train_distill.main([*SMALL, '--model', 'test_resnet', '--model-ema', '--output', str(tmp_path)])
+    assert most == [1] * 4
+
+
+def test_a_precision_of_the_launch_and_one_that_a_cpu_lacks_are_told(monkeypatch, capsys):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    AcceleratorState._reset_state(True)
+    create_accelerator('bfloat16')
+    assert not capsys.readouterr().err
+    AcceleratorState._reset_state(True)
+    create_accelerator('float16')
+    said = capsys.readouterr().err
+    assert 'asks for mixed precision bf16' in said and '--teacher-amp-dtype' in said
+    assert 'float16 needs a GPU' in said or torch.accelerator.is_available()
+    AcceleratorState._reset_state(True)
+
+
+def test_epochs_that_are_all_warm_up_are_told(tmp_path, capsys):
+    flags = [*SMALL, '--model', 'test_resnet', '--output', str(tmp_path)]
+    train_distill.main([*flags, '--epochs', '1', '--warmup-epochs', '1'])
+    assert 'all of 1 epochs are warm-up' in capsys.readouterr().err
 
 
 def test_cooldown_epochs_are_filled_too(teacher, tmp_path):
@@ -331,6 +367,13 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*here, '--model', 'mixer_s16_224'], 'cannot be made for 32x32 pixels'),
         ([*here, '--model-kwargs', 'depth'], 'write pairs like name=value'),
         ([*here, '--sched', 'none'], 'use --sched constant'),
+        ([*here, '--sched', 'step', '--cooldown-epochs', '1'], 'the schedule step has no cooldown'),
+        ([*here, '--sched', 'step', '--decay-epochs', '0'], '--decay-epochs is 0.0; expected more than 0'),
+        ([*here, '--min-lr', '-1'], '--min-lr is -1.0; expected at least 0'),
+        ([*here, '--smoothing', '1'], '--smoothing is 1.0; expected less than 1'),
+        ([*here, '--opt-betas', '0.9'], 'the optimiser adamw: IndexError'),
+        ([*here, '--aa', 'nope'], 'check --aa'),
+        ([*here, '--lr', 'inf', '--output', tmp_path / 'inf'], 'has no checkpoint, as the weights are not finite'),
         ([*here, '--compile', 'nosuch'], '--compile nosuch is no backend'),
         ([*here, '--opt', 'adahessian'], 'needs second derivatives'),
         ([*here, '--output', Path(DATA) / 'draw.py'], 'choose another --output'),

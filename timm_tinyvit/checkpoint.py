@@ -74,7 +74,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     file = folder / f'checkpoint-{state["epoch"]:06d}-{state["samples"]:012d}.pt'
     write_aside(file, buffer.getbuffer())
     for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return file
 
 

@@ -186,8 +186,10 @@ def _config_beside(weights: str | None) -> dict[str, Any]:
     if not weights:
         return {}
     path = Path(weights).expanduser()
-    file = (path if path.is_dir() else path.parent) / 'config.json'
-    if not file.is_file():
+    folder = path if path.is_dir() else path.parent
+    # A run's checkpoints lie beside the folder of what it exported last.
+    file = next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
+    if file is None:
         return {}
     try:
         config = json.loads(file.read_text(encoding='utf-8'))['pretrained_cfg']

@@ -18,6 +18,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .errors import InputError, Terminated
+from .terminal import warn
 
 __all__ = [
     'TRACKERS', 'create_accelerator', 'make_deterministic', 'quiet_worker', 'stop_requests', 'stop_with_launcher',
@@ -65,6 +66,12 @@ def create_accelerator(
     for tracker in trackers:
         if tracker not in installed:
             raise InputError(f'the tracker {tracker} is not installed; install it, or the extra `tracking`')
+    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if precision not in ('no', PRECISIONS[amp_dtype]):
+        warn(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '
+             f'--teacher-amp-dtype of a teacher, that says what is computed in half precision')
+    if amp_dtype == 'float16' and not torch.accelerator.is_available():
+        warn('--amp-dtype float16 needs a GPU: on this CPU all is computed in float32')
     plugin = _fsdp_plugin()
     # Without `cpu` accelerate makes no process group on a machine that has no accelerator: every process would take
     # itself for the only one.

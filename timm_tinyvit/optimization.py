@@ -42,7 +42,7 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> t
     try:
         optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
     except (AssertionError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f'timm cannot make the optimiser {args.opt}: {error}; check --opt and its arguments')
+        raise InputError(f'timm cannot make the optimiser {args.opt}: {_reason(error)}; check --opt and its arguments')
     if getattr(optimizer, 'is_second_order', False):
         raise InputError(f'the optimiser {args.opt} needs second derivatives, which are not computed here; choose '
                          f'another --opt')
@@ -69,8 +69,15 @@ def create_schedule(
     try:
         schedule, epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     except (AssertionError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f'timm cannot make the schedule {args.sched}: {error}; check --sched and its arguments')
-    return schedule, int(epochs)
+        raise InputError(f'timm cannot make the schedule {args.sched}: {_reason(error)}; check --sched and its '
+                         f'arguments')
+    if epochs != args.epochs + args.cooldown_epochs:
+        raise InputError(f'the schedule {args.sched} has no cooldown; leave --cooldown-epochs out')
+    return schedule, epochs
+
+
+def _reason(error: Exception) -> str:
+    return f'{type(error).__name__} {error}'.strip()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float, mode: str) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 
+from .estimate import readable_bytes
 from .store import LogitStore
 from .terminal import progress
 
@@ -32,9 +33,10 @@ class StoreProgress:
         self._due = 0.
         for epoch in list(self._missing):
             self._views += self._rows(self._finished(epoch))
+        total = len(epochs) * self._rows(shards)
         self._bar = progress(
-            show=show, total=len(epochs) * self._rows(shards), initial=self._views, desc='teacher', unit='view',
-            unit_scale=True, smoothing=0)
+            show=show, total=total, initial=self._views, desc='teacher', unit='view', unit_scale=total >= 1000,
+            smoothing=0)
 
     def __enter__(self) -> 'StoreProgress':
         return self
@@ -68,7 +70,7 @@ class StoreProgress:
         self._bar.update(self._views + views + self.open - self._bar.n)
         if views:
             # Only what is new was weighed: a store may have a million shards already.
-            self._bar.set_postfix_str(f'{size / views * (self._views + views) / 1e6:.1f} MB')
+            self._bar.set_postfix_str(readable_bytes(size / views * (self._views + views)))
 
     def _finished(self, epoch: int) -> set[int]:
         """The shards of an epoch that are there now and were not at the last look."""

@@ -229,7 +229,8 @@ class Replay:
             # The factory leaves erasing out where it does not normalise.
             self._transform = create_transform(**arguments, is_training=True, normalize=False)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f'timm cannot make the transform of this recipe: {error!r}')
+            raise InputError(f'timm cannot make the transform of this recipe: {error!r}; check --aa, --scale, --ratio, '
+                             f'--train-interpolation and the like')
         if recipe.decoder == 'torch':
             first, *others = self._transform.transforms
             self._transform = Compose([TensorCrop(first), *others])

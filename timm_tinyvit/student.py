@@ -113,7 +113,7 @@ def _read_weights(path: str) -> dict[str, torch.Tensor]:
     file = Path(path).expanduser()
     file = file / HF_SAFE_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
-        raise FileNotFoundError(f'there is no file {file}')
+        raise InputError(f'there is no file {file}; give a file of weights, or a folder with one such as RUN/last')
     try:
         weights = load_state_dict(str(file), weights_only=True)
     except Exception as error:
