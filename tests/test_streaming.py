@@ -193,6 +193,27 @@ def test_ranks_have_as_many_batches_and_go_on_from_any_of_them(world_size, folde
         assert [batch['index'].tolist() for batch in loader] != whole
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_was_seen_before_a_resumption_is_not_decoded_again(workers, folders, stores, monkeypatch):
+    stream = stream_of(stores / 'cls', folders / 'cls', seed=1)
+    # Workers with other numbers of rows, and more batches than one pass has.
+    loader = StreamLoader(stream, 14, batch_size=8, num_workers=workers, persistent_workers=workers > 0)
+    loader.set_epoch(0)
+    whole = [batch['index'].tolist() for batch in loader]
+    decoded = []
+    decode = stream.replay.decode
+    monkeypatch.setattr(stream.replay, 'decode', lambda image: decoded.append(None) or decode(image))
+    for start in (3, 6, 12):
+        decoded.clear()
+        loader.set_epoch(0, start)
+        assert [batch['index'].tolist() for batch in loader] == whole[start:]
+        if not workers and start == 6:
+            # What is left of the first pass, and the rows for three batches of the second.
+            assert ROWS - 6 * 8 < len(decoded) <= ROWS - 6 * 8 + 64
+    loader.set_epoch(1)
+    assert len(list(loader)) == 14
+
+
 def test_a_student_learns_from_a_stream_as_long_as_from_rows(folders, stores, tmp_path, capsys):
     train_distill.main([
         '--dataset', str(folders / 'cls'), '--streaming', '--val-dataset', str(folders / 'parquet'), '--val-split',

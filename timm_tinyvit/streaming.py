@@ -6,9 +6,10 @@ the means of `datasets`, file by file where there are enough of them. A store is
 by row with the keys that the first pass found, so that a stream that changed is noticed before anything is written.
 """
 
+from functools import partial
 from itertools import islice
 from typing import Any
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -18,7 +19,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from .dataset import Key, decode_source, read_records
+from .dataset import Key, collate, decode_source, read_records
 from .ensemble import Ensemble
 from .errors import InputError
 from .fingerprint import check_image, encoded_image, stored_samples
@@ -83,16 +84,25 @@ class SparseLogitStream(IterableDataset):
             stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
         columns = [name for name in (self.image_key, self.label_key, self.key) if name]
         self.stream = split_dataset_by_node(select_columns(stream, *columns), rank, world_size)
+        self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the training epoch of the next iteration; loader workers that are kept alive hear of it too."""
+    def set_epoch(self, epoch: int, skipped: int = 0) -> None:
+        """Choose the training epoch of the next iteration; loader workers that are kept alive hear of it too.
+
+        Args:
+            epoch: The epoch.
+            skipped: Samples at the beginning of each worker's share that come as None, without a look at them.
+        """
         self.stream.set_epoch(epoch)
+        self._skipped.fill_(skipped)
         if self.store is not None:
             self.store.begin([self._stored(epoch)], [self._stored(epoch + 1)])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self._stored(self.stream.epoch)
         rows = iter(self.stream)
+        for _ in islice(rows, self._skipped.item()):
+            yield None
         while tables := list(islice(rows, CHUNK_SIZE)):
             yield from self._samples(epoch, pa.concat_tables(tables))
 
@@ -131,29 +141,39 @@ class StreamLoader:
     def __init__(self, stream: SparseLogitStream, num_batches: int, **options: Any):
         self.stream = stream
         self.num_batches = num_batches
+        options['collate_fn'] = partial(_collate_seen, options.get('collate_fn', collate))
         self.loader = DataLoader(stream, drop_last=True, **options)
-        self.start = 0
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         """Batches of one whole epoch."""
         return self.num_batches
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the training epoch, and the batch to begin with: what comes before it is read and left out."""
-        self.stream.set_epoch(epoch)
-        self.start = start
+        """Choose the training epoch, and the batch to begin with: what comes before it is read and not decoded."""
+        self.epoch, self.start = epoch, start
+        # Workers take turns, so that of what comes before each has made as much, or more where others have ended.
+        share = start // max(self.loader.num_workers, 1)
+        self.stream.set_epoch(epoch, share * self.loader.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return islice(self._endless(), self.start, self.num_batches)
 
     def _endless(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
-            batch = None
+            is_empty = True
             for batch in self.loader:
+                is_empty = False
                 yield batch
-            if batch is None:
+            if is_empty:
                 raise InputError(f'a share of the stream holds no whole batch of {self.loader.batch_size}; choose a '
                                  f'smaller --batch-size, or fewer --workers or processes')
+            self.stream.set_epoch(self.epoch)
+
+
+def _collate_seen(collate_fn: Callable[[list], Any], samples: list[dict[str, Any] | None]) -> Any:
+    """A batch, or None of samples that have been seen."""
+    return None if samples[0] is None else collate_fn(samples)
 
 
 class StreamedRows(Dataset):
