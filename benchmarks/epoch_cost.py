@@ -65,7 +65,7 @@ RAND_AUGMENT, ERASING = 'rand-m9-mstd0.5-inc1', 0.25
 SHARD_SIZE = 16384  # a store's by default
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--dataset', required=True, metavar='NAME', help='Hub name, or a folder of parquet or images')
     parser.add_argument('--train-split', metavar='NAME', help='training split, train by default')
@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--script', action='store_true', help='run train_distill.py without and with --logits instead')
     parser.add_argument('--epochs', type=int, default=8, help='epochs of the store, and of a run of the script')
     parser.add_argument('--json', action='store_true', help='one JSON line')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if min(args.workers, args.batch_size, args.steps, args.turns) < 1 or args.epochs < 3:
         parser.error('--workers, --batch-size, --steps and --turns are 1 at least, --epochs 3')
     return args
@@ -313,8 +313,8 @@ def report(figure: dict[str, Any]) -> str:
 
 
 @reports_input_errors
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()
     dataset = load_split(args.dataset, args.train_split, is_training=True)

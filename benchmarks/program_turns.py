@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +20,11 @@ TURN_SECONDS = 4.
 
 def tree_seconds(pid: int) -> float:
     """Processor seconds of a process, its children that have ended and those that live."""
-    stat = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-    children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    try:
+        stat = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended between two looks, and counts in its parent
+        return 0.
     return sum(map(int, stat[11:15])) / os.sysconf('SC_CLK_TCK') + sum(tree_seconds(int(child)) for child in children)
 
 
@@ -45,22 +49,25 @@ def epoch_seconds(commands: Mapping[str, Sequence[str]], threads: int) -> dict[s
     environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
     try:
         for name, command in commands.items():
-            programs[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-            programs[name].send_signal(signal.SIGSTOP)
+            programs[name] = subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+            os.killpg(programs[name].pid, signal.SIGSTOP)
             ends[name] = []
         watchers = [threading.Thread(target=watch, args=(programs[name], ends[name])) for name in programs]
         for watcher in watchers:
             watcher.start()
         while running := [process for process in programs.values() if process.poll() is None]:
             for process in running:
-                process.send_signal(signal.SIGCONT)
+                # Its loader workers as well.
+                os.killpg(process.pid, signal.SIGCONT)
                 try:
                     process.wait(TURN_SECONDS)
                 except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGSTOP)
+                    os.killpg(process.pid, signal.SIGSTOP)
     finally:
         for process in programs.values():
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     for watcher in watchers:
         watcher.join()
     if any(process.returncode for process in programs.values()):
