@@ -610,7 +610,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with best_effort('the comparison with the teacher'):
                     views = look_at_stored_views(
                         net, prepare, loader, store, accelerator, num_epochs - 1, names and len(names),
-                        lambda: bool(stopped()))
+                        lambda: bool(stopped()), ending, args.views_per_image)
                     if views is not None:
                         views.write(folder / STORED_VIEWS)
             accelerator.wait_for_everyone()

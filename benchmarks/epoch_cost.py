@@ -278,7 +278,8 @@ def of_script(store: LogitStore, args: argparse.Namespace, folder: Path) -> dict
     command = [
         sys.executable, SCRIPT, '--dataset', args.dataset, '--val-split', args.val_split, '--model', args.model,
         '--num-classes', args.classes, '--batch-size', args.batch_size, '--epochs', args.epochs, '--workers',
-        args.workers, '--val-interval', args.epochs, '--output', folder, *(['--train-split', args.train_split] if args.train_split else []),
+        args.workers, '--val-interval', args.epochs, '--output', folder,
+        *(['--train-split', args.train_split] if args.train_split else []),
         *(['--amp-dtype', 'bfloat16'] if args.amp else [])]
     views = ['--img-size', args.img_size, '--aa', RAND_AUGMENT, '--reprob', ERASING]
     commands = {'labels': [*command, *views], 'store': [*command, '--logits', store.path]}

@@ -1,5 +1,6 @@
 """The tables and the plot of evidence.py, from the files of its finished runs and from nothing else."""
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,8 @@ def summaries(rows: Sequence[Any], records: dict[str, dict[str, Any]]) -> Iterat
     scores = {
         row.name: {record['seed']: record['top1'] for record in records.values() if record.get('row') == row.name}
         for row in rows}
-    for row in rows:
+    groups = list(dict.fromkeys(row.group for row in rows))
+    for row in sorted(rows, key=lambda row: groups.index(row.group)):
         if not scores[row.name]:
             continue
         other = scores[row.against] if row.against in scores else {}
@@ -84,7 +86,7 @@ def table(note: str, rows: Sequence[Any], records: dict[str, dict[str, Any]]) ->
 
 def setting(runs: Sequence[dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
     """Some sentences: budget, teacher, what filling cost, and on what machine."""
-    flags, machine = runs[0]['settings'], runs[0]['machine']
+    flags = runs[0]['settings']
     words = [f'Top-1 in percent on `{flags["val_split"]}` after {flags["epochs"]} epochs of `{flags["train_split"]}` '
              f'in batches of {flags["batch_size"]}, ± standard deviation over seeds of weights, order and dropout.']
     if 'teacher' in records:
@@ -96,14 +98,27 @@ def setting(runs: Sequence[dict[str, Any]], records: dict[str, dict[str, Any]]) 
         trained = [record['train_seconds'] for record in runs]
         words.append(f'A student sees {views:,} views and trained for {min(trained):.0f} to {max(trained):.0f} s; a '
                      f'store of as many took {min(filled):.0f} to {max(filled):.0f} s to fill.')
-    loads = [record['machine']['load'] for record in records.values()]
-    words.append(f'{machine["device"]}, {machine["cores"]} cores, torch {runs[0]["versions"]["torch"]}, with other '
-                 f'work on the machine (load {min(loads):.0f} to {max(loads):.0f}).')
+    machines = [record['machine'] for record in records.values()]
+    devices = dict.fromkeys(f'{machine["device"]}, {machine["cores"]} cores' for machine in machines)
+    versions = dict.fromkeys(f'torch {record["versions"]["torch"]}' for record in records.values())
+    loads = [machine['load'] for machine in machines]
+    busy = ''
+    if any(machine['load'] > machine['cores'] for machine in machines):
+        busy = f', with other work on the machine (load {min(loads):.0f} to {max(loads):.0f})'
+    words.append(f'{" and ".join(devices)}, {" and ".join(versions)}{busy}.')
     return ' '.join(words)
 
 
+def digest(records: dict[str, dict[str, Any]]) -> str:
+    """What tells these records from all others: the SHA-256 of their values, in hexadecimal digits."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
 def plot(rows: Sequence[Any], records: dict[str, dict[str, Any]]) -> bytes:
-    """A PNG: the students plain and distilled, and by how much each change moves TinyViT-5M; a dot is a run."""
+    """A PNG: the students plain and distilled, and by how much each change moves TinyViT-5M; a dot is a run.
+
+    Its text chunk `records` is the digest of the records that it shows.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -123,7 +138,7 @@ def plot(rows: Sequence[Any], records: dict[str, dict[str, Any]]) -> bytes:
             students.plot([x - 0.1, x + 0.1], [mean(values)] * 2, color=colour, linewidth=2)
             students.plot([x] * len(values), values, 'o', color=colour, alpha=0.7, label=None if number else label)
     students.set_xticks(range(len(distilled)), [row['title'] for row in distilled])
-    students.set(xlim=(-0.6, len(distilled) - 0.4), ylabel='top-1 accuracy (%)', title='same views, same budget')
+    students.set(xlim=(-0.6, len(distilled) - 0.4), ylabel='top-1 accuracy (%)', title='same views')
     students.legend(loc='upper left')
     for number, row in enumerate(others):
         changes.plot([mean(row['differences'])] * 2, [number - 0.25, number + 0.25], color='tab:orange', linewidth=2)
@@ -139,5 +154,5 @@ def plot(rows: Sequence[Any], records: dict[str, dict[str, Any]]) -> bytes:
     for axes in (students, changes):
         axes.grid(alpha=0.3)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format='png')
+    figure.savefig(buffer, dpi=110, format='png', metadata={'records': digest(records)})
     return buffer.getvalue()

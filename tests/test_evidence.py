@@ -1,6 +1,7 @@
 """The README's evidence: its table is that of the committed runs, and the grid runs, stops and goes on."""
 
 import argparse
+import io
 import json
 import os
 import shlex
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import train_distill
 
@@ -106,6 +108,41 @@ def test_means_spreads_and_differences_are_over_seeds(tmp_path, capsys):
 def test_the_plot_is_drawn_from_the_committed_runs(tmp_path):
     evidence.main(['--grid', 'reduced', '--plot', str(tmp_path / 'plot.png')])
     assert (tmp_path / 'plot.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_committed_plot_is_of_the_committed_runs():
+    """`--plot docs/evidence.png` writes which records it shows."""
+    shown = Image.open(ROOT / 'docs' / 'evidence.png').text.get('records')
+    assert shown == evidence_table.digest(evidence_table.read_records(COMMITTED / 'reduced'))
+
+
+def test_a_plot_says_which_records_it_shows(tmp_path):
+    """In other files they are the same, and another accuracy is not."""
+    rows = evidence.GRIDS['reduced'].rows
+    for row, top1 in (('tiny_vit_5m-plain', 70.), ('tiny_vit_5m-distilled', 71.)):
+        write_run(tmp_path / 'one', row, 0, top1)
+        write_run(tmp_path / 'two', row, 0, top1 + 1)
+    shown = []
+    for name in ('one', 'one', 'two'):
+        records = evidence_table.read_records(tmp_path / name)
+        shown.append(Image.open(io.BytesIO(evidence_table.plot(rows, records))).text['records'])
+        assert shown[-1] == evidence_table.digest(dict(reversed(records.items())))
+    assert shown[0] == shown[1] != shown[2] and len(shown[0]) == 64
+
+
+@pytest.mark.parametrize('loads, busy', [
+    ((0.4, 2.), ''), ((0.4, 2.6), ', with other work on the machine (load 0 to 3)')])
+def test_machines_are_all_named_and_other_work_where_there_was_some(tmp_path, loads, busy):
+    for seed, (load, device) in enumerate(zip(loads, ('One CPU', 'Other CPU'))):
+        write_run(tmp_path, 'k1', seed, 70.)
+        file = tmp_path / f'k1-{seed}.json'
+        record = json.loads(file.read_text())
+        record['machine'] = {'device': device, 'cores': 2, 'load': load}
+        file.write_text(json.dumps(record))
+    records = evidence_table.read_records(tmp_path)
+    said = evidence_table.setting(list(records.values()), records)
+    version = records['k1-0']['versions']['torch']
+    assert said.endswith(f'One CPU, 2 cores and Other CPU, 2 cores, torch {version}{busy}.')
 
 
 def test_nothing_is_reported_without_a_run(tmp_path, refused):

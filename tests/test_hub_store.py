@@ -1,16 +1,24 @@
 """Stores that are read from the Hub: the real client against a server of its interface, in processes of their own."""
 
+import math
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import train_distill
 from conftest import EXAMPLES
 from hub_server import TOKEN
-from timm_tinyvit import save_logits
+from timm_tinyvit import hub_cache, hub_store, save_logits
+from timm_tinyvit.claims import Claims
+from timm_tinyvit.errors import InputError
+from timm_tinyvit.hub_cache import HeldEpochs, HubCache, HubCommit
+from timm_tinyvit.hub_client import HubUrl
 from timm_tinyvit.process import machine_name
+from timm_tinyvit.store import LogitStore
 
 URL = 'hf://datasets/org/logits'
 # What every child begins with: LOCAL is the store in a folder.
@@ -477,3 +485,181 @@ def test_what_cannot_be_done_with_one_is_refused_before_anything_is_loaded(progr
         program.main(flags)
     assert stopped.value.code == 2
     one_sentence(capsys.readouterr().err.strip(), *words)
+
+
+def held_epochs(folder, expire=0.05):
+    """`HeldEpochs` of a folder whose claims expire soon; those of other machines alone wait for that."""
+    held = HeldEpochs(SimpleNamespace(folder=folder, epoch_folder=lambda epoch: folder / f'epoch-{epoch:05d}'))
+    held._claims = Claims(expire)
+    return held
+
+
+def leave_epoch(folder, epoch, readers):
+    """An epoch on disk with claims of readers on machines that are no more, or were started anew."""
+    place = folder / f'epoch-{epoch:05d}'
+    place.mkdir(parents=True)
+    (place / 'shard-00000.arrow').write_bytes(b'records')
+    for reader in range(readers):
+        Claims.path(place / f'reader-{reader}').write_text('{"machine": "another", "pid": 5, "started": "1"}')
+    return place
+
+
+def test_readers_that_died_on_another_boot_keep_nothing_after_the_first_boundary(tmp_path):
+    kept, other = (leave_epoch(tmp_path / 'commit', epoch, readers=8) for epoch in (0, 1))
+    held = held_epochs(tmp_path / 'commit')
+    held.set([0])
+    assert kept.exists() and other.exists()
+    time.sleep(0.1)
+    # All of them were looked at, those on the epoch that this one keeps too, and its own was left alone.
+    assert Claims.path(kept / held._name).exists()
+    held.set([2])
+    assert not kept.exists() and not other.exists()
+    held.release()
+
+
+def test_other_commits_of_the_repo_go_when_nobody_reads_them(tmp_path):
+    folder, old, read = (tmp_path / name for name in ('new', 'old', 'read'))
+    for place in (old, read):
+        leave_epoch(place, 3, readers=0)
+        (place / 'store.json').write_text('{}')
+    (tmp_path / 'notes').mkdir()
+    folder.mkdir()
+    reader, held = held_epochs(read), held_epochs(folder)
+    reader._claims.take(read / 'epoch-00003' / 'reader-x')
+    held.set([0])
+    assert not old.exists() and (tmp_path / 'notes').exists()
+    assert (read / 'epoch-00003' / 'shard-00000.arrow').exists() and (read / 'store.json').exists()
+    for each in (reader, held):
+        each.release()
+
+
+@pytest.fixture
+def cache(filled_store, tmp_path) -> HubCache:
+    """A cache whose Hub lists the shards of the store and has nothing more."""
+    store = LogitStore.open(filled_store)
+    files = {path.relative_to(filled_store).as_posix(): SimpleNamespace(size=path.stat().st_size)
+             for path in filled_store.rglob('shard-*.arrow')}
+    return HubCache(SimpleNamespace(files=lambda: files), tmp_path / 'cache', store._format)
+
+
+def test_a_shard_that_does_not_end_is_not_taken_in(cache, monkeypatch):
+    taken = []
+
+    def endless():
+        for _ in range(20):
+            taken.append(1 << 20)
+            yield bytes(1 << 20)
+
+    @contextmanager
+    def stream(name):
+        yield endless()
+
+    cache.source.stream = stream
+    monkeypatch.setattr(hub_cache, 'time', SimpleNamespace(sleep=lambda seconds: None))
+    with pytest.raises(hub_cache._Damaged):
+        cache._download(0, 0)
+    assert len(taken) == hub_cache.MAX_ATTEMPTS
+
+
+def test_the_wait_that_the_hub_asks_for_is_kept_between_shards(cache, monkeypatch):
+    clock, calls = [0.], []
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    def download(epoch, shard):
+        calls.append(clock[0])
+        if len(calls) == 1:
+            raise hub_cache._Unavailable('the Hub limits how often you may ask', 7.)
+        path = cache.shard_path(epoch, shard)
+        path.write_bytes(b'shard')
+
+    monkeypatch.setattr(hub_cache, 'time', SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(cache, '_download', download)
+    assert cache.fetch(0, [0])
+    assert len(calls) == 2 and calls[1] - calls[0] >= 7
+
+
+def test_a_manifest_that_is_too_large_is_not_fetched(tmp_path, monkeypatch, refused):
+    source = HubCommit('org/logits', 'a' * 40)
+    size = hub_store.MAX_MANIFEST_SIZE + 1
+    monkeypatch.setattr(HubCommit, 'metadata', lambda self, path: SimpleNamespace(size=size, etag=''))
+    monkeypatch.setattr(HubCommit, 'stream', lambda self, path: 1 / 0)
+    with refused('store.json', f'{size} bytes', 'at most'):
+        hub_store._manifest(source, tmp_path / 'store.json')
+    size -= 1
+    with pytest.raises(ZeroDivisionError):
+        hub_store._manifest(source, tmp_path / 'store.json')
+
+
+@pytest.mark.parametrize('ranks, threads', [(1, 8), (4, 2), (16, 1)])
+def test_ranks_of_a_machine_share_out_its_downloads(ranks, threads, monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
+    used, said = [], []
+    cache = SimpleNamespace(
+        lacking=lambda epoch: [0], fetch=lambda epoch, shards, threads, **options: used.append(
+            (epoch, threads, options.get('patience'))) or True)
+    hub_store._carry_out(
+        hub_store._Command([1], [2], [1, 2]), cache, SimpleNamespace(set=lambda epochs: None),
+        SimpleNamespace(send=said.append, poll=bool), SimpleNamespace(value=0))
+    assert used == [(1, threads, None), (2, threads, math.inf)] and said[0][1] == 'ready'
+
+
+def test_a_fetcher_that_is_killed_again_and_again_is_given_up(monkeypatch, refused):
+    def start(self):
+        self.num_starts += 1
+        self.process = SimpleNamespace(is_alive=bool, exitcode=-9)
+        self.connection = SimpleNamespace(poll=lambda seconds=0: False, send=lambda command: None)
+        self.stop = lambda: None
+
+    monkeypatch.setattr(hub_store._Fetcher, '_start', start)
+    fetcher = hub_store._Fetcher(SimpleNamespace(source='hf://datasets/org/logits', sizes={}))
+    fetcher.order([0], [], [0])
+    with refused('was ended 6 times', 'status -9', 'memory'):
+        while fetcher.num_starts < 50:
+            fetcher._next()
+
+
+def test_all_processes_of_a_launch_read_the_commit_that_the_first_one_found(monkeypatch, refused):
+    """Two ranks in one process; what is sent from the first to the second is what accelerate would send."""
+    asked, sent = [], []
+
+    def resolve(url: HubUrl, file):
+        asked.append(url.repo_id)
+        if url.repo_id == 'org/none':
+            raise InputError('there is no such repo')
+        return HubCommit(url.repo_id, f'{len(asked):040x}')
+
+    def broadcast(objects):
+        if rank:
+            objects[:] = sent
+        else:
+            sent[:] = objects
+
+    monkeypatch.setattr(HubCommit, 'resolve', resolve)
+    monkeypatch.setattr(hub_store, 'broadcast_object_list', broadcast)
+    found = []
+    for rank in (0, 1):
+        found.append(hub_store.pin_stores(
+            ['stores/a', URL, f'{URL}@v1'], SimpleNamespace(is_main_process=not rank)))
+    assert found[0] == found[1] == ['stores/a', f'{URL}@{1:040x}', f'{URL}@{2:040x}'] and len(asked) == 2
+    for place, words in (('hf://datasets/org/none', 'no such repo'), ('hf://org/logits', 'is no store on the Hub')):
+        for rank in (0, 1):
+            with refused(words):
+                hub_store.pin_stores([place], SimpleNamespace(is_main_process=not rank))
+    assert asked[2:] == ['org/none']
+
+
+def test_a_training_opens_the_stores_that_all_of_its_processes_agree_on(monkeypatch):
+    opened = []
+
+    def open_stores(paths, *_):
+        opened.extend(paths)
+        raise InterruptedError
+
+    monkeypatch.setattr(train_distill, 'pin_stores', lambda paths, accelerator: [f'{path}@pinned' for path in paths])
+    monkeypatch.setattr(train_distill, 'open_stores', open_stores)
+    args = train_distill.settings(['--dataset', 'x', '--logits', URL])
+    with pytest.raises(InterruptedError):
+        train_distill.prepare_store(args, None, None, print)
+    assert opened == [f'{URL}@pinned']

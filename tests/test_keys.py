@@ -307,7 +307,7 @@ def test_a_teacher_finds_its_own_words_again_in_a_shuffled_part_of_its_data(
         save_logits.main([*common, '--check', '--dataset', str(folder / name)])
         assert '0.000% other ids' in capsys.readouterr().out
         save_logits.main(['--logits', str(tmp_path / 'logits'), '--describe', '--dataset', str(folder / name)])
-        assert 'top-1 on the views of 2 epoch(s)' in capsys.readouterr().out
+        assert 'top-1 on the views of 2 epochs, ' in capsys.readouterr().out
     # A student learns from a part of it.
     train_distill.main([
         '--dataset', str(folder / 'part'), '--val-split', 'train', '--model', 'test_resnet', '--epochs', '1', '-b',

@@ -1,5 +1,6 @@
 """Cards: every figure is that of the run or of the paper, and the Hub's own classes read them."""
 
+import argparse
 import csv
 import json
 import math
@@ -8,7 +9,9 @@ import runpy
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -18,11 +21,12 @@ from golden_weights import golden_tensor
 from huggingface_hub import ModelCard
 
 import train_distill
-from timm_tinyvit import clip_teacher, convert, tiny_vit
+from timm_tinyvit import clip_teacher, convert, provenance, tiny_vit
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.model_card import model_facts, read_weights, recipe_yaml, run_card
 from timm_tinyvit.official import OFFICIAL_CHECKPOINTS
 from timm_tinyvit.provenance import read_run, source_commit
+from timm_tinyvit.store import LogitStore
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / 'timm_tinyvit' / 'recipes'
@@ -64,6 +68,7 @@ def test_the_results_of_a_card_are_those_of_the_run(run):
         assert card.data.model_name == 'student'
         assert (top1.task_type, top1.dataset_name, top1.dataset_split) == (
             'image-classification', 'fashion_mnist', 'test[:40]')
+        assert top1.dataset_type == 'local-folder'
         assert (top1.metric_type, top1.metric_name) == ('accuracy', 'Top-1 accuracy')
         assert 100 * top1.metric_value == pytest.approx(float(row[f'eval_top1{ending}']), abs=1e-3)
         assert 100 * top5.metric_value == pytest.approx(float(row[f'eval_top5{ending}']), abs=1e-3)
@@ -92,6 +97,13 @@ def test_the_card_says_what_the_run_was(run):
     recipe = yaml.safe_load(training.partition('```yaml\n')[2].partition('```')[0])
     assert recipe['model'] == 'test_vit' and recipe['alpha'] == 0.75 and recipe['model_kwargs'] == ['img_size=32']
     assert '![Losses and accuracy by epoch](metrics.png)' in training
+    teacher = Path(yaml.safe_load((run / 'args.yaml').read_text())['teacher']).name
+    assert f'from the answers of a teacher called `{teacher}`, stored in\n`logits`, and from their labels' in card.text
+    assert 'and, with weight 0.25, from the labels.' in training
+    assert 'Not published: `logits`.\nWith `--teacher`' in training and 'Folders stand for data' in training
+    assert 'the kind of the 48 images of `fashion_mnist`' in section(card, 'Limits')
+    assert 'the median of 3 epochs;' in section(card, 'Speed')
+    assert 'with `./fashion_mnist` the folder of that name' in section(card, 'Accuracy')
     assert 'T-shirt/top, Trouser' in card.text
     assert 'hf-hub:org/student' in section(card, 'Use')
 
@@ -102,6 +114,29 @@ def test_the_recipe_of_a_card_gives_the_settings_of_the_run(run, tmp_path):
     for name, value in yaml.safe_load((run / 'args.yaml').read_text()).items():
         if name not in train_distill.FREE_SETTINGS:
             assert again[name] == value, name
+
+
+def test_the_training_command_of_a_card_asks_for_the_same_run(run, tmp_path):
+    command = section(run_card(run, 'best', 'org/student'), 'Training').split('```\naccelerate ')[1].split('```')[0]
+    argv = shlex.split(command.replace('\\\n', ''))[3:]
+    assert argv[-2:] == ['--teacher', 'TEACHER'] and argv[argv.index('--dataset') + 1] == './fashion_mnist'
+    argv[argv.index('recipe.yaml')] = write_recipe(run, tmp_path)
+    again, before = vars(train_distill.settings(argv)), yaml.safe_load((run / 'args.yaml').read_text())
+    assert again['val_split'] == before['val_split'] == 'test[:40]' and again['train_split'] == before['train_split']
+    # A teacher that anybody can have is named, and of several stores each is filled for itself.
+    copy = copy_of(run, tmp_path)
+    record = read_run(copy)
+    record['stores'][0]['teacher_repo'], record['stores'][0]['teacher']['name'] = 'timm/a.in1k', 'a.in1k'
+    (copy / 'run.json').write_text(json.dumps(record))
+    card = run_card(copy, 'best', 'org/student')
+    assert '--logits logits --teacher a.in1k\n' in card.text
+    assert 'from the answers of [a.in1k](https://huggingface.co/timm/a.in1k), stored in\n`logits`' in card.text
+    record['stores'] *= 2
+    record['recipe'].pop('alpha')
+    (copy / 'run.json').write_text(json.dumps(record))
+    card = run_card(copy, 'best', 'org/student')
+    assert '--logits logits logits\n' in card.text and 'with `save_logits --teacher`' in card.text
+    assert 'labels' not in section(card, 'Training') and 'from their labels' not in card.text
 
 
 def test_the_same_run_has_the_same_card_and_no_path_of_the_machine_is_in_it(run, tmp_path, monkeypatch):
@@ -129,7 +164,18 @@ def test_a_card_links_what_is_on_the_hub(run, tmp_path):
                  '[org/store](https://huggingface.co/datasets/org/store/tree/0123abcd)',
                  '[teacher.in1k](https://huggingface.co/timm/teacher.in1k)', 'commit `4f2c` and `77aa-dirty`'):
         assert link in card.text
-    assert '--logits hf://datasets/org/store@0123abcd' in card.text
+    assert '--logits hf://datasets/org/store@0123abcd\n' in card.text and 'Not published' not in card.text
+    assert 'stored in\n[org/store](https://huggingface.co/datasets/org/store/tree/0123abcd)' in card.text
+    assert 'on the 1,000 of ImageNet-1k' not in section(card, 'Accuracy')
+    record['val'].update(name='ILSVRC/imagenet-1k', on_hub=True, imagenet1k_of_22k=True)
+    (copy / 'run.json').write_text(json.dumps(record))
+    rows = (copy / 'metrics.csv').read_text().splitlines()
+    (copy / 'metrics.csv').write_text('\n'.join(rows[:2]) + '\n')
+    card = run_card(copy, 'best', 'org/student')
+    assert 'is looked at on the 1,000 of ImageNet-1k' in section(card, 'Accuracy')
+    assert card.data.eval_results[0].dataset_type == 'ILSVRC/imagenet-1k'
+    assert '--dataset ILSVRC/imagenet-1k' in section(card, 'Accuracy') and 'not on the Hub' not in card.text
+    assert 'the median of 1 epoch;' in section(card, 'Speed')
 
 
 def test_what_the_owners_wrote_about_the_licence_is_kept(run):
@@ -139,6 +185,72 @@ def test_what_the_owners_wrote_about_the_licence_is_kept(run):
     assert run_card(run, 'best', 'org/student', before='---\nlicense: [}\n---\n').data.license is None
     assert 'named no licence' in section(run_card(run, 'best', 'org/student'), 'Licence')
     assert '\nsome *words*\n' in run_card(run, 'best', 'org/student', notes='some *words*\n').text
+
+
+def test_the_terms_of_a_gated_repo_are_kept(run):
+    before = '---\nextra_gated_prompt: Be good.\nextra_gated_fields:\n  Name: text\nother: 1\n---\n'
+    card = run_card(run, 'best', 'org/student', 'mit', before=before)
+    assert card.data.get('extra_gated_prompt') == 'Be good.' and card.data.get('extra_gated_fields') == {'Name': 'text'}
+    assert card.data.get('other') is None
+    assert str(run_card(run, 'best', 'org/student', before=str(card))) == str(card)
+
+
+def test_records_of_varying_length_are_said_to_be_so(run, tmp_path):
+    copy = copy_of(run, tmp_path)
+    record = read_run(copy)
+    for codec, sparsifier, words in (
+        ('compact', 'topk', ' in\n5 bytes;'), ('compact-variable', 'topk', ' in\nat most 5 bytes;'),
+        ('compact-variable', 'nucleus', ', in at most 5 bytes each;'), ('compact', 'nucleus', ', in 5 bytes each;'),
+    ):
+        record['stores'][0].update(codec=codec, sparsifier=sparsifier)
+        (copy / 'run.json').write_text(json.dumps(record))
+        assert words in section(run_card(copy, 'best', 'org/student'), 'Training')
+
+
+def test_a_local_store_that_was_published_is_linked(filled_store, tmp_path):
+    path = shutil.copytree(filled_store, tmp_path / 'logits', ignore=shutil.ignore_patterns('.published'))
+    store = LogitStore.open(path)
+
+    def described():
+        found = provenance._describe_store(str(path), store, None)
+        return found['name'], found['on_hub']
+
+    assert described() == ('logits', False)
+    provenance.mark_published(store, 'hf://datasets/org/logits', range(4))
+    assert described() == ('hf://datasets/org/logits', True)
+    # A store that was filled before its teacher was called by the folder's name alone.
+    teacher = {**store.manifest.teacher, 'name': 'local-dir:/secret/teacher'}
+    old = SimpleNamespace(path=path, manifest=replace(store.manifest, teacher=teacher))
+    assert provenance._describe_store(str(path), old, None)['teacher']['name'] == 'teacher'
+    # Another store in the same folder, and one that has grown since.
+    provenance.mark_published(store, 'hf://datasets/org/logits', range(3))
+    assert described() == ('logits', False)
+    mark = {'url': 'hf://datasets/org/logits', 'identity': '0' * 32, 'epochs': [0, 4]}
+    for text in (json.dumps(mark), 'hf://datasets/org/logits', '[]', '{"epochs": 3}', ''):
+        (path / '.published').write_text(text)
+        assert described() == ('logits', False)
+
+
+def test_weights_are_named_without_the_path_to_them(run, tmp_path, monkeypatch):
+    model = timm.create_model('test_vit')
+    model.pretrained_cfg = {}
+
+    def base(**given):
+        args = argparse.Namespace(**dict(model='test_vit', initial_checkpoint=None, pretrained=False) | given)
+        return provenance._base(args, model)
+
+    home = tmp_path / 'alice'
+    for folder in ('last', 'weights'):
+        (home / folder).mkdir(parents=True)
+    (home / 'file.pth').touch()
+    monkeypatch.setenv('HOME', str(home))
+    assert base() is None
+    for path, name in ((home / 'last', 'last'), (home / 'weights', 'weights'), (home / 'file.pth', 'file.pth'),
+                       ('~/weights', 'weights'), (run / 'last', 'run/last')):
+        expected = {'name': name, 'on_hub': False}
+        assert base(initial_checkpoint=str(path)) == expected
+        assert base(model=f'local-dir:{path}', pretrained=True) == expected
+    assert base(model='test_vit', pretrained=True) == {'name': 'test_vit', 'on_hub': False}
 
 
 def test_a_run_that_was_started_again_knows_all_its_commits(run, tmp_path, monkeypatch):
@@ -170,6 +282,19 @@ def test_the_commit_is_that_of_the_checkout_and_marked_where_files_are_changed(t
     assert source_commit(package) == commit
     (package / 'module.py').write_text('two\n')
     assert source_commit(package) == f'{commit}-dirty'
+
+
+def test_the_commit_of_a_package_that_pip_got_from_git_is_the_one_that_pip_noted(tmp_path):
+    package, note = tmp_path / 'timm_tinyvit', tmp_path / 'timm_tinyvit-0.1.dist-info' / 'direct_url.json'
+    note.parent.mkdir()
+    (note.parent / 'METADATA').write_text('Metadata-Version: 2.1\nName: timm_tinyvit\nVersion: 0.1\n')
+    assert source_commit(package) is None
+    for text, commit in (
+        ('{"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "4f2c"}}', '4f2c'),
+        ('{"url": "file:///x", "dir_info": {}}', None), ('half', None), ('[]', None),
+    ):
+        note.write_text(text)
+        assert source_commit(package) == commit
 
 
 @pytest.mark.parametrize('name, damage, words', [
@@ -254,6 +379,15 @@ def test_a_card_has_the_published_accuracy_and_its_source(checkpoint):
         text = (RECIPES / f'{recipe}.yaml').read_text()
         assert f'{yaml.safe_load(text)["epochs"]} epochs' in words
         assert f'`{recipe}`: {words}' in card.text
+    assert set(card.data.datasets) <= {'ILSVRC/imagenet-1k', 'timm/imagenet-22k-wds'}
+    size = re.fullmatch(r'tiny_vit_(\d+m)_224', checkpoint.name)
+    if size:
+        # What the README's table says of this size.
+        row = re.search(rf'^\| TinyViT-{size[1].upper()} \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|',
+                        (ROOT / 'README.md').read_text(), re.M)
+        assert f'{row[2]} images per second with timm_tinyvit, {row[1]} with' in section(card, 'Speed')
+    else:
+        assert '## Speed' not in card.text
     if checkpoint.steps and checkpoint.top1:
         assert f'Published: {checkpoint.top1}% top-1' in text
     crop = {'224': 'shorter side resized to 256', '384': 'squashed to 384x384', '512': 'squashed to 512x512'}
@@ -282,7 +416,7 @@ def test_the_command_of_a_card_measures_its_accuracy(run, capsys):
     card = run_card(run, 'best', 'org/student')
     argv = shlex.split(section(card, 'Accuracy').split('```')[1].replace('\\\n', ''))[3:]
     argv[argv.index('hf-hub:org/student')] = f'local-dir:{run / "best"}'
-    argv[argv.index('fashion_mnist')] = DATA
+    argv[argv.index('./fashion_mnist')] = DATA
     capsys.readouterr()
     train_distill.main([*argv, '-j', '0'])
     said = capsys.readouterr().out

@@ -195,3 +195,30 @@ def test_a_browser_shows_all_of_it_at_any_width(page, tmp_path, width):
          f'--window-size={width},2000', '--dump-dom', (tmp_path / 'page.html').as_uri()],
         capture_output=True, text=True, timeout=300)
     assert '<title>true 28 true true</title>' in shown.stdout, shown.stderr[-2000:]
+
+
+def test_on_a_phone_headings_may_wrap():
+    wide, _, narrow = Page('phone').html().partition('@media (max-width: 600px)')
+    assert re.search(r'\.facts th { [^}]*white-space: nowrap', wide)
+    assert '.facts th, th.number { white-space: normal; }' in narrow.partition('@media')[0]
+
+
+@pytest.mark.skipif(not shutil.which('chromium'), reason='needs chromium')
+def test_a_browser_keeps_figures_in_sight_on_a_phone_and_plots_side_by_side(tmp_path):
+    """In frames of 400 and 1200 pixels: the whole table is in sight, and a long caption does not widen its plot."""
+    page = Page('run')
+    page.facts({'a heading of quite some words of the averaged weights': '81.60%, top-5 99.50%, loss 0.4938'})
+    page.figure(curve(), 'one', 'a caption that is far longer than its plot is wide ' * 3)
+    page.figure(curve(), 'two')
+    (tmp_path / 'page.html').write_text(page.html())
+    (tmp_path / 'frames.html').write_text(
+        '<iframe src="page.html" width="400" height="900"></iframe><iframe src="page.html" width="1200" height="900">'
+        '</iframe><script>onload = () => { const [phone, desk] = [...document.querySelectorAll("iframe")].map('
+        'frame => frame.contentDocument); const box = phone.querySelector(".scroll"); const [one, two] = '
+        '[...desk.querySelectorAll("figure")].map(figure => figure.getBoundingClientRect().top); '
+        'document.title = [box.scrollWidth <= box.clientWidth, one == two].join(" ") }</script>')
+    shown = subprocess.run(
+        ['chromium', '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile',
+         '--allow-file-access-from-files', '--window-size=1700,1000', '--virtual-time-budget=5000', '--dump-dom',
+         (tmp_path / 'frames.html').as_uri()], capture_output=True, text=True, timeout=300)
+    assert '<title>true true</title>' in shown.stdout, shown.stdout[:500] + shown.stderr[-2000:]

@@ -1,5 +1,6 @@
 """Stores on their way to the Hub, with the real clients, and what is published beside the shards."""
 
+import argparse
 import io
 import json
 import shutil
@@ -7,7 +8,9 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,9 +21,10 @@ from PIL import Image
 
 from conftest import EXAMPLES
 from hub_server import READ_TOKEN, TOKEN, card_problems
-from timm_tinyvit import store_card
+from timm_tinyvit import publish_store, save_logits, store_card
 from timm_tinyvit.claims import Claims
 from timm_tinyvit.dataset import SparseLogitDataset
+from timm_tinyvit.errors import InputError
 from timm_tinyvit.save_logits import open_store
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.store import LogitStore
@@ -45,9 +49,10 @@ def push(hub, hub_children, tmp_path):
     """`push([store, flag, ...], ...)` runs save_logits --push-to-hub, for each list, in commits of 10 files, one after
     the other in a process whose Hub is the server; returns status, stdout and stderr of each."""
     code = '''
-import contextlib, io, json, os
+import contextlib, functools, io, json, os
 from timm_tinyvit import publish_store, save_logits
 publish_store.MAX_FILES = 10
+publish_store.Claims = functools.partial(publish_store.Claims, expire=0.5)
 ends = []
 for argv in json.loads(os.environ['COMMANDS']):
     status, out, err = 0, io.StringIO(), io.StringIO()
@@ -99,7 +104,9 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     commits_of_keyed = hub.commits('org/keyed', 'dataset')
     assert keyed[0] == 0 and set(commits_of_keyed[-1].files) - set(commits_of_keyed[-2].files) == {
         *BESIDES, 'keys.arrow'}
-    assert (filled_store / '.published').read_text() == 'hf://datasets/org/logits\n'
+    mark = json.loads((filled_store / '.published').read_text())
+    assert mark == {'url': 'hf://datasets/org/logits', 'identity': LogitStore.open(filled_store).manifest.identity,
+                    'epochs': [0, 4]}
     assert hub.commits('org/logits', 'dataset') == commits
     files = [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
     assert not [name for name, content in there.items() if TOKEN.encode() in content]
@@ -170,17 +177,12 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
     content = bytearray(damaged.read_bytes())
     content[600] ^= 1
     damaged.write_bytes(content)
-    busy = shutil.copytree(filled_store, tmp_path / 'busy')
     expected = [
         (filled_store, 'images', ['something else', 'data/train.parquet']),
         (filled_store, 'words', ['something else', 'README.md']),
         (filled_store, 'other', ['another store', 'seed: 5, 0']),
         (store, 'logits', ['1 problem(s)', 'nothing was pushed']),
     ]
-    with Claims() as claims:
-        assert claims.take(busy / '.published')
-        (status, said, _), = push([busy])
-    assert status == 0 and 'by another process' in said
     ends = push(*([path, '--push-to-hub', f'org/{repo}'] for path, repo, _ in expected),
                 [filled_store, '--push-to-hub', 'org/lacking', '--epochs', '2:4', '--hub-license', 'mit'])
     refused = push([filled_store, '--push-to-hub', 'org/new'], HF_TOKEN=READ_TOKEN)
@@ -190,6 +192,31 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
         one_sentence(said.strip().splitlines()[-1], *words)
     counts = {'images': 2, 'words': 2, 'other': 2, 'lacking': 2, 'logits': 1}
     assert {repo: len(hub.commits(f'org/{repo}', 'dataset')) for repo in counts} == counts
+
+
+def test_a_push_goes_on_where_one_on_another_machine_died(hub, push, store):
+    Claims.path(store / '.published').write_text('{"machine": "another", "pid": 5, "started": "1", "beat": 3}')
+    (status, said, _), = push([store])
+    assert status == 0 and said.count('by another process; waiting') == 1 and 'pushed to' in said
+    assert 'store.json' in published(hub)
+
+
+def test_a_push_waits_for_one_that_lives_and_says_so_once(store, monkeypatch, capsys):
+    opened, sleeps = LogitStore.open(store), []
+    with Claims() as theirs, Claims() as ours:
+        assert theirs.take(store / '.published')
+
+        def sleep(seconds):
+            sleeps.append(seconds)
+            if len(sleeps) == 3:
+                theirs.release(store / '.published')
+
+        monkeypatch.setattr(publish_store, 'time', SimpleNamespace(sleep=sleep))
+        assert publish_store._wait_for(ours, opened)
+        assert not ours.take(store / '.published')
+    assert sleeps == [1, 1, 1]
+    with Claims() as claims:
+        assert not publish_store._wait_for(claims, opened)
 
 
 def test_a_store_is_filled_and_pushed_in_one_command_and_its_sample_is_what_datasets_loads(
@@ -280,8 +307,184 @@ def test_a_picture_of_any_views_stays_small(views, monkeypatch):
     (['--hub-private'], ['--push-to-hub']),
 ])
 def test_flags_that_do_not_go_together_are_one_sentence(flags, words, filled_store, capsys, one_sentence):
-    from timm_tinyvit import save_logits
     with pytest.raises(SystemExit) as stopped:
         save_logits.main(['--logits', str(filled_store), *flags])
     assert stopped.value.code == 2
     one_sentence(capsys.readouterr().err.strip(), *words)
+
+
+def with_manifest(store, **changes):
+    """The store on disk with another manifest, as if it had been filled that way."""
+    file = store / 'store.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_data_with_fewer_classes_than_the_teacher_are_named_by_themselves_and_have_no_accuracy(
+        hub, push, teacher, fashion, tmp_path, capsys):
+    """Three classes for a teacher of ten: a class is no label, and no name of the data is that of a class."""
+    rows = fashion.filter(lambda label: label < 3, input_columns='label').select(range(30))
+    names = datasets.ClassLabel(names=['first', 'second', 'third'])
+    rows.cast_column('label', names).save_to_disk(tmp_path / 'three')
+    flags = ['--dataset', tmp_path / 'three']
+    filled, again = push(
+        [tmp_path / 'store', *flags, '--teacher', teacher, '--epochs', '1', '--img-size', '32', '--workers', '0'],
+        [tmp_path / 'store', *flags])
+    assert filled[0] == again[0] == 0, (filled, again)
+    there = published(hub)
+    card = there['README.md'].decode()
+    assert 'no accuracy, as the labels are 3 classes, those of the teacher 10' in card and 'accuracy |' not in card
+    table = pq.read_table(io.BytesIO(there['sample.parquet']))
+    assert 'names' not in table.column_names and set(table['label_name'].to_pylist()) == {'first', 'second', 'third'}
+    save_logits.main(['--logits', str(tmp_path / 'store'), *map(str, flags), '--describe'])
+    assert 'unknown; the labels are 3 classes, those of the teacher 10' in capsys.readouterr().out
+
+
+def test_names_of_the_data_and_of_the_teacher_are_kept_apart(views, monkeypatch):
+    store, data = views
+    manifest, captions = store.manifest, []
+    wide = replace(manifest, num_classes=21841, teacher={'name': 'clip.in22k'})
+    monkeypatch.setattr(store, 'manifest', wide)
+    row = store_card.sample_table(store, [0], data).to_pylist()[0]
+    known = store_card.teacher_classes(wide)
+    assert row['label_name'] == data.class_names[row['label']]
+    assert row['names'] == [known[index] for index in row['classes']]
+    monkeypatch.setattr(store_card, '_draw_tiles', lambda views, found, *_: captions.extend(found) or b'')
+    store_card.draw_views(store, [0], data)
+    assert all(label in data.class_names for label, _ in captions)
+    assert all(name in known and not is_label for _, bars in captions for name, _, is_label in bars)
+    captions.clear()
+    monkeypatch.setattr(store, 'manifest', manifest)
+    store_card.draw_views(store, [0], data)
+    # One class is most of what this teacher says, and one image at least is of a class that it lists.
+    assert any(is_label and name == label for label, bars in captions for name, _, is_label in bars)
+    # A teacher of so many classes needs no tag, one of 1,000 does.
+    assert store_card.teacher_classes(replace(wide, teacher={'name': 'tiny_vit_21m_224'}))
+    assert not store_card.teacher_classes(replace(wide, num_classes=1000, teacher={'name': 'resnet18'}))
+
+
+def test_what_cannot_be_made_for_the_last_commit_shows_before_the_first_shard(views, monkeypatch, refused):
+    store, data = views
+    sent = []
+    published = SimpleNamespace(
+        repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, manifest=None, look=lambda: None,
+        joined=lambda manifest, epochs: manifest, size=publish_store.PublishedStore.size)
+    published.size = lambda manifest, more=None: publish_store.PublishedStore.size(published, manifest, more)
+    monkeypatch.setattr(publish_store, 'push_files', lambda repo, files, *_: sent.extend(files))
+    monkeypatch.setattr(publish_store, 'draw_views', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        publish_store.publish_store(store, published, data=data)
+    assert not sent
+
+
+def test_a_card_that_was_edited_while_shards_were_sent_keeps_the_edit(views, monkeypatch):
+    store, _ = views
+    pushed = []
+    published = SimpleNamespace(
+        repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, manifest=None,
+        joined=lambda manifest, epochs: manifest)
+
+    def look():
+        published.card = '---\nlicense: cc-by-4.0\nextra_gated_prompt: Be good.\n---\n'
+        published.files = {name: SimpleNamespace(size=10) for files in pushed for name in files}
+
+    published.look = look
+    published.size = lambda manifest, more=None: publish_store.PublishedStore.size(published, manifest, more)
+    monkeypatch.setattr(publish_store, 'push_files', lambda repo, files, *_: pushed.append(files) or 'commit')
+    monkeypatch.setattr(publish_store, 'mark_published', lambda *_: None)
+    publish_store.publish_store(store, published)
+    data = DatasetCard(pushed[-1]['README.md'].decode()).data
+    assert data.license == 'cc-by-4.0' and data.get('extra_gated_prompt') == 'Be good.'
+
+
+def test_what_another_push_has_brought_meanwhile_is_looked_at(views, monkeypatch, refused):
+    store, _ = views
+    looked = []
+
+    def joined(manifest, epochs):
+        raise InputError(f'looked {len(looked)} times')
+
+    published = SimpleNamespace(look=lambda: looked.append(1), joined=joined)
+    for has_waited in (False, True):
+        monkeypatch.setattr(publish_store, '_wait_for', lambda *_, has_waited=has_waited: has_waited)
+        with refused(f'looked {int(has_waited)} times'):
+            publish_store.publish_store(store, published)
+
+
+def test_no_path_of_a_teacher_is_published(store, tmp_path, monkeypatch):
+    manifest = LogitStore.open(store).manifest
+    for name in ('local-dir:/secret/teacher', '~/secret/teacher', '/secret/teacher', './secret/teacher'):
+        old = replace(manifest, teacher={**manifest.teacher, 'name': name})
+        assert publish_store._public(old).teacher['name'] == 'teacher'
+        assert publish_store._public(old).identity == old.identity == manifest.identity
+    for name in ('hf-hub:org/teacher', 'resnet18.a1_in1k'):
+        old = replace(manifest, teacher={**manifest.teacher, 'name': name})
+        assert publish_store._public(old) == old
+    pushed = {}
+    published = SimpleNamespace(
+        repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, manifest=None, look=lambda: None,
+        joined=lambda manifest, epochs: manifest, size=lambda *_: 1000)
+    monkeypatch.setattr(publish_store, 'push_files', lambda repo, files, *_: pushed.update(files))
+    with_manifest(store, teacher={**manifest.teacher, 'name': 'local-dir:/secret/teacher'})
+    publish_store.publish_store(LogitStore.open(store), published)
+    assert b'"name": "teacher"' in pushed['store.json'] and b'secret' not in pushed['store.json'] + pushed['README.md']
+
+
+def test_a_teacher_is_called_by_its_folder_and_with_other_weights_by_its_architecture(teacher, tmp_path, monkeypatch):
+    home = tmp_path / 'home'
+    shutil.copytree(teacher, home / 'a.teacher')
+    monkeypatch.setenv('HOME', str(home))
+    weights = str(home / 'a.teacher' / 'model.safetensors')
+    for given, checkpoint, name in (
+        (f'local-dir:{home}/a.teacher', None, 'a.teacher'), ('~/a.teacher', None, 'a.teacher'),
+        (f'{home}/a.teacher', weights, 'a.teacher'), ('test_resnet.r160_in1k', weights, 'test_resnet'),
+        ('test_resnet', weights, 'test_resnet'),
+    ):
+        args = argparse.Namespace(
+            teacher=given, teacher_checkpoint=checkpoint, teacher_num_classes=10 if checkpoint else None,
+            teacher_amp_dtype=None, teacher_compile=False)
+        assert save_logits.create_teacher(args, torch.device('cpu')).name == name
+
+
+def test_a_data_set_is_called_without_the_path_to_it(tmp_path, monkeypatch):
+    (tmp_path / 'images').mkdir()
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for name in (str(tmp_path / 'images'), '~/images', f'{tmp_path}/images/'):
+        assert store_card.data_name(name) == ('images', False)
+    assert store_card.data_name('hfds/org/images') == store_card.data_name('org/images') == ('org/images', True)
+
+
+def card_of(views, monkeypatch, data_changes=None, **changes):
+    """The card of a store whose manifest says something else, without the figures that are read from its shards."""
+    store, data = views
+    monkeypatch.setattr(store_card, '_statistics', lambda *_: ('', {}))
+    manifest = replace(store.manifest, **changes)
+    table = store_card.sample_table(store, [0])
+    data = replace(data, **data_changes) if data_changes else None
+    return DatasetCard(store_card.render_card(store, manifest, range(4), 'org/logits', 1000, table, data))
+
+
+def test_a_card_of_a_store_names_data_teacher_and_kind(views, monkeypatch):
+    teacher = {**views[0].manifest.teacher, 'name': 'resnet18.a1_in1k'}
+    card = card_of(views, monkeypatch, dict(name='org/images', on_hub=True), teacher=teacher)
+    assert '[`resnet18.a1_in1k`](https://huggingface.co/timm/resnet18.a1_in1k)' in card.text
+    assert card.data.get('source_datasets') == ['org/images']
+    assert card.text.count("--dataset org/images --train-split 'train[:120]' --model tiny_vit_21m_224 \\\n") == 2
+    assert card.text.count('    --epochs 4 --logits ') == 2
+    assert "load_dataset('org/images', split='train[:120]')" in card.text
+    assert '\n## The sample\n\n`sample.parquet`' in card.text
+    assert 'mixed in pairs' not in card.text and 'random draws' not in card.text
+    # In a folder: another name serves.
+    card = card_of(views, monkeypatch, dict(split='train'))
+    assert card.data.get('source_datasets') is None and '--dataset DATA --model' in card.text
+    assert "load_dataset('DATA', split='train')" in card.text
+    # Nothing is asked of who has no data at hand.
+    assert '--dataset DATA --model' in card_of(views, monkeypatch).text
+
+
+def test_a_card_of_a_store_says_what_is_special_in_it(views, monkeypatch):
+    recipe = {**views[0].manifest.recipe, 'mixup': 0.8}
+    assert 'Views are mixed in pairs' in card_of(views, monkeypatch, recipe=recipe).text
+    draws = card_of(views, monkeypatch, sparsifier='sample').text
+    assert 'A view has 3 random draws' in draws and '`sample`, 3 draws of a class |' in draws
+    nucleus = card_of(views, monkeypatch, sparsifier='nucleus', top_p=0.9).text
+    assert '`nucleus`, at most 3 of 10 classes, fewer where they cover 0.9 of the mass |' in nucleus

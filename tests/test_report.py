@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections import Counter
@@ -15,15 +16,17 @@ from PIL import Image
 
 from conftest import EXAMPLES
 from test_page import check_self_contained, pixels_of
-from timm_tinyvit import report, save_logits
+from timm_tinyvit import report, run_figures, save_logits
 from timm_tinyvit.calibration import calibration
 from timm_tinyvit.codec import create_codec
 from timm_tinyvit.dataset import SparseLogitDataset
 from timm_tinyvit.mixing import Pairing
+from timm_tinyvit.predictions import Predictions
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.sparsifier import create_sparsifier
 from timm_tinyvit.store import LogitStore
 from timm_tinyvit.store_pictures import choose_samples, name_classes, show_samples
+from timm_tinyvit.store_report import figures_of, store_facts, store_page
 from timm_tinyvit.store_statistics import filled_shards, rows_of, store_statistics
 
 SPLIT = 'train[:120]'
@@ -161,6 +164,38 @@ def test_calibration_by_hand():
     assert np.isnan(empty.accuracy[0]) and empty.error == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize('count, right', [(1, 1), (7, 0), (40, 26), (6000, 5900)])
+def test_intervals_of_accuracy_are_those_of_wilson(count, right):
+    """Their ends are the shares from which the one that was found is 1.96 standard errors away."""
+    found = calibration(np.full(count, 0.7), np.arange(count) < right, num_bins=2)
+    low, high = (end[1] for end in found.interval())
+    share = right / count
+    assert 0 <= low + 1e-12 and low < high and high <= 1 + 1e-12
+    for end in (low, high):
+        assert abs(share - end) == pytest.approx(1.96 * math.sqrt(max(end * (1 - end), 0) / count), abs=1e-6)
+    assert np.isnan([end[0] for end in found.interval()]).all()
+
+
+def test_a_run_and_a_store_are_calibrated_alike():
+    """What lies on a border belongs to the bin below it in both."""
+    probs = np.arange(1, 16, dtype=np.float32) / 15
+    right = np.arange(15) % 2 == 0
+    said = Predictions(np.where(right, 0, 1)[:, None], probs[:, None], np.zeros(15, dtype=np.int64), np.log(probs))
+    found, same = said.reliability(), calibration(said.confidence, right)
+    assert found.count.tolist() == same.count.tolist() and found.error == same.error
+    exact = Predictions(np.zeros((2, 1)), np.array([[0.2], [0.8]]), np.zeros(2, dtype=np.int64), np.zeros(2))
+    assert np.flatnonzero(exact.reliability().count).tolist() == [2, 11]
+
+
+def test_a_bin_of_few_samples_is_drawn_with_a_long_interval():
+    found = calibration(np.repeat([0.3, 0.9], [2, 900]), np.ones(902))
+    above, below = run_figures.reliability_figure({'teacher': found}).axes
+    few, many = (np.ptp(line[:, 1]) for line in above.collections[0].get_segments())
+    assert few > 60 and many < 2
+    assert above.get_xlim() == above.get_ylim() == (0, 100) and above.get_ylabel() == 'accuracy (%)'
+    assert below.get_xlabel() == 'confidence (%)'
+
+
 def test_a_sample_is_evenly_spaced_over_what_is_filled_and_reads_no_more(make_store):
     store = make_store('topk')
     read = []
@@ -230,7 +265,7 @@ def test_text_and_json_say_the_same(filled_store, labels, capsys):
     assert found['notes'] == []
     for words in (
             '24 of 24 (20 samples each), 4 of 4 epochs complete', '4 of 4 epochs, 120 of 120 samples, 480 views',
-            f'{100 * statistics["accuracy"]:.2f}% top-1 on the views of 4 epoch(s)',
+            f'{100 * statistics["accuracy"]:.2f}% top-1 on the views of 4 epochs, ',
             f'{statistics["entropy"]:.3f} nats', f'{100 * statistics["mass"]["3"]:.2f}% by 3',
             f'{100 * statistics["agreement"]:.2f}% of all pairs', f'{statistics["disagreement"]:.3f} nats of KL'):
         assert words in text
@@ -244,7 +279,7 @@ def test_describe_says_what_the_report_says(filled_store, capsys):
     said = capsys.readouterr().out
     save_logits.main(['--logits', str(filled_store), '--describe', *DATA])
     described = capsys.readouterr().out.strip()
-    assert described in said and 'top-1 on the views of 4 epoch(s)' in described
+    assert described in said and 'top-1 on the views of 4 epochs, ' in described
 
 
 def test_without_data_nothing_is_said_of_labels(filled_store, tmp_path, capsys):
@@ -323,7 +358,10 @@ def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
         *split, '--teacher', teacher, '--logits', tmp_path / 'mixed', '--epochs', '2', '--img-size', '32', '--cutmix',
         '1', '--topk', '3', '--workers', '0', '--quiet'])))
     run(tmp_path / 'mixed', *split, '--html', tmp_path / 'page.html')
-    assert 'by either label' in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert 'by either label' in text and 'both labels' in text and 'whose partners differ;' in text
+    assert 'samples compared, with other partners in each epoch' in text
+    assert re.search('top-1 +both labels +entropy', text)
     page = check_self_contained((tmp_path / 'page.html').read_text())
     store, replay = save_logits.open_store(str(tmp_path / 'mixed'), {})
     data = SparseLogitDataset(load_split(str(EXAMPLES), 'train[:20]', True), replay, store)
@@ -333,6 +371,49 @@ def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
     share = round(100 * sample['lam'])
     assert f'epoch 0: {share}% {names[sample["label"]]}, {100 - share}% {names[sample["label2"]]}' in page.text
     assert np.array_equal(pixels_of(page.all('img')[1]['src']), sample['view'].numpy())
+    # What differs between epochs is the partner: nothing is disputed, nor labelled wrongly, for that.
+    assert re.search(r', \d+\.\d% for both labels', page.text)
+    for words in ('By their mean probability of both labels', 'of both labels', '20 samples, with '
+                  'other partners in each epoch', 'in percent. Each epoch mixes a sample with another partner.'):
+        assert words in page.text, words
+    for words in ('disputed', 'Wrong labels', 'probability of the label', 'of the labelof'):
+        assert words not in page.text, words
+    assert 'of the label<' not in (tmp_path / 'page.html').read_text()
+
+
+def test_a_store_of_draws_speaks_of_the_most_frequent_draw(make_store, labels):
+    store, other = make_store('sample'), make_store('topk')
+    texts = [figures_of(store_statistics(each, labels[:50] % 7), each) for each in (store, other)]
+    for name in ('teacher accuracy', 'confidence', 'calibration'):
+        assert texts[0][name].endswith(', of the most frequent draw') and 'draw' not in texts[1][name]
+    assert texts[0]['mass covered'].endswith(', of the draws') and 'draw' not in texts[1]['mass covered']
+    pages = [store_page(each, store_statistics(each, labels[:50] % 7), list('abcdefg'), {}).html()
+             for each in (store, other)]
+    assert ['The store holds draws' in page for page in pages] == [True, False]
+
+
+def test_plots_of_a_store_are_of_one_size(make_store, labels):
+    """So that they stand in an even grid."""
+    store = make_store('nucleus')
+    page = store_page(store, store_statistics(store, labels[:50] % 7), list('abcdefg'), {}).html()
+    sizes = re.findall(r'<svg width="(\d+)" height="(\d+)"', page)
+    assert len(sizes) == 9 and len(set(sizes)) == 1
+
+
+def test_one_epoch_is_no_epochs(make_store, labels):
+    store = make_store('topk')
+    said = figures_of(store_statistics(store, labels[:50] % 7, epochs=[2]), store)['teacher accuracy']
+    assert 'on the views of 1 epoch, ' in said
+
+
+def test_the_two_sizes_of_a_view_are_told_apart(filled_store):
+    """The record alone, and the files that hold records beside their headers."""
+    store = LogitStore.open(filled_store)
+    facts = store_facts(store)
+    assert facts['codec'].endswith(f', records of {store.manifest.record_width} bytes per view')
+    per_view = store.size() / 480
+    assert facts['size'].endswith(f'; files take {per_view:,.1f} bytes per view, with their headers')
+    assert per_view > store.manifest.record_width + 0.1
 
 
 def test_a_keyed_store_is_shown_for_the_part_that_is_at_hand(teacher, fashion, tmp_path, capsys):
@@ -423,6 +504,10 @@ def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
         ([filled_store, '--max-samples', '0'], '--max-samples is 0'),
         ([damaged], 'shard-00003.arrow is damaged'),
         ([filled_store, '--htlm', 'page.html'], 'unrecognized arguments'),
+        (['--compare', 'a', 'b', '--json', '--gallery', tmp_path / 'g.png'], '--compare has no use for what is for '
+         'stores alone; leave --gallery and --json out'),
+        ([filled_store, '--compare', 'a', 'b'], 'logits stands beside --compare'),
+        (['--compare', tmp_path], 'has nothing to be compared with'),
     ]
     for flags, words in cases:
         said = refusal(capsys, *flags)
@@ -454,3 +539,8 @@ def test_the_folder_of_a_run_is_told_from_a_store(tmp_path, monkeypatch, capsys)
     (tmp_path / 'metrics.csv').touch()
     run(tmp_path)
     assert called == [(str(tmp_path), None)] and capsys.readouterr().out == 'report.html\n'
+    data = ('--dataset', '--train-split', '--input-key', '--target-key', '--key')
+    for flag, *value in (['--json'], ['--gallery', tmp_path / 'x.png'], ['--epochs', '0:1'], ['--max-samples', '9'],
+                         *([name, 'x'] for name in data)):
+        assert f'for stores alone; leave {flag} out' in refusal(capsys, tmp_path, flag, *value)
+    assert len(called) == 1

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,14 +17,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 import train_distill
-from timm_tinyvit import run_figures
+from timm_tinyvit import run_comparison, run_figures, run_report
 from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
-from timm_tinyvit.predictions import Evaluation, Predictions, calibration, confusion, samples_to_show, write_arrays
+from timm_tinyvit.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
 from timm_tinyvit.run_comparison import compare_runs, mcnemar
 from timm_tinyvit.run_report import write_run_report
 from timm_tinyvit.save_logits import open_store
@@ -47,6 +49,13 @@ def runs(tmp_path_factory, teacher):
         '--model-ema', '--model-ema-decay', '0.5', '--output', str(output), '--experiment', 'one'])
     train_distill.main([*SMALL, '--lr', '1e-2', '--output', str(output), '--experiment', 'two'])
     return output
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Pages are made without plots, which take most of their time."""
+    for module in (run_report, run_comparison):
+        monkeypatch.setattr(module, 'can_plot', lambda: False)
 
 
 @pytest.fixture
@@ -79,7 +88,7 @@ def expected_error(probs, right):
     """Expected calibration error, sample by sample."""
     bins = {}
     for prob, hit in zip(probs, right):
-        bins.setdefault(min(int(prob * 15), 14), []).append((prob, hit))
+        bins.setdefault(max(math.ceil(prob * 15), 1), []).append((prob, hit))
     return sum(abs(sum(p for p, _ in part) - sum(hit for _, hit in part)) for part in bins.values()) / len(probs)
 
 
@@ -92,7 +101,7 @@ def test_a_run_keeps_what_its_last_weights_say_of_each_sample(runs, ending):
     assert 100 * found.predictions.top(5) == pytest.approx(float(row[f'eval_top5{ending}']), abs=1e-4)
     assert -found.predictions.label_log_probs.mean() == pytest.approx(float(row[f'eval_loss{ending}']), rel=1e-4)
     right = probs.argmax(1) == labels
-    assert calibration(found.predictions).error == pytest.approx(expected_error(probs.max(1), right), abs=1e-5)
+    assert found.predictions.reliability().error == pytest.approx(expected_error(probs.max(1), right), abs=1e-5)
     matrix = confusion(found.predictions, np.arange(10))
     assert matrix.tolist() == [
         [sum((labels == label) & (probs.argmax(1) == other)) for other in range(10)] + [0] for label in range(10)]
@@ -146,6 +155,46 @@ def test_student_and_teacher_are_compared_on_views_of_the_store(runs):
     page = (runs / 'one' / 'report.html').read_text()
     agreement = 100 * (student.argmax(1) == best[:, 0]).double().mean()
     assert f'of {agreement:.1f}%' in page and f'is {divergence.mean():.4f} nats' in page
+    assert (found.ending, found.stored_epochs) == (ending, [1]) and 'of epoch 2, stored epoch 1: the student' in page
+
+
+@pytest.mark.parametrize('ending, whose', [('', 'student'), ('_ema', 'student (averaged weights)')])
+def test_the_page_says_whose_weights_stand_beside_the_teacher(run, no_plots, ending, whose):
+    found = StoredViews.read(run / 'stored_views.npz')
+    replace(found, ending=ending, stored_epochs=[3, 4]).write(run / 'stored_views.npz')
+    page = write_run_report(run).read_text()
+    assert f'stored epoch 3 and 4: the {whose} and the teacher agree' in page
+    assert f'<th class=number>{whose}</th><th class=number>teacher</th>' in page
+
+
+@pytest.mark.parametrize('ending, whose', [('', ''), ('_ema', ' (averaged weights)')])
+def test_the_page_says_whose_predictions_it_shows(run, ending, whose):
+    set_last_accuracy(run, ending)
+    page = write_run_report(run).read_text()
+    assert f'after epoch 2{whose}: top-1' in page and f'student{whose}, ECE' in page
+
+
+def set_last_accuracy(folder, ending):
+    """Let the weights of this ending have ended higher than the others."""
+    rows = list(csv.DictReader(open(folder / 'metrics.csv')))
+    for other in ('', '_ema'):
+        rows[-1][f'eval_top1{other}'] = '50' if other == ending else '10'
+    with open(folder / 'metrics.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_views_of_an_image_in_a_batch_are_of_several_stored_epochs(runs, run):
+    """A store of 2 epochs, and 2 views per image in the fourth epoch of a training."""
+    store, replay = open_store(str(runs / 'logits'), {})
+    data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
+    batch = collate(data.__getitems__([(0, index) for index in range(4)]))
+    model = timm.create_model(f'local-dir:{run}/last', pretrained=True)
+    found = [look_at_stored_views(
+        model, ModelInput(*[(0.5, 0.5, 0.5)] * 2), [batch], store, Accelerator(cpu=True), epoch,
+        views_per_image=views).stored_epochs for epoch, views in ((3, 2), (3, 1), (0, 1))]
+    assert found == [[0, 1], [1], [0]]
 
 
 @pytest.mark.parametrize('labels, label_classes, kept', [
@@ -171,13 +220,15 @@ def test_the_page_says_what_the_metrics_and_predictions_say(runs):
     rows = list(csv.DictReader(open(runs / 'one' / 'metrics.csv')))
     for ending in ('', '_ema'):
         best = max(range(2), key=lambda epoch: float(rows[epoch][f'eval_top1{ending}']))
-        assert f'{float(rows[best][f"eval_top1{ending}"]):.2f}% in epoch {best + 1}' in page
+        assert f'{float(rows[best][f"eval_top1{ending}"]):.2f}% in epoch {best + 1} (chosen on this split)' in page
     run = TrainedRun.read(runs / 'one')
     said = run.evaluation.predictions
     error = expected_error(said.confidence, said.right)
     assert f'expected calibration error {100 * error:.1f}%' in page
     assert page.count('<figure class="plot">') == 6 + 2 + 1 and 'images per second' in page
     assert page.count('class="picture"') == len(run.evaluation.shown)
+    # Short enough for one line, so that all bars begin at one height.
+    assert f'>{run.evaluation.name(said.labels[run.evaluation.shown[0]])} #{run.evaluation.shown[0]}<' in page
     assert 'distilled, 2 epochs' in page
     # Settings that are not the defaults come first, and not the others with them.
     table = re.search(r'Settings</h2>(.*?)</table>', page, re.DOTALL)[1]
@@ -282,7 +333,7 @@ def test_a_damaged_file_costs_its_part_of_the_report(run):
     (run / 'args.yaml').write_text('- [')
     (run / 'environment.json').write_text('{"launches": 3}')
     page = write_run_report(run).read_text()
-    assert page.count('class="warning"') == 3
+    assert page.count('class="warning"') == 3 and str(run) not in page
     assert 'There are no predictions' in page and 'It is not known' in page and '<figure class="plot">' in page
 
 
@@ -350,10 +401,10 @@ def test_two_runs_side_by_side(runs, tmp_path):
     said = [run.evaluation.predictions for run in (one, two)]
     right = [found.ids[:, 0] == found.labels for found in said]
     counts = [int((right[0] == a)[right[1] == b].sum()) for a, b in ((1, 1), (1, 0), (0, 1), (0, 0))]
-    line = next(line.split() for line in text.splitlines() if 'two' in line and '%' in line and 'top' not in line)
+    line = next(line.split() for line in text.splitlines() if line.startswith('two'))
     agree = 100 * (said[0].ids[:, 0] == said[1].ids[:, 0]).mean()
     assert line[:6] == ['two', f'{agree:.1f}%', *map(str, counts)]
-    last = [run.column('eval_top1')[-1][1] for run in (one, two)]
+    last = [round(run.column('eval_top1')[-1][1], 2) for run in (one, two)]
     lines = [' '.join(line.split()) for line in text.splitlines()]
     assert f'last top-1 {last[0]:.2f}% {last[1]:.2f}% {last[1] - last[0]:+.2f}' in lines
     assert 'lr 0.03 0.01' in lines and 'weight_decay' not in text
@@ -365,18 +416,111 @@ def test_two_runs_side_by_side(runs, tmp_path):
                 rf'<td>{one.evaluation.name(label)}</td><td class=number>{mask.sum()}</td>.*?'
                 rf'<td class=number>{re.escape(f"{gain:+.1f}")}</td>', page)
     assert page.count('<figure class="plot">') == 7 and 'one, averaged weights' in page
+    # Each weights' calibration is their own.
+    errors = [100 * found.predictions.reliability().error for found in one.evaluations.values()]
+    error = 100 * two.evaluation.predictions.reliability().error
+    assert f'calibration error {errors[0]:.2f}% {error:.2f}% {round(error, 2) - round(errors[0], 2):+.2f}' in lines
+    assert f'calibration error, averaged {errors[1]:.2f}% -' in lines
+    assert any(line.startswith('best top-1 (chosen on this split) ') for line in lines)
+    assert 'p (McNemar)' in text and 'p (McNemar)' in page
+    for said in (text, page):
+        assert 'of the samples alone; another seed of the same settings may differ by more' in said
+        # The store is one run's alone, so that its loss is another.
+        assert 'The training losses of one and two are not the same quantity' in said and 'differ in logits.' in said
+        assert str(runs) not in said
+    losses = [f'{run.column("loss")[-1][1]:.4f}' for run in (one, two)]
+    assert f'training loss {" ".join(losses)}' in lines
+    assert 'Left out' not in text and 'Left out' not in page
+
+
+def test_whose_weights_are_compared_is_said(run, runs, no_plots):
+    for ending, whose in (('', ''), ('_ema', ' (averaged weights)')):
+        set_last_accuracy(run, ending)
+        page = _compared(run, run.parent / 'c.html')
+        assert f'beside {run.parent.name}/one (1){whose}</caption>' in page
+        assert f'<td>{run.parent.name}/one (2){whose}</td>' in page
+        text = compare_runs([runs / 'two', run])
+        assert re.search(rf'^one{re.escape(whose)} +\d', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize('change, differs', [
+    ({}, ''), ({'lr': 1.}, ''), ({'temperature': 2.}, 'temperature'), ({'alpha': 0.5}, 'alpha'),
+    ({'logits': ['/else/logits']}, 'logits'), ({'smoothing': 0.}, 'smoothing'), ({'mixup': 0.8}, 'mixup'),
+    ({'cutmix': 1.}, 'cutmix'), ({'mixup_mode': 'elem'}, '')])
+def test_losses_of_other_kinds_are_not_subtracted(runs, run, change, differs):
+    settings = yaml.safe_load((run / 'args.yaml').read_text())
+    (run / 'args.yaml').write_text(yaml.safe_dump(settings | change))
+    lines = [' '.join(line.split()) for line in compare_runs([runs / 'one', run]).splitlines()]
+    loss = f'{TrainedRun.read(run).column("loss")[-1][1]:.4f}'
+    assert f'training loss {loss} {loss}' + ('' if differs else ' +0.0000') in lines
+    assert any(line.endswith(f'the runs differ in {differs}.') for line in lines) == bool(differs)
+
+
+def write_evaluation(folder, **changes):
+    found = Evaluation.read(folder / 'predictions.npz')
+    about = {'epoch': 1, 'num_classes': 10, 'names': None, 'split': found.split}
+    for ending in ('', '_ema'):
+        write_arrays(folder / f'predictions{ending}.npz', about | changes, shown=found.shown, views=found.views,
+                     **vars(found.predictions))
 
 
 def test_runs_that_saw_other_samples_are_not_compared_one_by_one(runs, run):
-    found = Evaluation.read(run / 'predictions.npz')
-    about = {'epoch': 1, 'num_classes': 10, 'names': None, 'split': {**found.split, 'hash': 'another'}}
-    for ending in ('', '_ema'):
-        write_arrays(run / f'predictions{ending}.npz', about, shown=found.shown, views=found.views,
-                     **vars(found.predictions))
+    write_evaluation(run, split={'hash': 'another'})
     text = compare_runs([runs / 'two', run])
     assert 'not evaluated on the same samples' in text and 'only the first' not in text
-    three = compare_runs([runs / 'two', run, runs / 'two'])
-    assert 'two (1)' not in three.splitlines()[0] or 'only the first' in three
+    lines = [' '.join(line.split()) for line in text.splitlines()]
+    # Nor are scores of other samples subtracted; what does not depend on them is.
+    assert [line for line in lines if line.startswith('last top-1')][0].count('%') == 2
+    assert not re.search(r'last (top-1|top-5|loss) .*[+-]\d', text) and re.search(r'images per second .*[+-]\d', text)
+
+
+@pytest.mark.parametrize('damage, name', [
+    (lambda run: write_evaluation(run, split={'hash': 'another'}), 'one'),
+    (lambda run: [file.unlink() for file in run.glob('predictions*.npz')], 'one (no predictions)')],
+    ids=['other samples', 'no predictions'])
+def test_a_run_that_cannot_be_compared_one_by_one_is_named(runs, run, no_plots, damage, name):
+    damage(run)
+    text = compare_runs([runs / 'two', run, runs / 'two'], run.parent / 'c.html')
+    for said in (text, (run.parent / 'c.html').read_text()):
+        assert f'Left out, as they were not evaluated on the same samples: {name}.' in said and 'only the first' in said
+
+
+def test_only_names_that_repeat_are_numbered(runs, run):
+    header = ' '.join(compare_runs([runs / 'one', runs / 'two', runs / 'two']).splitlines()[0].split())
+    assert header == f'one {runs.name}/two (1) difference {runs.name}/two (2) difference'
+    header = ' '.join(compare_runs([runs / 'one', runs / 'two', run]).splitlines()[0].split())
+    assert header == f'{runs.name}/one two difference {run.parent.name}/one difference'
+
+
+def test_differences_are_those_of_the_figures_that_are_shown(runs, run):
+    """3.744 and 4.066 minutes are 3.74 and 4.07, and 0.33 apart."""
+    folders = [run, run.parent / 'slower']
+    shutil.copytree(run, folders[1])
+    for folder, minutes in zip(folders, (3.744, 4.066)):
+        (folder / 'metrics.csv').write_text(f'epoch,loss,seconds,images_per_second\n0,1,{60 * minutes},{minutes}\n')
+    lines = [' '.join(line.split()) for line in compare_runs(folders).splitlines()]
+    assert 'minutes of training 3.74 4.07 +0.33' in lines and 'images per second 3.74 4.07 +0.33' in lines
+
+
+def test_settings_name_no_folder(runs, run, no_plots):
+    """Of the same name elsewhere, the difference is still said."""
+    settings = yaml.safe_load((run / 'args.yaml').read_text())
+    places = {'logits': ['/work/alice/logits'], 'dataset': '/work/alice/fashion_mnist', 'teacher': '~/alice/teacher/',
+              'initial_checkpoint': '../alice/best', 'model': 'local-dir:/work/alice/model'}
+    (run / 'args.yaml').write_text(yaml.safe_dump(settings | places))
+    text = _compared(run, run.parent / 'c.html') + compare_runs([runs / 'one', run], run.parent / 'd.html')
+    text += (run.parent / 'd.html').read_text() + re.sub('(?s)<pre>.*?</pre>', '', write_run_report(run).read_text())
+    assert 'alice' not in text and str(runs) not in text
+    assert re.search(r'^logits +logits +logits \(in another folder\)$', text, re.MULTILINE)
+    assert 'local-dir:model' in text and '>teacher<' in text and '>best<' in text
+
+
+@pytest.mark.parametrize('value, expected', [
+    *((name, name) for name in ('ORG/NAME', 'hf://datasets/ORG/NAME', 'hf-hub:ORG/NAME', 'train[:10%]', '/', '~')),
+    ('/data/a/b/', 'b'), ('./x/y', 'y'), (['/a/b', '/c/d'], 'b d'), (None, ''), (1e-3, '0.001')])
+def test_only_the_last_name_of_a_path_is_shown(value, expected):
+    run = TrainedRun(Path('x'), [], {'data_dir': value}, {}, {}, None)
+    assert run.shown_settings()[0]['data_dir'] == expected
 
 
 @pytest.mark.parametrize('one, other', [(0, 0), (1, 0), (3, 12), (40, 55), (7, 7)])

@@ -16,7 +16,7 @@ import datasets
 import pytest
 
 import train_distill
-from timm_tinyvit import save_logits, terminal
+from timm_tinyvit import report, save_logits, terminal
 
 DATA = train_distill.Path(__file__).resolve().parents[1] / 'examples' / 'fashion_mnist'
 
@@ -147,7 +147,13 @@ def test_quiet_programs_say_their_results(tmp_path, teacher, capsys):
     said = capsys.readouterr()
     assert said.out.startswith('shards           1 of 1') and said.out.count('\n') == 1 and said.err == ''
     save_logits.main([*SMALL[:-1], *store, '--epochs', '2'])
-    assert 'teacher: 100%, 64.0 of 64.0, ' in capsys.readouterr().err
+    assert 'teacher: 100%, 64 of 64, ' in capsys.readouterr().err
+    with screen() as read:
+        for quiet in ([], ['--quiet']):
+            report.main([store[1], '--dataset', str(DATA), '--train-split', 'train[:32]', *quiet])
+            said = read()
+            assert 'teacher accuracy' in said and ('\r' in said.replace('\r\n', '')) == (not quiet)
+    capsys.readouterr()
     train = [*SMALL, '--logits', str(tmp_path / 'logits'), '--val-split', 'test[:16]', '--model', 'test_resnet',
              '--epochs', '1', '--warmup-epochs', '0', '-b', '8', '--output', str(tmp_path), '--experiment', 'run']
     train_distill.main(train)
@@ -158,7 +164,7 @@ def test_quiet_programs_say_their_results(tmp_path, teacher, capsys):
     assert capsys.readouterr().out.startswith('loss ')
 
 
-@pytest.mark.parametrize('main', [train_distill.main, save_logits.main])
+@pytest.mark.parametrize('main', [train_distill.main, save_logits.main, report.main])
 def test_help_says_what_quiet_leaves(main, capsys):
     with pytest.raises(SystemExit):
         main(['--help'])

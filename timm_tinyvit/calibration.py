@@ -7,6 +7,7 @@ import numpy as np
 __all__ = ['NUM_BINS', 'Reliability', 'calibration']
 
 NUM_BINS = 15
+Z = 1.96
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,15 @@ class Reliability:
     confidence: np.ndarray
     accuracy: np.ndarray
     error: float
+
+    def interval(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper end of the 95% interval of each accuracy, [B] and [B]; NaN where a bin is empty (Wilson)."""
+        with np.errstate(divide='ignore', invalid='ignore'):
+            weight = Z ** 2 / self.count
+            center = (self.accuracy + weight / 2) / (1 + weight)
+            half = Z / (1 + weight) * np.sqrt(
+                self.accuracy * (1 - self.accuracy) / self.count + weight / (4 * self.count))
+        return center - half, center + half
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray, num_bins: int = NUM_BINS) -> Reliability:

@@ -399,8 +399,11 @@ class HeldEpochs:
                 self._claims.release(self.cache.epoch_folder(epoch) / self._name)
             self.epochs = list(epochs)
             kept = {self.cache.epoch_folder(epoch) for epoch in epochs}
-            for other in set(folder.glob('epoch-*')) - kept:
-                _remove_unless_kept(self._claims, other)
+            for other in folder.glob('epoch-*'):
+                if other in kept:
+                    _look_at_readers(self._claims, other)
+                else:
+                    _remove_unless_kept(self._claims, other)
         for other in set(folder.parent.iterdir()) - {folder}:
             if (other / 'store.json').is_file():
                 self._remove_commit(other)
@@ -452,17 +455,30 @@ def _has_hash(file: Path, expected: str) -> bool:
     return state.hexdigest() == expected
 
 
+def _look_at_readers(claims: Claims, folder: Path) -> bool:
+    """Look at all claims that readers have on an epoch, each of which expires from the first look at it.
+
+    Returns:
+        Whether none of them is of a process that lives.
+    """
+    is_free = True
+    for claim in folder.glob(f'.{READER}*.claim'):
+        file = folder / claim.name[1:].removesuffix('.claim')
+        if claims.take(file):
+            claims.release(file)
+        else:
+            is_free = False
+    return is_free
+
+
 def _remove_unless_kept(claims: Claims, folder: Path) -> bool:
     """Remove the shards of an epoch, unless a process that lives keeps them.
 
     Returns:
         Whether they are gone.
     """
-    for claim in folder.glob(f'.{READER}*.claim'):
-        file = folder / claim.name[1:].removesuffix('.claim')
-        if not claims.take(file):
-            return False
-        claims.release(file)
+    if not _look_at_readers(claims, folder):
+        return False
     for file in folder.glob('shard-*.arrow'):
         file.unlink(missing_ok=True)
     remove_stale(folder)

@@ -22,6 +22,8 @@ from typing import NamedTuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 
 from .aside import remove_stale
@@ -35,7 +37,7 @@ from .manifest import Manifest
 from .store import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
 from .terminal import progress, warn
 
-__all__ = ['HubStore', 'check_content', 'content_of', 'open_store_at']
+__all__ = ['HubStore', 'check_content', 'content_of', 'open_store_at', 'pin_stores']
 
 # Downloads at a time on one machine, of all of its ranks together.
 NUM_DOWNLOADS = 8
@@ -70,12 +72,9 @@ def open_store_at(
     """
     if not is_hub_url(str(location)):
         return LogitStore.open(location)
-    url = parse_hub_url(str(location))
-    if url.repo_type != 'dataset' or url.path:
-        raise InputError(f'{location} is no store on the Hub; expected hf://datasets/ORG/NAME, or with @REVISION')
-    source = HubCommit.resolve(url, MANIFEST_NAME)
+    source = _commit_of(str(location))
     root = constants.HF_ASSETS_CACHE if cache_dir is None else cache_dir
-    folder = Path(root).expanduser().absolute() / 'timm_tinyvit' / url.repo_id.replace('/', '--') / source.commit
+    folder = Path(root).expanduser().absolute() / 'timm_tinyvit' / source.repo_id.replace('/', '--') / source.commit
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,6 +82,42 @@ def open_store_at(
     for place in (folder, *folder.glob('epoch-*')):
         remove_stale(place)
     return HubStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
+
+
+def pin_stores(locations: Sequence[str], accelerator: Accelerator) -> list[str]:
+    """The same stores for all processes of a launch, those on the Hub with the commit that is the newest now.
+
+    Each process by itself would find another one where somebody pushes meanwhile.
+
+    Args:
+        locations: Folders, or `hf://datasets/ORG/NAME[@REVISION]`.
+        accelerator: Knows the processes, all of which call this.
+
+    Raises:
+        InputError: There is no such repo or revision, or the Hub cannot be reached; on all of them.
+    """
+    found: list[list[str] | InputError] = [list(locations)]
+    if accelerator.is_main_process:
+        try:
+            found = [[str(_commit_of(place)) if is_hub_url(place) else place for place in locations]]
+        except InputError as error:
+            found = [InputError(str(error))]
+    broadcast_object_list(found)
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return found[0]
+
+
+def _commit_of(location: str) -> HubCommit:
+    """The commit of a store on the Hub.
+
+    Raises:
+        InputError: It names no store, or there is none, or the Hub cannot be reached.
+    """
+    url = parse_hub_url(location)
+    if url.repo_type != 'dataset' or url.path:
+        raise InputError(f'{location} is no store on the Hub; expected hf://datasets/ORG/NAME, or with @REVISION')
+    return HubCommit.resolve(url, MANIFEST_NAME)
 
 
 def _manifest(source: HubCommit, file: Path) -> Manifest:

@@ -23,20 +23,24 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
+from .codec import codecs
 from .errors import InputError
 from .provenance import read_run
 
 __all__ = [
     'CARD', 'CITATION', 'METRICS', 'NO_REPO', 'PICTURE', 'ModelFacts', 'Weights', 'accuracy_results',
-    'evaluation_command', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card', 'run_card',
+    'evaluation_command', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card', 'run_card',
 ]
 
 HUB = 'https://huggingface.co'
 CARD, METRICS, PICTURE = 'README.md', 'metrics.csv', 'metrics.png'
 # What stands for the repo in a card that is made before it is known.
 NO_REPO = 'ORG/NAME'
-# What a card keeps of the one that is there, if its owners have written it there.
-KEPT_METADATA = ('license', 'license_name', 'license_link', 'language')
+# What a card keeps of the one that is there, if its owners have written it there, with the terms of a gated repo.
+KEPT_METADATA = ('license', 'license_name', 'license_link', 'language', 'annotations_creators', 'gated')
+GATED_PREFIX = 'extra_gated_'
+# What the Hub's results say in place of a data set's name there.
+LOCAL_DATA = 'local-folder'
 # Class names that a card lists.
 MAX_NAMES = 12
 CITATION = """\
@@ -208,9 +212,11 @@ def render_card(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
         loader=jinja2.PackageLoader('timm_tinyvit', 'cards'), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
     environment.filters.update(
-        code=lambda text: f'`{text}`', data_link=_data_link, listed=_listed, model_link=_model_link,
+        code=lambda text: f'`{text}`', data_link=_data_link, is_variable=lambda codec: codecs()[codec].is_variable,
+        data_flag=_data_flag, listed=_listed, model_link=_model_link,
         number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate,
-        standard_error=_standard_error, store_link=_store_link, teacher_link=_teacher_link)
+        standard_error=_standard_error, store_link=_store_link,
+        store_name=_store_name, teacher_link=_teacher_link)
     text = environment.get_template(template).render(
         card_data=data.to_yaml(), license=data.license_name or data.license, **facts)
     # What is left out leaves blank lines.
@@ -252,9 +258,10 @@ def run_card(
     with_top5 = model.num_classes > 5
     title = repo.partition('/')[2]
     results = [] if published.top1 is None else accuracy_results(
-        val['name'], val['split'], published.top1, published.top5 if with_top5 else None)
+        val['name'] if val['on_hub'] else LOCAL_DATA, val['split'], published.top1,
+        published.top5 if with_top5 else None, val['name'])
     data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', **_kept_metadata(before, license),
+        library_name='timm', pipeline_tag='image-classification', **kept_metadata(before, license),
         tags=['image-classification', 'timm', 'timm_tinyvit', *(['knowledge-distillation'] if stores else [])],
         datasets=[train['name']] if train['on_hub'] else None,
         base_model=base['name'] if base and base['on_hub'] else None,
@@ -263,10 +270,12 @@ def run_card(
         'run_card.md', data, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
         weights=shown, with_top5=with_top5, with_average=any(item.is_average for item in shown), train=train, val=val,
         stores=stores,
-        base=base, teachers=list(dict.fromkeys(map(_teacher_link, stores))), processes=record['processes'],
+        base=base, teachers=list(dict.fromkeys(map(_teacher_words, stores))), processes=record['processes'],
         device=record['device'], images_per_update=record['images_per_update'], versions=record['versions'],
         commits=record['commits'], recipe=recipe_yaml(record).strip(), command=_training_command(record),
-        evaluation=evaluation_command(repo, val['name'], val['split'], *val['flags']),
+        evaluation=evaluation_command(repo, _data_flag(val), val['split'], *val['flags']),
+        unpublished=[store for store in stores if not store['on_hub']],
+        label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
         picture=PICTURE if (run / PICTURE).is_file() else '', num_epochs=len(rows),
         training_rate=_rate(median(float(row['images_per_second']) for row in rows)),
         waiting=median(float(row['data_wait']) for row in rows), speed=speed,
@@ -281,13 +290,20 @@ def recipe_yaml(record: dict[str, Any]) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100)
 
 
-def _kept_metadata(before: str, license: str | None) -> dict[str, Any]:
-    """Licence and languages of a card, or of the publisher's flags."""
+def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
+    """What a new card takes over from the one that is there, of a model or a data set.
+
+    Args:
+        before: The card that is there, or an empty text.
+        license: Name of a licence, in place of the one there.
+    """
+    found = re.match(r'---\r?\n(.*?)\r?\n---', before, re.DOTALL)
     try:
-        found = ModelCard(before, ignore_metadata_errors=True).data if before else {}
-    except (ValueError, yaml.YAMLError):
-        found = {}
-    kept = {key: found.get(key) for key in KEPT_METADATA if found.get(key)}
+        metadata = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        metadata = {}
+    kept = {key: value for key, value in metadata.items() if value and (
+        key in KEPT_METADATA or str(key).startswith(GATED_PREFIX))} if isinstance(metadata, dict) else {}
     if license:
         kept = {key: value for key, value in kept.items() if not key.startswith('license')} | {'license': license}
     return kept
@@ -295,11 +311,15 @@ def _kept_metadata(before: str, license: str | None) -> dict[str, Any]:
 
 def _training_command(record: dict[str, Any]) -> str:
     train, val = record['train'], record['val']
-    data = ['--dataset', train['name']]
+    data = ['--dataset', _data_flag(train)]
     if val['name'] != train['name']:
-        data += ['--val-dataset', val['name']]
-    if record['stores']:
-        data += ['--logits', *(store['name'] for store in record['stores'])]
+        data += ['--val-dataset', _data_flag(val)]
+    data += ['--val-split', val['split']]
+    stores = record['stores']
+    if stores:
+        data += ['--logits', *(store['name'] for store in stores)]
+    if len(stores) == 1 and not stores[0]['on_hub']:
+        data += ['--teacher', stores[0]['teacher']['name'] if stores[0]['teacher_repo'] else 'TEACHER']
     return f'accelerate launch -m train_distill --config recipe.yaml \\\n    {shlex.join(data)}'
 
 
@@ -356,6 +376,11 @@ def _data_link(data: dict[str, Any]) -> str:
     return _link(data['name'], f'datasets/{data["name"]}') if data['on_hub'] else f'`{data["name"]}` (a local folder)'
 
 
+def _data_flag(data: dict[str, Any]) -> str:
+    """A data set on a command line; of a folder, one that is not looked for on the Hub."""
+    return data['name'] if data['on_hub'] else f'./{data["name"]}'
+
+
 def _model_link(base: dict[str, Any]) -> str:
     return _link(base['name'], base['name']) if base['on_hub'] else f'the weights `{base["name"]}`'
 
@@ -363,6 +388,14 @@ def _model_link(base: dict[str, Any]) -> str:
 def _teacher_link(store: dict[str, Any]) -> str:
     name, repo = store['teacher']['name'].removeprefix('hf-hub:'), store['teacher_repo']
     return _link(name, repo) if repo else f'`{name}`'
+
+
+def _teacher_words(store: dict[str, Any]) -> str:
+    return _teacher_link(store) if store['teacher_repo'] else f'a teacher called {_teacher_link(store)}'
+
+
+def _store_name(store: dict[str, Any]) -> str:
+    return _store_link(store) if store['on_hub'] else f'`{store["name"]}`'
 
 
 def _store_link(store: dict[str, Any]) -> str:

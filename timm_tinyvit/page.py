@@ -54,6 +54,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 figure { margin: .6rem 0; } figure.plot { display: inline-block; vertical-align: top; max-width: 100%;
   margin-right: .8rem; }
 figure.plot svg, figure.plot img { display: block; max-width: 100%; height: auto; }
+figure.plot figcaption { width: 0; min-width: 100%; }
 figure.plot img { background: #ffffff; border-radius: 6px; }
 svg text { font-family: inherit !important; }
 figcaption { font-size: .87rem; max-width: 50rem; }
@@ -73,7 +74,8 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--box); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .8rem;
   line-height: 1.4; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
-@media (max-width: 600px) { figure.plot, figure.plot svg, figure.plot img { width: 100%; } }
+@media (max-width: 600px) { figure.plot, figure.plot svg, figure.plot img { width: 100%; }
+  .facts th, th.number { white-space: normal; } }
 @media print { html { font-size: 11px; } body { max-width: none; padding: 0; font-size: 11px; } nav { display: none; }
   h2, h3, figcaption { break-after: avoid; } figure, tr { break-inside: avoid; }
   .pictures { grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); gap: .3rem; }

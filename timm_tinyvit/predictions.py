@@ -19,14 +19,14 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from .aside import write_aside
+from .calibration import Reliability, calibration
 from .errors import InputError
 from .fingerprint import dataset_fingerprint
 from .sources import class_names
-from .store_statistics import NUM_BINS, Reliability
 
 __all__ = [
-    'Evaluation', 'Predictions', 'Recorder', 'calibration', 'class_accuracy', 'confused_pairs', 'confusion',
-    'keep_evaluation', 'read_arrays', 'samples_to_show', 'worst_classes', 'write_arrays',
+    'Evaluation', 'Predictions', 'Recorder', 'class_accuracy', 'confused_pairs', 'confusion', 'keep_evaluation',
+    'read_arrays', 'samples_to_show', 'worst_classes', 'write_arrays',
 ]
 
 NUM_KEPT = 5
@@ -74,6 +74,10 @@ class Predictions:
     def top(self, k: int) -> float:
         """Share of samples whose label is among the k best classes; NaN of no sample."""
         return float((self.ids[:, :k] == self.labels[:, None]).any(axis=1).mean()) if len(self) else float('nan')
+
+    def reliability(self) -> Reliability:
+        """How far its probabilities can be trusted; of samples with a label."""
+        return calibration(self.confidence, self.right)
 
 
 class Recorder:
@@ -203,17 +207,6 @@ def samples_to_show(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
         turns[place] = seen[label] = seen.get(label, -1) + 1
     right = right[np.argsort(turns, kind='stable')[:NUM_SHOWN]]
     return right[np.argsort(-predictions.confidence[right], kind='stable')], wrong[:NUM_SHOWN]
-
-
-def calibration(predictions: Predictions) -> Reliability:
-    """How far the confidence of a model can be trusted (Guo et al., arXiv 1706.04599), from samples with a label."""
-    confidence = predictions.confidence.astype(np.float64)
-    bins = np.minimum((confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    count = np.bincount(bins, minlength=NUM_BINS)
-    with np.errstate(invalid='ignore'):
-        mean, accuracy = (np.bincount(bins, values, NUM_BINS) / count for values in (confidence, predictions.right))
-    gaps = np.nan_to_num(np.abs(mean - accuracy))
-    return Reliability(count, mean, accuracy, float((gaps * count).sum() / max(1, len(predictions))))
 
 
 def class_accuracy(predictions: Predictions, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ import argparse
 import json
 import platform
 import subprocess
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ from .imagenet22k import NUM_CLASSES_22K
 from .store import LogitStore
 from .version import __version__
 
-__all__ = ['RUN_RECORD', 'device_name', 'hub_repo_of', 'read_run', 'record_run', 'source_commit']
+__all__ = [
+    'PUBLISHED', 'RUN_RECORD', 'device_name', 'hub_repo_of', 'mark_published', 'public_name', 'read_run', 'record_run',
+    'source_commit',
+]
 
 RUN_RECORD = 'run.json'
 VERSION = 1
+# In the folder of a store: where it was published.
+PUBLISHED = '.published'
+# Folders of a run's models, whose own names say little.
+MODEL_FOLDERS = ('best', 'last', 'best_ema', 'last_ema')
 # Settings of the run that are no part of a recipe: it would not find them on another machine.
 NO_RECIPE = ('initial_checkpoint',)
 
@@ -115,11 +123,12 @@ def source_commit(package: Path = Path(__file__).parent) -> str | None:
     """The commit of the checkout that this package runs from, with `-dirty` where files of it are changed.
 
     Returns:
-        None where the package is installed and not run from a checkout, or git is not there.
+        Where it is installed, the commit that pip got from a git repository; None where it came from elsewhere, or git
+        is not there.
     """
     root = package.parent
     if not (root / '.git').exists():
-        return None
+        return _installed_commit(package)
     found = []
     for command in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no']):
         try:
@@ -132,6 +141,16 @@ def source_commit(package: Path = Path(__file__).parent) -> str | None:
             return None
         found.append(done.stdout.strip())
     return found[0] + ('-dirty' if found[1] else '')
+
+
+def _installed_commit(package: Path) -> str | None:
+    """The commit that pip noted when it installed the package."""
+    for installed in distributions(name=package.name, path=[str(package.parent)]):
+        try:
+            return json.loads(installed.read_text('direct_url.json') or '{}')['vcs_info']['commit_id']
+        except (KeyError, TypeError, ValueError):
+            continue
+    return None
 
 
 def device_name(device: torch.device) -> str:
@@ -158,6 +177,35 @@ def hub_repo_of(model: str) -> str | None:
     return None
 
 
+def public_name(name: str) -> str:
+    """What a model is called in what others see: of a folder only the last part."""
+    path = name.removeprefix('local-dir:')
+    return Path(path).name if path != name or path.startswith(('/', '~', '.')) else name
+
+
+def mark_published(store: LogitStore, url: str, epochs: range) -> None:
+    """Note in the folder of a store where it is on the Hub, and which epochs of it are.
+
+    Raises:
+        InputError: The disk is full or may not be written.
+    """
+    mark = {'url': url, 'identity': store.manifest.identity, 'epochs': [epochs.start, epochs.stop]}
+    write_aside(store.path / PUBLISHED, f'{json.dumps(mark)}\n'.encode())
+
+
+def _published_url(store: LogitStore) -> str | None:
+    """Where a store in a folder is on the Hub with all of its epochs, as far as it is noted."""
+    try:
+        mark = json.loads((Path(store.path) / PUBLISHED).read_text(encoding='utf-8'))
+        first, stop = mark['epochs']
+        # The folder may have been filled anew, or further.
+        stored = store.manifest.stored_epochs
+        is_whole = mark['identity'] == store.manifest.identity and first <= stored.start and stored.stop <= stop
+        return str(mark['url']) if is_whole else None
+    except (KeyError, OSError, TypeError, ValueError):
+        return None
+
+
 def _describe_data(name: str, split: str) -> dict[str, Any]:
     name = name.removeprefix('hfds/')
     path = Path(name).expanduser()
@@ -173,12 +221,12 @@ def _evaluation_flags(args: argparse.Namespace) -> list[str]:
 
 def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | None) -> dict[str, Any]:
     manifest = store.manifest
-    teacher = manifest.teacher.get('name', '')
-    on_hub = is_hub_url(location)
+    teacher = public_name(manifest.teacher.get('name', ''))
     # The store on the Hub knows its commit, the flag need not.
-    name = str(store.path) if on_hub else Path(location).expanduser().resolve().name
+    url = str(store.path) if is_hub_url(location) else _published_url(store)
     return {
-        'name': name, 'on_hub': on_hub, 'identity': manifest.identity, 'teacher': manifest.teacher,
+        'name': url or Path(location).expanduser().resolve().name, 'on_hub': url is not None,
+        'identity': manifest.identity, 'teacher': {**manifest.teacher, 'name': teacher},
         'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
         'sparsifier': manifest.sparsifier, 'k': manifest.k, 'codec': manifest.codec,
         'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
@@ -188,10 +236,12 @@ def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | 
 
 def _base(args: argparse.Namespace, student: nn.Module) -> dict[str, Any] | None:
     """Whose weights the student starts from: a repo of the Hub, or the last part of a path."""
-    if args.initial_checkpoint:
-        path = Path(args.initial_checkpoint).expanduser().resolve()
-        # A run's folders are called last and best.
-        return {'name': '/'.join(path.parts[-2:]) if path.is_dir() else path.name, 'on_hub': False}
+    folder = args.model.removeprefix('local-dir:')
+    path = args.initial_checkpoint or (folder if args.pretrained and folder != args.model else None)
+    if path:
+        path = Path(path).expanduser().resolve()
+        is_of_run = path.name in MODEL_FOLDERS and (path.parent / RUN_RECORD).is_file()
+        return {'name': '/'.join(path.parts[-2:]) if is_of_run else path.name, 'on_hub': False}
     if args.pretrained:
         repo = student.pretrained_cfg.get('hf_hub_id')
         return {'name': repo or args.model, 'on_hub': bool(repo)}

@@ -6,16 +6,16 @@ missing; where nothing is, it makes no commit. A store that has grown is publish
 commit, the repo is the smaller store.
 """
 
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from .aside import write_aside
 from .claims import Claims
 from .errors import InputError
 from .estimate import readable_bytes
@@ -23,16 +23,14 @@ from .hub_cache import SHARD_PATH, HubCommit
 from .hub_client import create_repo, push_files, retried
 from .keys import FILE_NAME
 from .manifest import Manifest
+from .provenance import PUBLISHED, mark_published, public_name
 from .store import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
 from .store_card import (
     CARD, PICTURE, SAMPLE, LabelledViews, draw_views, has_text, parquet_bytes, render_card, sample_table,
 )
 from .terminal import log, progress, result, warn
 
-__all__ = ['PUBLISHED', 'PublishedStore', 'check_complete', 'publish_store']
-
-# In the folder of a store: where it was published.
-PUBLISHED = '.published'
+__all__ = ['PublishedStore', 'check_complete', 'publish_store']
 
 # Of one commit: as many files as the Hub likes, and what can be sent again where a connection breaks.
 MAX_FILES = 500
@@ -108,13 +106,19 @@ class PublishedStore:
         first, stop = min(there.start, epochs.start), max(there.stop, epochs.stop)
         return replace(self.manifest, first_epoch=first, epochs=stop - first)
 
-    def size(self, manifest: Manifest) -> int:
+    def size(self, manifest: Manifest, more: Mapping[str, Path] | None = None) -> int:
         """Bytes of all shards of a manifest.
+
+        Args:
+            manifest: The manifest.
+            more: Shards that are still to be sent, by their paths in the repo.
 
         Raises:
             InputError: Not all of them are there.
         """
-        found = {tuple(map(int, match.groups())): file.size for path, file in self.files.items()
+        sizes = {path: file.size for path, file in self.files.items()}
+        sizes |= {path: file.stat().st_size for path, file in (more or {}).items()}
+        found = {tuple(map(int, match.groups())): size for path, size in sizes.items()
                  if (match := SHARD_PATH.fullmatch(path))}
         wanted = [(epoch, shard) for epoch in manifest.stored_epochs for shard in range(manifest.num_shards)]
         absent = [pair for pair in wanted if pair not in found]
@@ -145,25 +149,30 @@ def publish_store(
             was published before is as it was.
     """
     epochs = check_complete(store, epochs)
-    mark = store.path / PUBLISHED
     with Claims() as claims:
         # From a disk that is read-only it is pushed too.
         with suppress(InputError):
-            if not claims.take(mark):
-                result(f'{store.path} is being pushed by another process')
-                return
-        manifest = published.joined(store.manifest, epochs)
+            if _wait_for(claims, store):
+                published.look()
+        manifest = published.joined(_public(store.manifest), epochs)
         problems = list(store.verify(progress(epochs, desc='verify', unit='epoch', leave=False)))
         for problem in problems:
             warn(problem)
         if problems:
             raise InputError(f'{store.path} has {len(problems)} problem(s), one on each line above; nothing was pushed')
-        changed = _push_shards(store, published, epochs)
-        if changed:
+        shards = {path.relative_to(store.path).as_posix(): path for epoch in epochs
+                  for path in (store.shard_path(epoch, shard) for shard in range(manifest.num_shards))}
+        # What cannot be made shows before days of sending.
+        files, card = _last_files(store, published, manifest, epochs, shards, data, licence), published.card
+        if _push_shards(published, shards):
             published.look()
-        commit = _push_manifest(store, published, manifest, epochs, data, licence)
+            published.size(manifest)
+            if published.card != card:
+                files = _last_files(store, published, manifest, epochs, shards, data, licence)
+        commit = push_files(
+            published.repo_id, files, f'Store of {manifest.epochs} epochs, {manifest.num_samples:,} samples', 'dataset')
         with suppress(InputError):
-            write_aside(mark, f'{published.url}\n'.encode())
+            mark_published(store, published.url, manifest.stored_epochs)
     where = f'{published.url}: {manifest.epochs} epochs, {readable_bytes(published.size(manifest))}'
     result(f'pushed to {where}, commit {commit}' if commit else f'{where}, is there already, nothing was pushed')
 
@@ -190,10 +199,26 @@ def check_complete(store: LogitStore, epochs: range | None) -> range:
     return chosen
 
 
-def _push_shards(store: LogitStore, published: PublishedStore, epochs: range) -> bool:
-    """Bring the shards of these epochs to the repo; whether there were any to bring."""
-    paths = {path.relative_to(store.path).as_posix(): path for epoch in epochs
-             for path in (store.shard_path(epoch, shard) for shard in range(store.manifest.num_shards))}
+def _wait_for(claims: Claims, store: LogitStore) -> bool:
+    """Claim the pushing of a store; whether somebody else was at it until now, or had died over it."""
+    has_waited = False
+    while not claims.take(store.path / PUBLISHED):
+        if not has_waited:
+            log(f'{store.path} is being pushed by another process; waiting for its end')
+            has_waited = True
+        time.sleep(1)
+    return has_waited
+
+
+def _public(manifest: Manifest) -> Manifest:
+    """A manifest whose teacher has no path of this machine in its name, which is no part of the identity."""
+    if 'name' not in manifest.teacher:
+        return manifest
+    return replace(manifest, teacher={**manifest.teacher, 'name': public_name(manifest.teacher['name'])})
+
+
+def _push_shards(published: PublishedStore, paths: Mapping[str, Path]) -> bool:
+    """Bring shards to the repo; whether there were any to bring."""
     changed = False
     total = sum(path.stat().st_size for path in paths.values())
     with progress(total=total, desc='push', unit='B', unit_scale=True, leave=False) as bar:
@@ -207,7 +232,7 @@ def _push_shards(store: LogitStore, published: PublishedStore, epochs: range) ->
     return changed
 
 
-def _batches(paths: dict[str, Path]) -> Iterator[list[str]]:
+def _batches(paths: Mapping[str, Path]) -> Iterator[list[str]]:
     batch, size = [], 0
     for name, path in paths.items():
         batch.append(name)
@@ -219,16 +244,17 @@ def _batches(paths: dict[str, Path]) -> Iterator[list[str]]:
         yield batch
 
 
-def _push_manifest(
+def _last_files(
         store: LogitStore,
         published: PublishedStore,
         manifest: Manifest,
         epochs: range,
+        shards: Mapping[str, Path],
         data: LabelledViews | None,
         licence: str | None,
-) -> str | None:
-    """The last commit: the manifest, and what is made for readers; None where all of it is there."""
-    size = published.size(manifest)
+) -> dict[str, bytes | Path]:
+    """What the last commit brings: the manifest, and what is made for readers."""
+    size = published.size(manifest, shards)
     files: dict[str, bytes | Path] = {MANIFEST_NAME: manifest.to_json().encode()}
     if manifest.key:
         files[FILE_NAME] = store.path / FILE_NAME
@@ -243,5 +269,4 @@ def _push_manifest(
         files[CARD] = render_card(
             store, manifest, epochs, published.repo_id, size, sample, data,
             PICTURE in files or PICTURE in published.files, published.card, licence).encode()
-    return push_files(
-        published.repo_id, files, f'Store of {manifest.epochs} epochs, {manifest.num_samples:,} samples', 'dataset')
+    return files

@@ -26,7 +26,9 @@ from .sources import class_names, load_split
 from .store import LogitStore
 from .store_pictures import choose_samples, draw_gallery, name_classes, show_samples
 from .store_report import plain_report, store_page, text_report
-from .store_statistics import MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, rows_of, store_statistics
+from .store_statistics import (
+    MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, label_mismatch, rows_of, store_statistics,
+)
 from .terminal import progress, result, speak
 
 __all__ = ['main', 'plot_metrics', 'report_store']
@@ -36,6 +38,8 @@ MAX_HUB_EPOCHS = 3
 NUM_GALLERY_ROWS = 5
 NUM_GALLERY_EPOCHS = 6
 METRICS = 'metrics.csv'
+STORE_FLAGS = (
+    'gallery', 'json', 'epochs', 'max_samples', 'dataset', 'train_split', 'input_key', 'target_key', 'key')
 
 
 def plot_metrics(metrics: Path, picture: Path) -> bool:
@@ -96,10 +100,11 @@ def report_store(args: argparse.Namespace) -> None:
         labels = teacher_labels(data, rows, notes)
     else:
         notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
-    num_samples = min(args.max_samples, store.manifest.num_samples if rows is None else len(rows))
+    max_samples = args.max_samples or MAX_SAMPLES
+    num_samples = min(max_samples, store.manifest.num_samples if rows is None else len(rows))
     with progress(total=num_samples * min(max_epochs, len(epochs)), desc='report', unit='view', leave=False) as bar:
         statistics = store_statistics(
-            store, labels, None if rows is None else np.sort(rows), epochs, args.max_samples, max_epochs, bar.update)
+            store, labels, None if rows is None else np.sort(rows), epochs, max_samples, max_epochs, bar.update)
     if statistics is None:
         notes.append('none of it is filled yet')
     result(json.dumps(plain_report(store, statistics, notes), indent=2) if args.json else
@@ -120,12 +125,10 @@ def teacher_labels(data: SparseLogitDataset, rows: np.ndarray, notes: list[str])
     if data.label_key is None:
         notes.append('teacher accuracy unknown: the data set has no labels')
         return None
-    found, num_classes = read_labels(data.dataset, data.label_key), data.store.manifest.num_classes
-    named = class_names(data.dataset, data.label_key)
-    num_labels = len(named) if named else int(found.max(initial=-1)) + 1
-    if num_labels > num_classes or (named and num_labels != num_classes):
-        notes.append(f'teacher accuracy unknown: the labels are {num_labels:,} classes, those of the teacher '
-                     f'{num_classes:,}')
+    found = read_labels(data.dataset, data.label_key)
+    mismatch = label_mismatch(found, class_names(data.dataset, data.label_key), data.store.manifest.num_classes)
+    if mismatch:
+        notes.append(f'teacher accuracy unknown: {mismatch}')
         return None
     labels = np.full(data.store.manifest.num_samples, -1)
     labels[rows] = found
@@ -181,6 +184,13 @@ def _check_output(path: str | None, flag: str) -> None:
                          f'a file')
 
 
+def _check_of_runs(args: argparse.Namespace, what: str) -> None:
+    """Refuse flags that runs have no use for, rather than leave their answer out in silence."""
+    given = [f'--{name.replace("_", "-")}' for name in STORE_FLAGS if getattr(args, name) not in (None, False)]
+    if given:
+        raise InputError(f'{what} has no use for what is for stores alone; leave {" and ".join(given)} out')
+
+
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog='report', description=__doc__.split('\n')[0])
     parser.add_argument('path', nargs='?', metavar='STORE', help='a store, hf://datasets/ORG/NAME, or folder of a run')
@@ -189,7 +199,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument('--gallery', metavar='FILE', help='write a PNG of some views of several epochs there')
     parser.add_argument('--json', action='store_true', help='print JSON')
     parser.add_argument('--epochs', type=parse_range, metavar='A:B', help='epochs of the store to choose from')
-    parser.add_argument('--max-samples', type=int, default=MAX_SAMPLES, metavar='N', help='samples to look at')
+    parser.add_argument('--max-samples', type=int, metavar='N', help=f'samples to look at, {MAX_SAMPLES:,} by default')
+    parser.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
     group = parser.add_argument_group('data')
     group.add_argument('--dataset', metavar='NAME', help='the data set of the store')
     group.add_argument('--train-split', metavar='NAME', help='its split, train by default')
@@ -203,12 +214,16 @@ def _parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program with these arguments, by default the command line's."""
     args = _parser().parse_args(argv)
-    speak(is_first=True)
+    speak(is_first=True, quiet=args.quiet)
     _check_output(args.html, '--html')
     _check_output(args.gallery, '--gallery')
-    if args.max_samples < 1:
+    if args.max_samples is not None and args.max_samples < 1:
         raise InputError(f'--max-samples is {args.max_samples}; expected 1 or more')
     if args.compare:
+        _check_of_runs(args, '--compare')
+        if args.path is not None:
+            raise InputError(f'{args.path} stands beside --compare; name all runs behind --compare, the first of them '
+                             f'the one that the others are compared with')
         from .run_comparison import compare_runs
 
         result(str(compare_runs(args.compare, args.html)))
@@ -217,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif not is_hub_url(args.path) and (Path(args.path) / METRICS).is_file():
         from .run_report import write_run_report
 
+        _check_of_runs(args, f'the run {args.path}')
         result(str(write_run_report(args.path, args.html)))
     else:
         report_store(args)

@@ -6,20 +6,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .store_statistics import Reliability
+from .calibration import Reliability
 from .trained_run import TrainedRun
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['can_plot', 'confusion_figure', 'curve_figures', 'reliability_figure']
+__all__ = ['INTERVALS', 'SIZE', 'can_plot', 'confusion_figure', 'curve_figures', 'reliability_figure']
 
+# Inches; two stand side by side on a page.
 SIZE = (6.4, 3.4)
 # Up to so many epochs each has a mark of its own.
 MAX_MARKS = 40
 LINES = ('-', '--', ':')
 WAITING, SPEED = 'waiting for data (%)', 'images per second'
 MAX_NAME = 24
+# What stands beneath a reliability diagram.
+INTERVALS = 'Bars are 95% intervals: long where few samples are so sure.'
 
 
 def can_plot() -> bool:
@@ -59,20 +62,27 @@ def curve_figures(runs: Mapping[str, TrainedRun]) -> list[tuple['Figure', str]]:
     return figures
 
 
-def reliability_figure(models: Mapping[str, Reliability]) -> 'Figure':
+def reliability_figure(models: Mapping[str, Reliability], size: tuple[float, float] = (5, 4)) -> 'Figure':
     """How often models are right where they are so sure, and how often they are; on the diagonal they could be trusted.
+
+    Args:
+        models: What was found of each, by its name.
+        size: Width and height in inches.
     """
-    figure = _figure((5, 4), left=0.13, right=0.97, bottom=0.12, top=0.97)
+    figure = _figure(size, left=0.13, right=0.97, bottom=0.13, top=0.97)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot([0, 1], [0, 1], color='gray', linestyle='--', linewidth=1)
-    edges = np.linspace(0, 1, len(next(iter(models.values())).count) + 1)
+    above.plot([0, 100], [0, 100], color='gray', linestyle='--', linewidth=1)
+    edges = np.linspace(0, 100, len(next(iter(models.values())).count) + 1)
     for number, (name, found) in enumerate(models.items()):
         filled = found.count > 0
-        above.plot(found.confidence[filled], found.accuracy[filled], marker='o', markersize=4, color=f'C{number}',
+        confidence = 100 * found.confidence[filled]
+        above.plot(confidence, 100 * found.accuracy[filled], marker='o', markersize=4, color=f'C{number}',
                    label=f'{_plain(name)}, ECE {100 * found.error:.1f}%')
+        # A bin of one sample must not look as sure as one of thousands.
+        above.vlines(confidence, *(100 * end[filled] for end in found.interval()), color=f'C{number}', alpha=0.4)
         below.stairs(100 * found.count / max(1, found.count.sum()), edges, fill=True, alpha=0.45, color=f'C{number}')
-    above.set(ylabel='right', xlim=(0, 1), ylim=(0, 1))
-    below.set(xlabel='confidence', ylabel='samples (%)')
+    above.set(ylabel='accuracy (%)', xlim=(0, 100), ylim=(0, 100))
+    below.set(xlabel='confidence (%)', ylabel='samples (%)')
     above.legend(loc='upper left')
     for axes in (above, below):
         axes.grid(alpha=0.3)

@@ -14,11 +14,11 @@ import numpy as np
 
 from .page import Bar, Page, Picture
 from .predictions import (
-    Evaluation, Predictions, calibration, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
+    Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
 )
-from .run_figures import can_plot, confusion_figure, curve_figures, reliability_figure
+from .run_figures import INTERVALS, can_plot, confusion_figure, curve_figures, reliability_figure
 from .terminal import warn
-from .trained_run import TrainedRun, without_user
+from .trained_run import WHOSE, TrainedRun, shown, without_user
 from .version import __version__
 
 __all__ = ['REPORT', 'best_effort', 'write_run_report']
@@ -78,7 +78,7 @@ def best_effort(what: str) -> Iterator[None]:
 
 
 def _subtitle(run: TrainedRun) -> str:
-    text = str(run.settings.get('model', 'a run'))
+    text = shown(run.settings.get('model', 'a run'))
     if run.settings.get('dataset'):
         text += f' on {Path(str(run.settings["dataset"])).name}'
     if run.settings.get('logits'):
@@ -93,7 +93,8 @@ def _add_result(page: Page, run: TrainedRun) -> None:
     for ending, whose in (('', ''), ('_ema', ' of the averaged weights')):
         best = run.best(f'eval_top1{ending}')
         if best:
-            facts[f'best top-1{whose}'] = f'{best[1]:.2f}% in epoch {best[0]}'
+            # Of the very split that it is a figure of, so that it flatters.
+            facts[f'best top-1{whose}'] = f'{best[1]:.2f}% in epoch {best[0]} (chosen on this split)'
             last = [f'{run.column(f"eval_top1{ending}")[-1][1]:.2f}%']
             for name, form in (('top5', 'top-5 {:.2f}%'), ('loss', 'loss {:.4f}')):
                 values = run.column(f'eval_{name}{ending}')
@@ -146,16 +147,15 @@ def _add_evaluation(page: Page, run: TrainedRun) -> None:
                        'earlier version. The next evaluation leaves them.')
         return
     said = found.predictions
-    whose = ' by the averaged weights' if run.ending else ''
-    reliability = calibration(said)
+    reliability = said.reliability()
     page.paragraph(
-        f'{len(said):,} samples of {found.num_classes:,} classes, after epoch {found.epoch + 1}{whose}: top-1 '
+        f'{len(said):,} samples of {found.num_classes:,} classes, after epoch {found.epoch + 1}{run.whose}: top-1 '
         f'{100 * said.top(1):.2f}%, mean confidence {100 * said.confidence.mean():.1f}%, expected calibration error '
         f'{100 * reliability.error:.1f}%, mean negative log-probability of the label '
         f'{-said.label_log_probs.mean():.4f}.')
     if can_plot():
-        page.figure(reliability_figure({'student': reliability}), 'reliability diagram of the student',
-                    'On the diagonal, a confidence of 80% is right 80% of the time.')
+        page.figure(reliability_figure({f'student{run.whose}': reliability}), 'reliability diagram of the student',
+                    f'On the diagonal, a confidence of 80% is right 80% of the time. {INTERVALS}')
     _add_confusion(page, found)
     right, wrong = samples_to_show(said)
     page.heading('Samples', level=3)
@@ -215,7 +215,7 @@ def _pictures(found: Evaluation, samples: np.ndarray) -> list[Picture]:
         if len(bars) < found.num_classes:
             bars.append(Bar('all others', max(0., rest), 'rest'))
         if sample in places:
-            pictures.append(Picture(found.views[places[sample]], f'{found.name(label)} (sample {sample})', bars))
+            pictures.append(Picture(found.views[places[sample]], f'{found.name(label)} #{sample}', bars))
     return pictures
 
 
@@ -230,25 +230,28 @@ def _add_teacher(page: Page, run: TrainedRun) -> None:
                        'ended yet.')
         return
     student, teacher = found.student, found.teacher
+    whose = WHOSE[found.ending]
+    stored = f', stored epoch {" and ".join(map(str, found.stored_epochs))}' if found.stored_epochs else ''
     page.paragraph(
-        f'Both on the same {len(student):,} views of the training data, of epoch {found.epoch + 1}: they agree on the '
-        f'most probable class of {100 * (student.best == teacher.best).mean():.1f}%, and the KL divergence from what '
+        f'Both on the same {len(student):,} views of the training data, of epoch {found.epoch + 1}{stored}: the '
+        f'student{whose} and the teacher agree on the most probable class of '
+        f'{100 * (student.best == teacher.best).mean():.1f}%, and the KL divergence from what '
         f'the store says of the teacher is {found.divergence.mean():.4f} nats in the mean, '
         f'{np.median(found.divergence):.4f} in the median.')
     student, teacher = student.labelled(), teacher.labelled()
     if not len(student):
         page.paragraph('The views have no label each of the classes of the teacher, so that nobody is right or wrong.')
         return
-    models = {'student': calibration(student), 'teacher': calibration(teacher)}
-    page.table(['on views with a label', 'student', 'teacher'], [
+    models = {f'student{whose}': student.reliability(), 'teacher': teacher.reliability()}
+    page.table(['on views with a label', *models], [
         [text, *(f'{100 * value:.1f}%' for value in values)] for text, values in (
             ('top-1', (student.top(1), teacher.top(1))),
             ('mean confidence', (student.confidence.mean(), teacher.confidence.mean())),
-            ('expected calibration error', (models['student'].error, models['teacher'].error)),
+            ('expected calibration error', [found.error for found in models.values()]),
             ('right where the other is wrong', (_only(student, teacher), _only(teacher, student))),
         )])
     if can_plot():
-        page.figure(reliability_figure(models), 'reliability diagram of student and teacher on stored views')
+        page.figure(reliability_figure(models), 'reliability diagram of student and teacher on stored views', INTERVALS)
 
 
 def _only(one: Predictions, other: Predictions) -> float:

@@ -6,6 +6,7 @@ folder. Stopped at any moment, the same command fills just what is still missing
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 from collections.abc import Callable, Container, Sequence
@@ -30,13 +31,14 @@ from .hub_store import open_store_at
 from .keys import KeyIndex
 from .launch import create_accelerator, stop_with_launcher
 from .replay import Replay, ViewRecipe, check_probe, library_versions
+from .provenance import hub_repo_of
 from .reuse import copy_epochs, copy_keys, copy_range, merge_stores
 from .publish_store import PublishedStore, check_complete, publish_store
 from .sources import Source, class_names, labels_of, load_split, select_columns
 from .sparsifier import create_sparsifier
 from .store import LogitStore, Manifest
 from .store_report import figures_of, shards_on_disk, store_facts
-from .store_statistics import rows_of, store_statistics
+from .store_statistics import label_mismatch, rows_of, store_statistics
 from .store_card import LabelledViews, data_name
 from .streaming import StreamedRows
 from .teacher import Teacher, create_pretrained
@@ -53,8 +55,13 @@ NUM_CHECKED = 512
 def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
     """The teacher that the flags name."""
     model = create_pretrained(args.teacher, args.teacher_checkpoint, args.teacher_num_classes)
-    # A folder's own name, so that a store says nothing of the machine that made it.
-    name = Path(args.teacher).name if Path(args.teacher).exists() else args.teacher
+    path, name = Path(args.teacher.removeprefix('local-dir:')).expanduser(), args.teacher
+    if path.exists():
+        # A folder's own name, so that a store says nothing of the machine that made it.
+        name = path.resolve().name
+    if args.teacher_checkpoint and hub_repo_of(name):
+        # The name with a tag, or of a repo, is that of other weights.
+        name = model.pretrained_cfg['architecture']
     return Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile)
 
 
@@ -297,11 +304,17 @@ def verify_store(store: LogitStore, epochs: Sequence[int] | None = None) -> None
     result(f'{store.path}: {len(epochs) * store.manifest.num_shards} shards, every byte as it was written')
 
 
-def describe_store(store: LogitStore, labels: np.ndarray | None = None) -> str:
-    """The manifest, what is on disk, and with labels the teacher's accuracy, as text."""
+def describe_store(
+        store: LogitStore,
+        labels: np.ndarray | None = None,
+        label_names: Sequence[str] | None = None,
+) -> str:
+    """The manifest, what is on disk, and with labels that are the teacher's classes its accuracy, as text."""
     facts = store_facts(store)
     if labels is None or labels.max() < 0:
         facts['teacher accuracy'] = 'unknown; give --dataset to compare with the labels'
+    elif mismatch := label_mismatch(labels, label_names, store.manifest.num_classes):
+        facts['teacher accuracy'] = f'unknown; {mismatch}'
     else:
         statistics = store_statistics(store, labels, np.flatnonzero(labels >= 0))
         facts |= {} if statistics is None else figures_of(statistics, store)
@@ -457,7 +470,7 @@ def _estimate(args: argparse.Namespace) -> str:
         args.num_samples = len(load_split(args.dataset, args.train_split, is_training=True))
     for name in ('num_samples', 'teacher_num_classes', 'processes', 'views_per_second'):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise InputError(f'--{name.replace("_", "-")} is {value}; expected more than 0')
     settings = {key: default if getattr(args, key) is None else getattr(args, key)
                 for key, default in STORE_DEFAULTS.items()}
@@ -488,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         store = _open_at(args, args.logits)
         data = _labelled_views(args, store)
-        result(describe_store(store, None if data is None else data.labels))
+        result(describe_store(store) if data is None else describe_store(store, data.labels, data.class_names))
         return
     if args.push_to_hub and not args.teacher:
         if accelerator.is_main_process:

@@ -26,12 +26,12 @@ from .dataset import SparseLogitDataset, read_records
 from .estimate import readable_bytes
 from .imagenet22k import NUM_CLASSES_22K
 from .manifest import Manifest
-from .model_card import CITATION
+from .model_card import CITATION, kept_metadata
 from .provenance import hub_repo_of
 from .replay import ViewRecipe
 from .sparse import SparseTargets
 from .store import LogitStore
-from .store_statistics import store_statistics
+from .store_statistics import label_mismatch, store_statistics
 
 __all__ = [
     'CARD', 'PICTURE', 'SAMPLE', 'LabelledViews', 'data_name', 'draw_views', 'has_text', 'most_probable',
@@ -52,8 +52,6 @@ MAX_PICTURE_BYTES = 300_000
 TILE_SIZES = (176, 144, 112, 80, 56)
 # Names of the classes of the two ImageNets, by the last words of a timm tag and the number of classes.
 IMAGENETS = {('in1k', 1000): 'imagenet-1k', ('in22k', NUM_CLASSES_22K): 'imagenet-22k'}
-# What a card keeps of the one that is there, if somebody has written it there.
-KEPT_METADATA = ('license', 'license_name', 'license_link', 'language', 'annotations_creators', 'gated')
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,29 @@ class LabelledViews:
     class_names: list[str] | None
 
 
+@dataclass(frozen=True)
+class _Names:
+    """What the numbers of a store and of its data set are called, None where nobody knows."""
+    classes: Sequence[str] | None
+    labels: Sequence[str] | None
+    # Whether a label is the number of a class of the teacher.
+    labels_are_classes: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest, data: LabelledViews | None) -> '_Names':
+        classes = teacher_classes(manifest)
+        if data is None:
+            return cls(classes, None, False)
+        fits = label_mismatch(data.labels, data.class_names, manifest.num_classes) is None
+        if fits and data.class_names:
+            classes = data.class_names
+        return cls(classes, data.class_names or (classes if fits else None), fits)
+
+
 def teacher_classes(manifest: Manifest) -> list[str] | None:
-    """Names of the classes of a teacher whose name tells which ImageNet it knows."""
-    tag = str(manifest.teacher.get('name', '')).rpartition('.')[2]
-    subset = IMAGENETS.get((tag.rpartition('_')[2], manifest.num_classes))
+    """Names of the classes of a teacher whose name, or number of classes, tells which ImageNet it knows."""
+    name, dot, tag = str(manifest.teacher.get('name', '')).rpartition('.')
+    subset = IMAGENETS.get((tag.rpartition('_')[2] if dot else 'in22k', manifest.num_classes))
     if subset is None:
         return None
     info = ImageNetInfo(subset)
@@ -94,7 +111,7 @@ def sample_table(store: LogitStore, epochs: Sequence[int], data: LabelledViews |
         epochs: Complete epochs of it.
         data: Its data set, for labels and names.
     """
-    names = (data and data.class_names) or teacher_classes(store.manifest)
+    names = _Names.of(store.manifest, data)
     chosen = [epochs[place] for place in _evenly(len(epochs), SAMPLE_EPOCHS)]
     rows = _evenly(store.manifest.num_samples, SAMPLE_ROWS // len(chosen))
     columns: dict[str, list] = {name: [] for name in ('epoch', 'index', 'label', 'classes', 'probabilities', 'rest')}
@@ -113,12 +130,12 @@ def sample_table(store: LogitStore, epochs: Sequence[int], data: LabelledViews |
     arrays = {name: pa.array(columns[name], kind) for name, kind in types.items()}
     if data is None:
         del arrays['label']
-    if names is not None:
-        name_of = [None if label is None else names[label] for label in columns['label']]
-        others = {'label_name': pa.array(name_of, pa.string())} if data is not None else {}
-        others['names'] = pa.array([[names[index] for index in row] for row in columns['classes']],
-                                   pa.list_(pa.string()))
-        arrays |= others
+    if names.labels:
+        arrays['label_name'] = pa.array(
+            [None if label is None else names.labels[label] for label in columns['label']], pa.string())
+    if names.classes:
+        arrays['names'] = pa.array(
+            [[names.classes[index] for index in row] for row in columns['classes']], pa.list_(pa.string()))
     order = ('epoch', 'index', 'label', 'label_name', 'classes', 'names', 'probabilities', 'rest')
     return pa.table({name: arrays[name] for name in order if name in arrays})
 
@@ -154,16 +171,18 @@ def draw_views(store: LogitStore, epochs: Sequence[int], data: LabelledViews) ->
     # Sorted by epoch, as a store reads best.
     samples = dataset.__getitems__([(epoch, position) for epoch in shown for position in positions])
     targets = store.codec.decode(torch.stack([sample['record'] for sample in samples]))
-    names = data.class_names or teacher_classes(store.manifest)
+    names = _Names.of(store.manifest, data)
 
-    def name_of(index: int) -> str:
-        return names[index] if names else f'class {index}'
+    def name_of(index: int, known: Sequence[str] | None) -> str:
+        return known[index] if known else f'class {index}'
 
     captions = []
     for sample, (classes, probs) in zip(samples, most_probable(targets, PICTURE_CLASSES)):
         labels = [index for index in (sample['label'], sample.get('label2', -1)) if index >= 0]
-        label = ' + '.join(map(name_of, dict.fromkeys(labels)))
-        captions.append((label, [(name_of(index), prob, index in labels) for index, prob in zip(classes, probs)]))
+        label = ' + '.join(name_of(index, names.labels) for index in dict.fromkeys(labels))
+        captions.append((label, [
+            (name_of(index, names.classes), prob, names.labels_are_classes and index in labels)
+            for index, prob in zip(classes, probs)]))
     views = [Image.fromarray(sample['view'].permute(1, 2, 0).numpy()) for sample in samples]
     for tile in TILE_SIZES:
         content = _draw_tiles(views, captions, min(PICTURE_COLUMNS, len(positions)), tile)
@@ -259,17 +278,14 @@ def render_card(
         'Views': f'{views:,}, {"x".join(map(str, manifest.recipe.get("input_size", [])[-2:]))} pixels, '
                  f'seed {manifest.seed}',
         'Targets': f'`{manifest.sparsifier}`, {kept}' + (
-            f' that cover {manifest.top_p:g} of the mass' if manifest.sparsifier == 'nucleus' else ''),
+            f', fewer where they cover {manifest.top_p:g} of the mass' if manifest.sparsifier == 'nucleus' else ''),
         'Codec': f'`{manifest.codec}`, {manifest.record_width} bytes per view'
                  + (' at most' if store.codec.is_variable else ''),
         'Size': f'{readable_bytes(size)} in {manifest.num_shards * manifest.epochs:,} shards, '
                 f'{readable_bytes(size / manifest.epochs)} an epoch',
         'Identity': f'`{manifest.identity}`',
     }
-    metadata = {key: value for key, value in _metadata(before).items() if key in KEPT_METADATA}
-    if licence:
-        metadata = {key: value for key, value in metadata.items() if not key.startswith('license')}
-        metadata['license'] = licence
+    metadata = kept_metadata(before, licence)
     card_data = DatasetCardData(**{
         'pretty_name': f'Logits of {teacher["name"]}',
         'task_categories': ['image-classification'],
@@ -281,15 +297,17 @@ def render_card(
         **metadata})
     words, statistics = _statistics(store, epochs, data)
     is_mixed = ViewRecipe.from_dict(manifest.recipe).is_mixed
-    flags = f'--dataset {data.name if data is not None and data.on_hub else "DATA"}'
+    source = data.name if data is not None and data.on_hub else 'DATA'
+    flags = f'--dataset {source}'
     if data is not None and data.split != 'train':
         flags += f' --train-split {shlex.quote(data.split)}'
     title = f'Logits of {teacher["name"]}' + (f' on {data.name}' if data is not None else '')
     card = DatasetCard.from_template(
         card_data, template_str=TEMPLATE.read_text(encoding='utf-8'), title=title, views=f'{views:,}', kept=kept,
         bytes_per_view=f'{size / views:.3g}', facts=facts, repo=repo_id, name=repo_id.partition('/')[2],
-        data_flags=flags, is_mixed=is_mixed, is_draws=manifest.sparsifier == 'sample',
-        data_words=_data_words(manifest, data), kept_size=readable_bytes(2 * size / manifest.epochs),
+        data_flags=flags, data_name=source, epochs=manifest.epochs, is_mixed=is_mixed,
+        is_draws=manifest.sparsifier == 'sample', data_words=_data_words(manifest, data),
+        kept_size=readable_bytes(2 * size / manifest.epochs),
         size=readable_bytes(size), first_epoch=manifest.first_epoch, statistics=statistics, statistics_words=words,
         picture=PICTURE if has_picture else '',
         picture_words='Some views, each with its label and the most probable classes; the label\'s is green.'
@@ -308,24 +326,15 @@ def has_text(card: str) -> bool:
     return bool(re.sub(r'^---\r?\n.*?\r?\n---', '', card, count=1, flags=re.DOTALL).strip())
 
 
-def _metadata(card: str) -> dict[str, Any]:
-    """The metadata of a card of any kind, empty where it has none."""
-    found = re.match(r'---\r?\n(.*?)\r?\n---', card, re.DOTALL)
-    try:
-        metadata = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
-        metadata = {}
-    return metadata if isinstance(metadata, dict) else {}
-
-
 def _statistics(
         store: LogitStore,
         epochs: Sequence[int],
         data: LabelledViews | None,
 ) -> tuple[str, dict[str, str]]:
     """What the teacher is like: how it was found out, and the figures by what they are called."""
-    found = store_statistics(store, None if data is None else data.labels, epochs=epochs,
-                             max_samples=STATISTICS_SAMPLES).summary()
+    mismatch = data and label_mismatch(data.labels, data.class_names, store.manifest.num_classes)
+    labels = data.labels if data is not None and not mismatch else None
+    found = store_statistics(store, labels, epochs=epochs, max_samples=STATISTICS_SAMPLES).summary()
     figures = {
         'Top-1 accuracy': _percent(found['accuracy']),
         'Accuracy of the class that most of its views have': _percent(found['majority_accuracy']),
@@ -338,7 +347,10 @@ def _statistics(
     num_epochs = len(found['epochs'])
     words = f'Means over {found["views"]:,} views, those of {found["samples"]:,} samples in {num_epochs} epoch'
     words += 's' if num_epochs > 1 else ''
-    words += '; a mixed view has two labels, and either is right.' if is_mixed and data is not None else '.'
+    if mismatch:
+        words += f'; no accuracy, as {mismatch}.'
+    else:
+        words += '; a mixed view has two labels, and either is right.' if is_mixed and data is not None else '.'
     return words, {name: value for name, value in figures.items() if value}
 
 

@@ -87,14 +87,15 @@ def choose_samples(statistics: StoreStatistics) -> dict[str, np.ndarray]:
 
     Returns:
         `varied`: of different classes; `easiest`, of different classes too, and `hardest`: by the mean probability of
-        the label, or without labels by the mean entropy of the targets; `disputed`: by the disagreement between
-        epochs, empty where there is one.
+        the label, or of both labels where views are mixed, or without labels by the mean entropy of the targets;
+        `disputed`: by the disagreement between epochs, empty where there is one epoch, and where views are mixed: it is
+        the partner that changes there.
     """
     hardness = -statistics.by_sample('label_prob') if statistics.has_labels else statistics.by_sample('entropy')
     order = np.argsort(hardness, kind='stable')
     order = order[np.isfinite(hardness[order])]
     disputed = np.argsort(-statistics.disagreement, kind='stable')
-    disputed = disputed[np.isfinite(statistics.disagreement[disputed])]
+    disputed = disputed[np.isfinite(statistics.disagreement[disputed]) & (not statistics.is_mixed)]
     classes = statistics.labels if statistics.has_labels else statistics.majority()[0]
     mixed = np.random.Generator(np.random.PCG64(0)).permutation(len(classes))
     return {
@@ -234,7 +235,8 @@ def _note(kind: str, statistics: StoreStatistics, place: int) -> str:
     if kind not in ('easiest', 'hardest'):
         return ''
     if statistics.has_labels:
-        return f'{100 * statistics.by_sample("label_prob")[place]:.1f}% for the label'
+        whose = 'both labels' if statistics.is_mixed else 'the label'
+        return f'{100 * statistics.by_sample("label_prob")[place]:.1f}% for {whose}'
     return f'entropy {statistics.by_sample("entropy")[place]:.3f} nats'
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .run_figures import reliability_figure
+from .run_figures import INTERVALS, SIZE, reliability_figure
 from .store_statistics import StoreStatistics
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def plot_curves(statistics: StoreStatistics) -> Iterator[Plot]:
     figure, axes = _axes('epoch', 'accuracy, mean probability (%)')
     if statistics.has_labels:
         axes.plot(epochs, 100 * statistics.by_epoch('right'), 'o-', markersize=3, label='top-1')
-        axes.plot(epochs, 100 * statistics.by_epoch('label_prob'), 's-', markersize=3, label='of the label')
+        label = 'of both labels' if statistics.is_mixed else 'of the label'
+        axes.plot(epochs, 100 * statistics.by_epoch('label_prob'), 's-', markersize=3, label=label)
     axes.plot(epochs, 100 * statistics.by_epoch('confidence'), '^-', markersize=3, label='of the top class')
     yield _finished(figure, axes), 'accuracy and probabilities by epoch', ''
     figure, axes = _axes('epoch', 'entropy (nats)')
@@ -54,14 +55,15 @@ def plot_histograms(statistics: StoreStatistics) -> Iterator[Plot]:
             continue
         figure, axes = _axes(label, f'share of {what} (%)')
         axes.hist(values, bins, weights=np.full(len(values), 100 / len(values)))
-        yield figure, f'histogram of the {label}', f'{len(values):,} {what}'
+        partners = ', with other partners in each epoch' if what == 'samples' and statistics.is_mixed else ''
+        yield figure, f'histogram of the {label}', f'{len(values):,} {what}{partners}'
 
 
 def plot_reliability(statistics: StoreStatistics) -> Iterator[Plot]:
     """How often the teacher is right, by how sure it is; nothing where that cannot be said."""
     found = statistics.reliability()
     if found is not None:
-        yield reliability_figure({'teacher': found}), 'reliability diagram of the teacher', ''
+        yield reliability_figure({'teacher': found}, SIZE), 'reliability diagram of the teacher', INTERVALS
 
 
 def plot_agreement(statistics: StoreStatistics) -> Iterator[Plot]:
@@ -80,13 +82,14 @@ def plot_agreement(statistics: StoreStatistics) -> Iterator[Plot]:
                   color='#fefefe' if dark else '#111111')
     axes.set_xticks(range(len(epochs)), epochs)
     axes.set_yticks(range(len(epochs)), epochs)
-    yield figure, 'agreement between epochs', 'Samples with the same top class in two epochs, in percent.'
+    partners = ' Each epoch mixes a sample with another partner.' if statistics.is_mixed else ''
+    yield figure, 'agreement between epochs', f'Samples with the same top class in two epochs, in percent.{partners}'
 
 
 def _axes(xlabel: str, ylabel: str) -> tuple['Figure', 'Axes']:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6, 3.1), layout='constrained')
+    figure = Figure(figsize=SIZE, layout='constrained')
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)

@@ -78,10 +78,10 @@ def store_facts(store: LogitStore) -> dict[str, str]:
         'samples': f'{manifest.num_samples:,} of {manifest.num_classes:,} classes, {manifest.epochs} epochs, '
                    f'seed {manifest.seed}',
         'targets': f'{manifest.sparsifier}, k = {manifest.k}{kept}, remainder {manifest.remainder}',
-        'codec': f'{manifest.codec}, {manifest.record_width} bytes per view{most}',
+        'codec': f'{manifest.codec}, records of {manifest.record_width} bytes per view{most}',
         'shards': shards_on_disk(store),
-        'size': f'{readable_bytes(size["bytes"])} on {where}, {size["bytes_per_view"]:,.1f} bytes per view with '
-                f'headers, {readable_bytes(size["bytes_when_complete"])} when complete',
+        'size': f'{readable_bytes(size["bytes"])} on {where}, {readable_bytes(size["bytes_when_complete"])} when '
+                f'complete; files take {size["bytes_per_view"]:,.1f} bytes per view, with their headers',
     }
     if manifest.key:
         facts['keys'] = f'samples are named by the column {manifest.key}'
@@ -96,6 +96,9 @@ def store_facts(store: LogitStore) -> dict[str, str]:
 def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]:
     """The statistics of a store in words."""
     found, manifest = statistics.summary(), store.manifest
+    # A store of draws knows no other top class.
+    is_draws = manifest.sparsifier == 'sample'
+    most_drawn = ', of the most frequent draw' if is_draws else ''
     looked = (f'{len(statistics.epochs)} of {manifest.epochs} epochs, {len(statistics.rows):,} of '
               f'{manifest.num_samples:,} samples, {found["views"]:,} views')
     figures = {'looked at': looked}
@@ -104,26 +107,26 @@ def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]
         views = 'mixed views, by either label,' if statistics.is_mixed else 'views'
         scored = accuracy[np.isfinite(accuracy)]
         figures['teacher accuracy'] = (
-            f'{100 * found["accuracy"]:.2f}% top-1 on the {views} of {len(scored)} epoch(s), {scored.min():.2f} to '
-            f'{scored.max():.2f}')
+            f'{100 * found["accuracy"]:.2f}% top-1 on the {views} of {_count(len(scored), "epoch")}, '
+            f'{scored.min():.2f} to {scored.max():.2f}{most_drawn}')
         if found['majority_accuracy'] is not None and len(scored) > 1:
             figures['by majority'] = f'{100 * found["majority_accuracy"]:.2f}% top-1 where the epochs vote'
-    figures['confidence'] = f'{100 * found["confidence"]:.2f}% for the top class in the mean'
+    figures['confidence'] = f'{100 * found["confidence"]:.2f}% for the top class in the mean{most_drawn}'
     if found['calibration_error'] is not None:
         figures['calibration'] = (
-            f'expected calibration error {100 * found["calibration_error"]:.2f}% ({NUM_BINS} bins)')
+            f'expected calibration error {100 * found["calibration_error"]:.2f}% ({NUM_BINS} bins){most_drawn}')
     if found['label_probability'] is not None:
         both = 'both labels' if statistics.is_mixed else 'the label'
         figures['label'] = f'{100 * found["label_probability"]:.2f}% for {both} in the mean'
-    draws = ', of single draws: the teacher is less sure' if manifest.sparsifier == 'sample' else ''
+    draws = ', of single draws: the teacher is less sure' if is_draws else ''
     figures['entropy'] = f'{found["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}{draws}'
-    figures['mass covered'] = ', '.join(
-        f'{100 * share:.2f}% by {size}' for size, share in found['mass'].items())
+    covered = ', '.join(f'{100 * share:.2f}% by {size}' for size, share in found['mass'].items())
+    figures['mass covered'] = f'{covered}, of the draws' if is_draws else covered
     listed = statistics.num_listed[np.isfinite(statistics.num_listed)]
     if listed.min() < listed.max():
         figures['classes kept'] = f'{listed.mean():.2f} in the mean, {listed.min():.0f} to {listed.max():.0f}'
     if found['agreement'] is not None:
-        partners = ' (with other partners in each)' if statistics.is_mixed else ''
+        partners = ', whose partners differ' if statistics.is_mixed else ''
         pairs, majority, all_epochs = (100 * found[name] for name in ('agreement', 'majority', 'unanimous'))
         figures['agreement'] = (
             f'the same top class in {pairs:.2f}% of all pairs of epochs{partners}; {majority:.2f}% of the views of a '
@@ -131,7 +134,8 @@ def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]
     if found['disagreement'] is not None:
         figures['disagreement'] = (
             f'{found["disagreement"]:.3f} nats of KL divergence from the mean target of a sample to that of an epoch, '
-            f'{found["compared_samples"]:,} samples compared')
+            f'{found["compared_samples"]:,} samples compared'
+            + (', with other partners in each epoch' if statistics.is_mixed else ''))
     return figures
 
 
@@ -142,7 +146,7 @@ def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
     columns = {'epoch': statistics.epochs, 'views': [f'{views:,}' for views in statistics.num_views]}
     if statistics.has_labels:
         columns['top-1'] = _percents(statistics.by_epoch('right'))
-        columns['label'] = _percents(statistics.by_epoch('label_prob'))
+        columns['both labels' if statistics.is_mixed else 'label'] = _percents(statistics.by_epoch('label_prob'))
     columns['entropy'] = [f'{value:.3f}' for value in statistics.by_epoch('entropy')]
     for place in shown:
         columns[f'top {sizes[place]} mass'] = _percents(statistics.mass[:, place])
@@ -205,6 +209,9 @@ def store_page(
     page.facts(facts)
     page.heading('The teacher')
     page.facts(figures_of(statistics, store))
+    if store.manifest.sparsifier == 'sample':
+        page.paragraph('The store holds draws: the top class is the one that was drawn most often, and its probability '
+                       'the share of the draws.')
     _add_plots(page, plot_histograms, plot_reliability, statistics=statistics)
     page.heading('Epoch by epoch')
     page.table(*table_of(statistics))
@@ -212,9 +219,10 @@ def store_page(
         _add_plots(page, plot_curves, plot_agreement, statistics=statistics)
     if not can_plot():
         page.paragraph(_sentence(PLOTS_MISSING))
-    measure, hint = (
-        ('mean probability of the label', ' Wrong labels are found here.') if statistics.has_labels else
-        ('mean entropy of the targets', ''))
+    measure, hint = ('mean entropy of the targets', '')
+    if statistics.has_labels:
+        measure, hint = ('mean probability of both labels', '') if statistics.is_mixed else (
+            'mean probability of the label', ' Wrong labels are found here.')
     for kind, (heading, text) in KINDS.items():
         if shown.get(kind):
             page.heading(heading)
@@ -236,6 +244,10 @@ def _add_plots(page: Page, *plots: Callable[[StoreStatistics], Iterable[Plot]], 
     for plot in plots if can_plot() else ():
         for figure, alt, caption in plot(statistics):
             page.figure(figure, alt, caption)
+
+
+def _count(number: int, what: str) -> str:
+    return f'{number:,} {what}' if number == 1 else f'{number:,} {what}s'
 
 
 def _percents(shares: np.ndarray) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import NUM_BINS, Reliability, calibration  # noqa: F401
+from .calibration import Reliability, calibration
 from .dataset import SparseLogitDataset, read_records
 from .fingerprint import iterate_keys
 from .mixing import Pairing
@@ -22,7 +22,8 @@ from .sparse import SparseTargets
 from .store import LogitStore
 
 __all__ = [
-    'StoreStatistics', 'disagreement', 'filled_shards', 'label_probability', 'rows_of', 'store_statistics',
+    'StoreStatistics', 'disagreement', 'filled_shards', 'label_mismatch', 'label_probability', 'rows_of',
+    'store_statistics',
 ]
 
 MAX_SAMPLES = 100_000
@@ -176,6 +177,20 @@ def rows_of(data: SparseLogitDataset) -> np.ndarray:
     if data.keys is None:
         return np.arange(len(data))
     return data.keys.find(np.concatenate([hashes for hashes, _ in iterate_keys(data.dataset, data.key)]))
+
+
+def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes: int) -> str | None:
+    """Why labels are not the classes of a teacher, in words; None where they can be.
+
+    Args:
+        labels: The labels, int64 [N]; -1 where there is none.
+        names: Names of their classes, where they are known.
+        num_classes: Classes of the teacher.
+    """
+    num_labels = len(names) if names else int(labels.max(initial=-1)) + 1
+    if num_labels > num_classes or (names and num_labels != num_classes):
+        return f'the labels are {num_labels:,} classes, those of the teacher {num_classes:,}'
+    return None
 
 
 def store_statistics(

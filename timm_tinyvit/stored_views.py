@@ -5,7 +5,7 @@ at the end of a training.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from collections.abc import Callable, Iterable
 
@@ -36,11 +36,15 @@ class StoredViews:
         teacher: What the store says that the teacher did; the average of several teachers.
         divergence: KL divergence of the student from the teacher at temperature 1, in nats, float32 [N].
         epoch: Epoch of the training, from 0, whose views they are.
+        stored_epochs: The epochs of the store that it takes; empty in files of earlier versions.
+        ending: Whose weights the student has, by the ending of their name: its own, or `_ema` of the average.
     """
     student: Predictions
     teacher: Predictions
     divergence: np.ndarray
     epoch: int
+    stored_epochs: list[int] = field(default_factory=list)
+    ending: str = ''
 
     def write(self, path: Path) -> None:
         """Write them to a file.
@@ -49,7 +53,8 @@ class StoredViews:
             InputError: The disk is full, or may not be written.
         """
         write_arrays(
-            path, {'epoch': self.epoch}, divergence=self.divergence,
+            path, {'epoch': self.epoch, 'stored_epochs': self.stored_epochs, 'ending': self.ending},
+            divergence=self.divergence,
             **{f'{who}_{name}': values for who in ('student', 'teacher')
                for name, values in vars(getattr(self, who)).items()})
 
@@ -65,7 +70,7 @@ class StoredViews:
             path, 'divergence', *(f'{who}_{name}' for who in ('student', 'teacher') for name in fields))
         student, teacher = (
             Predictions(**{name: arrays[f'{who}_{name}'] for name in fields}) for who in ('student', 'teacher'))
-        return cls(student, teacher, arrays['divergence'], about['epoch'])
+        return cls(student, teacher, arrays['divergence'], **about)
 
 
 @torch.inference_mode()
@@ -78,6 +83,8 @@ def look_at_stored_views(
         epoch: int,
         label_classes: int | None = None,
         stopped: Callable[[], bool] = bool,
+        ending: str = '',
+        views_per_image: int = 1,
 ) -> StoredViews | None:
     """Let a student look at up to 1,000 views of the store, or as many as it can in a minute; in one process.
 
@@ -90,6 +97,8 @@ def look_at_stored_views(
         epoch: Epoch of the training, from 0, whose batches they are.
         label_classes: Classes of the labels, where that is known: a teacher of other classes is not scored by them.
         stopped: Whether to break off.
+        ending: Whose weights the student has, see `StoredViews`.
+        views_per_image: Views of an image in a batch, each of an epoch of its own.
 
     Returns:
         None where it was broken off.
@@ -123,4 +132,6 @@ def look_at_stored_views(
         if seen >= NUM_VIEWS or time.monotonic() - start > SECONDS:
             break
     bar.close()
-    return StoredViews(student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch)
+    first_epoch, stored = epoch - epoch % views_per_image, store.manifest.stored_epochs
+    stored_epochs = [stored[number % len(stored)] for number in range(first_epoch, first_epoch + views_per_image)]
+    return StoredViews(student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch, stored_epochs, ending)

@@ -21,12 +21,18 @@ from .errors import InputError
 from .predictions import Evaluation
 from .stored_views import StoredViews
 
-__all__ = ['METRICS', 'PREDICTIONS', 'STORED_VIEWS', 'TrainedRun', 'without_user']
+__all__ = ['METRICS', 'PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'shown', 'without_user']
 
 METRICS = 'metrics.csv'
 PREDICTIONS = 'predictions{ending}.npz'
 STORED_VIEWS = 'stored_views.npz'
 TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{8,}')
+# A folder or a file, and not a name on the Hub or a relative path; a scheme such as `local-dir:` may stand before it.
+PLACE = re.compile(r'([\w-]+:(?!//))?(?:/|~|\.\.?/).*?([^/]+)/*')
+# What a training loss is measured by, beside the data.
+MIXING = ('mixup', 'cutmix', 'cutmix_minmax')
+# Weights as words that stand behind a name, by the ending of theirs.
+WHOSE = {'': '', '_ema': ' (averaged weights)'}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class TrainedRun:
             try:
                 return reader(folder / name)
             except InputError as error:
-                problems.append(str(error))
+                problems.append(str(error).replace(f'{folder}/', ''))
 
         evaluations = {ending: read(PREDICTIONS.format(ending=ending), Evaluation.read) for ending in ('', '_ema')}
         return cls(
@@ -101,16 +107,30 @@ class TrainedRun:
         return max(last, key=last.get, default='')
 
     @property
+    def whose(self) -> str:
+        """Which weights those are, as words that stand behind its name; none for the student's own."""
+        return WHOSE[self.ending]
+
+    @property
     def evaluation(self) -> Evaluation | None:
         """Its predictions."""
         return self.evaluations.get(self.ending)
 
+    def loss_settings(self) -> dict[str, Any]:
+        """The settings that say what its training loss is: losses of others are not the same quantity."""
+        names = ['smoothing', 'logits', *MIXING]
+        if self.settings.get('logits'):
+            names += ['alpha', 'temperature']
+        if any(self.settings.get(name) for name in MIXING):
+            names += ['mixup_mode', 'mixup_prob', 'mixup_switch_prob']
+        return {name: self.settings.get(name) or None for name in names}
+
     def shown_settings(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Settings as they may be shown: those that are not the defaults, and the others."""
-        shown = {name: _shown(value) for name, value in self.settings.items()}
-        changed = {'dataset', 'model', *self.environment.get('changed_settings', shown)}
-        return ({name: value for name, value in shown.items() if name in changed},
-                {name: value for name, value in shown.items() if name not in changed})
+        """Settings as they may be shown, folders by their names: those that are not the defaults, and the others."""
+        texts = {name: shown(value) for name, value in self.settings.items()}
+        changed = {'dataset', 'model', *self.environment.get('changed_settings', texts)}
+        return ({name: text for name, text in texts.items() if name in changed},
+                {name: text for name, text in texts.items() if name not in changed})
 
     def evaluation_command(self) -> str:
         """The command that evaluates its best weights again."""
@@ -141,12 +161,15 @@ def without_user(text: str) -> str:
     return '/'.join('$USER' if part == user else part for part in text.split('/'))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting as text; of a path the name, as a path names people and machines."""
     if isinstance(value, (list, tuple)):
-        return ' '.join(map(_shown, value))
+        return ' '.join(map(shown, value))
     if isinstance(value, dict):
-        return ' '.join(f'{key}={_shown(item)}' for key, item in value.items())
-    return '' if value is None else without_user(str(value))
+        return ' '.join(f'{key}={shown(item)}' for key, item in value.items())
+    text = '' if value is None else without_user(str(value))
+    place = PLACE.fullmatch(text)
+    return f'{place[1] or ""}{place[2]}' if place else text
 
 
 def _quoted(word: str) -> str:
