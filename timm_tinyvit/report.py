@@ -70,7 +70,7 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
     accuracy.set(xlabel='epoch', ylabel='top-1 accuracy (%)')
     for axes in (losses, accuracy):
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format='png')
     write_aside(picture, buffer.getbuffer())

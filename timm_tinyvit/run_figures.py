@@ -153,7 +153,7 @@ def _curves(title: str, lines: Sequence[tuple[str, list[tuple[int, float]], dict
         axes.plot(epochs, values * scale, label=_plain(label), linewidth=1.5, markersize=3,
                   marker='o' if len(points) <= MAX_MARKS else None, **style)
     axes.set(xlabel='epoch', ylabel=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     if title in (WAITING, SPEED):
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

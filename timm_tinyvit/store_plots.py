@@ -97,7 +97,7 @@ def _axes(xlabel: str, ylabel: str) -> tuple['Figure', 'Axes']:
 
 
 def _finished(figure: 'Figure', axes: 'Axes') -> 'Figure':
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     lines, _ = axes.get_legend_handles_labels()
     if lines:
         figure.legend(loc='outside upper center', ncols=len(lines), fontsize=9, frameon=False)
