@@ -337,7 +337,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                          f'machines share')
     if args.log:
         plain = {key: value if isinstance(value, int | float) else str(value) for key, value in vars(args).items()}
-        accelerator.init_trackers('timm_tinyvit', plain, {'wandb': dict(name=folder.name, dir=str(folder))})
+        accelerator.init_trackers('timm_tinyvit', plain, {
+            'wandb': dict(name=folder.name, dir=str(folder)), 'trackio': dict(name=folder.name)})
     if state is None and show:
         write_aside(folder / 'args.yaml', yaml.safe_dump(vars(args), default_flow_style=None).encode())
 
