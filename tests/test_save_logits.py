@@ -115,7 +115,7 @@ def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teache
     said = capsys.readouterr()
     bars = re.findall(r'(\d+) of (\d+)', said.err)
     # The last shard has the rest, four views.
-    assert bars[0] == ('196', '200') and bars[-1] == ('200', '200') and '0.0 MB' in said.err
+    assert bars[0] == ('196', '200') and bars[-1] == ('200', '200') and 'kB' in said.err
     assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said.out
 
 
