@@ -30,16 +30,16 @@ from .hub_client import check_repo_id, is_hub_url
 from .hub_store import open_store_at
 from .keys import KeyIndex
 from .launch import create_accelerator, stop_with_launcher
-from .replay import Replay, ViewRecipe, check_probe, library_versions
 from .provenance import hub_repo_of
-from .reuse import copy_epochs, copy_keys, copy_range, merge_stores
 from .publish_store import PublishedStore, check_complete, publish_store
+from .replay import Replay, ViewRecipe, check_probe, library_versions
+from .reuse import copy_epochs, copy_keys, copy_range, merge_stores
 from .sources import Source, class_names, labels_of, load_split, select_columns
 from .sparsifier import create_sparsifier
 from .store import LogitStore, Manifest
+from .store_card import LabelledViews, data_name
 from .store_report import figures_of, shards_on_disk, store_facts
 from .store_statistics import label_mismatch, rows_of, store_statistics
-from .store_card import LabelledViews, data_name
 from .streaming import StreamedRows
 from .teacher import Teacher, create_pretrained
 from .terminal import log, progress, result, speak
