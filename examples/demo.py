@@ -2,7 +2,8 @@
 
     python examples/demo.py [--quick] [--output runs/demo]
 
-Prints every command that it runs, and a table at the end. Stopped, it goes on where it was.
+The two students train side by side. Prints every command that it runs, and a table at the end. Stopped, it goes on
+where it was.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import csv
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -26,23 +28,49 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'examples' / 'fashion_mnist'
 
 
-def run(command: list[str]) -> float:
-    """Run a command of this project, print it as a user would type it, and return its seconds."""
-    print('$ ' + ' '.join(command).replace(f'{ROOT}/', ''), flush=True)
-    launcher = [sys.executable, '-m', 'accelerate.commands.accelerate_cli', *command[1:]]
+def run_together(commands: dict[str, list[str]]) -> dict[str, float]:
+    """Run commands of this project, print them as a user would type them, and return the seconds of each."""
+    processes: dict[str, subprocess.Popen] = {}
+    seconds: dict[str, float] = {}
     start = time.time()
-    status = subprocess.run(launcher, cwd=ROOT).returncode
-    if status:
-        sys.exit(status)
-    return time.time() - start
+
+    def follow(name: str) -> None:
+        process = processes[name]
+        for line in process.stdout:
+            print(f'{name:9} | {line}', end='', flush=True)
+        seconds[name] = time.time() - start
+        if process.wait():
+            for other in processes.values():
+                other.terminate()
+
+    for name, command in commands.items():
+        print('$ ' + ' '.join(command).replace(f'{ROOT}/', ''), flush=True)
+        processes[name] = subprocess.Popen(
+            [sys.executable, '-m', 'accelerate.commands.accelerate_cli', *command[1:]], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    followers = [threading.Thread(target=follow, args=(name,)) for name in processes]
+    for follower in followers:
+        follower.start()
+    stopped = False
+    for follower in followers:
+        try:
+            follower.join()
+        except KeyboardInterrupt:
+            # They have heard of it too, and end in good order.
+            stopped = True
+            follower.join()
+    failed = [process.returncode for process in processes.values() if process.returncode]
+    if stopped or failed:
+        sys.exit(130 if stopped else failed[0])
+    return seconds
 
 
 def launch(*program: str) -> list[str]:
-    """The launch of a program on one process with all cores."""
+    """The launch of a program on one process with half of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return [
         'accelerate', 'launch', '--num_processes', '1', '--num_machines', '1', '--mixed_precision', 'no',
-        '--dynamo_backend', 'no', '--num_cpu_threads_per_process', str(cores), *program]
+        '--dynamo_backend', 'no', '--num_cpu_threads_per_process', str(max(1, cores // 2)), *program]
 
 
 def teacher_accuracy(split: str) -> float:
@@ -99,8 +127,9 @@ def main() -> None:
 
     fresh = not output.exists()
     script = str(ROOT / 'train_distill.py')
-    plain_seconds = run(launch(script, *flags, '--experiment', 'plain'))
-    distilled_seconds = run(launch(script, *flags, *store_flags, '--experiment', 'distilled'))
+    seconds = run_together({
+        'plain': launch(script, *flags, '--experiment', 'plain'),
+        'distilled': launch(script, *flags, *store_flags, '--experiment', 'distilled')})
 
     store = LogitStore.open(output / 'logits')
     teacher = teacher_accuracy(test_split)
@@ -111,8 +140,8 @@ def main() -> None:
     print(f"""
                          top-1   seconds{resumed}
   teacher               {teacher:5.2f}%         -   sees the same {store.manifest.recipe["input_size"][1]}-pixel images
-  student, labels only  {plain:5.2f}%    {plain_seconds:6.0f}
-  student, distilled    {distilled:5.2f}%    {distilled_seconds:6.0f}   filling the store included
+  student, labels only  {plain:5.2f}%    {seconds['plain']:6.0f}
+  student, distilled    {distilled:5.2f}%    {seconds['distilled']:6.0f}   filling the store included
 
   gain {distilled - plain:+.2f} points; {store.manifest.record_width} bytes per view, \
 {store.manifest.epochs} epochs of {store.manifest.num_samples} views in {store.size() / 1e3:.0f} kB

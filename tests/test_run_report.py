@@ -505,8 +505,8 @@ def test_differences_are_those_of_the_figures_that_are_shown(runs, run):
 def test_settings_name_no_folder(runs, run, no_plots):
     """Of the same name elsewhere, the difference is still said."""
     settings = yaml.safe_load((run / 'args.yaml').read_text())
-    places = {'logits': ['/work/alice/logits'], 'dataset': '/work/alice/fashion_mnist', 'teacher': '~/alice/teacher/',
-              'initial_checkpoint': '../alice/best', 'model': 'local-dir:/work/alice/model'}
+    places = {'logits': ['/data/alice/logits'], 'dataset': '/data/alice/fashion_mnist', 'teacher': '~/alice/teacher/',
+              'initial_checkpoint': '../alice/best', 'model': 'local-dir:/data/alice/model'}
     (run / 'args.yaml').write_text(yaml.safe_dump(settings | places))
     text = _compared(run, run.parent / 'c.html') + compare_runs([runs / 'one', run], run.parent / 'd.html')
     text += (run.parent / 'd.html').read_text() + re.sub('(?s)<pre>.*?</pre>', '', write_run_report(run).read_text())
