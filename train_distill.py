@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader
 
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.arguments import (
-    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_store_arguments, add_view_arguments, parse_arguments,
-    view_arguments,
+    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
+    parse_arguments, view_arguments,
 )
 from timm_tinyvit.aside import write_aside
 from timm_tinyvit.checkpoint import (
@@ -58,11 +58,12 @@ from timm_tinyvit.launch import (
     TRACKERS, create_accelerator, make_deterministic, quiet_worker, stop_requests, stop_with_launcher,
     total,
 )
+from timm_tinyvit.metrics import METRICS
 from timm_tinyvit.mixing import mixed_cross_entropy
 from timm_tinyvit.optimization import clip_gradients, create_optimizer, create_schedule, learning_rates
 from timm_tinyvit.predictions import Recorder, keep_evaluation
 from timm_tinyvit.provenance import record_run
-from timm_tinyvit.publish import add_push_arguments, check_push_arguments, prepare_push, push_finished_run
+from timm_tinyvit.publish import check_push_arguments, prepare_push, push_finished_run
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
 from timm_tinyvit.run_report import best_effort, write_run_report
@@ -167,7 +168,8 @@ def create_parser() -> ArgumentParser:
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between looks at the loss')
     group.add_argument('--log', nargs='+', default=[], choices=TRACKERS, help='trackers to report to as well')
     group.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
-    add_push_arguments(parser)
+    add_push_arguments(
+        parser, 'push the best model to this repo at the end', 'licence of the weights, as in apache-2.0')
     return parser
 
 
@@ -265,8 +267,8 @@ def write_metrics(folder: Path, history: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(history)
-    write_aside(folder / 'metrics.csv', text.getvalue().encode())
-    plot_metrics(folder / 'metrics.csv', folder / 'metrics.png')
+    write_aside(folder / METRICS, text.getvalue().encode())
+    plot_metrics(folder / METRICS, folder / 'metrics.png')
 
 
 @reports_input_errors

@@ -58,6 +58,7 @@ from timm_tinyvit.replay import Replay, ViewRecipe, library_versions
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.sparse import SparseTargets, sparse_soft_target_cross_entropy
 from timm_tinyvit.store import LogitStore, Manifest
+from timm_tinyvit.student import set_image_size
 from timm_tinyvit.teacher import ModelInput
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'train_distill.py'
@@ -151,8 +152,7 @@ class Bench:
         self.data = {'labels': SparseLogitDataset(dataset, replay), 'store': SparseLogitDataset(dataset, replay, store)}
         torch.manual_seed(0)
         self.student = timm.create_model(args.model, num_classes=args.classes)
-        if hasattr(self.student, 'set_input_size'):
-            self.student.set_input_size(img_size=(args.img_size, args.img_size))
+        set_image_size(self.student, (args.img_size, args.img_size))
         self.student.to(self.device)
         config = self.student.pretrained_cfg
         self.prepare = ModelInput(config['mean'], config['std']).to(self.device)

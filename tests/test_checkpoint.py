@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,16 +62,22 @@ def free_port():
 @pytest.fixture
 def start(warm_processes, tmp_path):
     """`start(argv, processes)` gives the running ranks of one launch; what they say lies in out.txt."""
+    with launches(warm_processes, tmp_path) as ranks:
+        yield ranks
+
+
+@contextmanager
+def launches(warm_processes, tmp_path):
     started = []
 
-    def ranks(argv, processes=1, file_limit=None):
-        environment = {}
+    def ranks(argv, processes=1, file_limit=None, launcher=None):
         port = free_port()
         launch = []
         for rank in range(processes):
-            if processes > 1:
-                environment = {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
-                               'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+            environment = dict(launcher or {})
+            if processes > 1 or launcher:
+                environment |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': str(processes),
+                                'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
             launch.append(warm_processes.Process(
                 target=train, args=(environment, [*argv, '--output', tmp_path], tmp_path / 'out.txt', file_limit)))
             launch[-1].start()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from test_checkpoint import (
-    DATA, ROOT, assert_same, checkpoints, finish, free_port, kill, train, wait_for, weights,
+    DATA, ROOT, assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
 )
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
@@ -64,25 +64,8 @@ def launched(tmp_path_factory):
 @pytest.fixture
 def start(warm_processes, tmp_path):
     """`start(argv, processes)` gives the running ranks of one launch, sharded or not."""
-    started = []
-
-    def ranks(argv, processes=2, sharded=True):
-        rendezvous = {'WORLD_SIZE': str(processes), 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
-        ranks = []
-        for rank in range(processes):
-            environment = dict(SHARDED) if sharded else {}
-            if processes > 1 or sharded:
-                environment |= {**rendezvous, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}
-            ranks.append(warm_processes.Process(
-                target=train, args=(environment, [*argv, '--output', tmp_path], tmp_path / 'out.txt')))
-            ranks[-1].start()
-        started.extend(ranks)
-        return ranks
-
-    yield ranks
-    for process in started:
-        process.kill()
-        process.join()
+    with launches(warm_processes, tmp_path) as ranks:
+        yield lambda argv, processes=2, sharded=True: ranks(argv, processes, launcher=SHARDED if sharded else None)
 
 
 def rows(folder):

@@ -19,8 +19,8 @@ from .errors import InputError
 from .replay import ViewRecipe
 
 __all__ = [
-    'STORE_DEFAULTS', 'ArgumentParser', 'add_data_arguments', 'add_store_arguments', 'add_view_arguments',
-    'amp_dtype', 'parse_arguments', 'recipe_names', 'view_arguments',
+    'STORE_DEFAULTS', 'ArgumentParser', 'add_data_arguments', 'add_push_arguments', 'add_store_arguments',
+    'add_view_arguments', 'amp_dtype', 'parse_arguments', 'recipe_names', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit') / 'recipes'
@@ -61,6 +61,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--input-key', metavar='NAME', help='image column')
     group.add_argument('--target-key', metavar='NAME', help='label column')
     group.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes per rank')
+
+
+def add_push_arguments(parser: argparse.ArgumentParser, what: str, licence: str) -> None:
+    """The flags of a program that pushes what it has made, with the words for that and for its licence."""
+    group = parser.add_argument_group('Hub')
+    group.add_argument('--push-to-hub', metavar='ORG/NAME', help=what)
+    group.add_argument('--hub-private', action='store_true', help='make a new repo a private one')
+    group.add_argument('--hub-license', metavar='NAME', help=licence)
 
 
 def add_view_arguments(parser: argparse.ArgumentParser) -> None:

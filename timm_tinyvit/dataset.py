@@ -19,6 +19,7 @@ from .ensemble import Ensemble
 from .errors import InputError
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .keys import KeyIndex, hash_keys
+from .manifest import stored_epoch
 from .mixing import Pairing
 from .replay import Replay, decode_image
 from .sources import column, find_column, find_key, labels_of
@@ -360,7 +361,5 @@ class EpochBatchSampler(BatchSampler):
 
     def _stored(self, first_epoch: int) -> Sequence[int]:
         """Epochs of the store that the training epochs from this one on use together."""
-        epochs = range(first_epoch, first_epoch + self.views_per_image)
-        if self.store_epochs is None:
-            return epochs
-        return [self.store_epochs[epoch % len(self.store_epochs)] for epoch in epochs]
+        return [stored_epoch(self.store_epochs, epoch)
+                for epoch in range(first_epoch, first_epoch + self.views_per_image)]

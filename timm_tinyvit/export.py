@@ -23,6 +23,7 @@ from torch import nn
 
 from .arguments import ArgumentParser
 from .errors import InputError, reports_input_errors
+from .student import look_at_zeros, set_image_size
 from .teacher import create_pretrained
 
 __all__ = ['FORMATS', 'export', 'main']
@@ -120,13 +121,9 @@ def _set_size(model: nn.Module, name: str, img_size: list[int]) -> None:
     """Have a model take images of another size, [N] or [H, W]."""
     size = tuple(img_size * 2 if len(img_size) == 1 else img_size)
     try:
-        if hasattr(model, 'set_input_size'):
-            model.set_input_size(img_size=size)
-        else:
-            model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], *size)
-        # Models of a fixed size say so only when they see another one.
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *resolve_model_data_config(model)['input_size']))
+        set_image_size(model, size)
+        model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], *size)
+        look_at_zeros(model, model.pretrained_cfg['input_size'])
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = f'{type(error).__name__} {error}'.splitlines()[0]
         raise InputError(f'{name} cannot take --img-size {" ".join(map(str, img_size))}: {reason}')

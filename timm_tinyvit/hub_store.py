@@ -33,7 +33,7 @@ from .hub_cache import HeldEpochs, HubCache, HubCommit
 from .hub_client import is_hub_url, parse_hub_url
 from .keys import FILE_NAME, KeyIndex
 from .launch import quiet_worker
-from .manifest import Manifest
+from .manifest import Manifest, stored_epoch
 from .store import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
 from .terminal import progress, warn
 
@@ -484,7 +484,7 @@ def check_content(store: LogitStore | Ensemble, before: dict[str, list] | None, 
         return
     first, count = before['epochs']
     stored = store.manifest.stored_epochs
-    epochs = [stored[epoch % len(stored)] for epoch in range(num_epochs)]
+    epochs = [stored_epoch(stored, epoch) for epoch in range(num_epochs)]
     reason = None
     if epochs != [first + epoch % count for epoch in range(num_epochs)]:
         reason = f'it had epochs {first}:{first + count} and has {stored.start}:{stored.stop}'

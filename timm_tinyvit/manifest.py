@@ -9,11 +9,12 @@ import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_origin
+from collections.abc import Sequence
 
 from .codec import create_codec
 from .errors import InputError
 
-__all__ = ['FORMAT', 'FORMAT_VERSION', 'Manifest']
+__all__ = ['FORMAT', 'FORMAT_VERSION', 'Manifest', 'stored_epoch']
 
 FORMAT = 'timm_tinyvit.logits'
 FORMAT_VERSION = 2
@@ -183,6 +184,11 @@ class Manifest:
         manifest = cls(**values)
         manifest.check(source)
         return manifest
+
+
+def stored_epoch(stored: Sequence[int] | None, epoch: int) -> int:
+    """The epoch of a store that a training epoch uses: they start over where the store has fewer; None for itself."""
+    return epoch if stored is None else stored[epoch % len(stored)]
 
 
 def _excerpt(value: Any) -> str:

@@ -5,7 +5,6 @@ time or the place of the rendering: the same run gives the same card. Metadata a
 that the Hub shows the results.
 """
 
-import csv
 import json
 import math
 import re
@@ -25,15 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .codec import codecs
 from .errors import InputError
+from .metrics import read_metrics
 from .provenance import read_run
 
 __all__ = [
-    'CARD', 'CITATION', 'METRICS', 'NO_REPO', 'PICTURE', 'ModelFacts', 'Weights', 'accuracy_results',
+    'CARD', 'CITATION', 'NO_REPO', 'PICTURE', 'ModelFacts', 'Weights', 'accuracy_results',
     'evaluation_command', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card', 'run_card',
 ]
 
 HUB = 'https://huggingface.co'
-CARD, METRICS, PICTURE = 'README.md', 'metrics.csv', 'metrics.png'
+CARD, PICTURE = 'README.md', 'metrics.png'
 # What stands for the repo in a card that is made before it is known.
 NO_REPO = 'ORG/NAME'
 # What a card keeps of the one that is there, if its owners have written it there, with the terms of a gated repo.
@@ -155,15 +155,15 @@ def read_weights(run: Path) -> list[Weights]:
     Raises:
         InputError: There is no `metrics.csv`, or it is not readable.
     """
-    rows, found = _read_metrics(run), []
+    rows, found = read_metrics(run), []
     for ending in ('', '_ema'):
-        evaluated = [row for row in rows if row.get(f'eval_top1{ending}')]
+        evaluated = [row for row in rows if f'eval_top1{ending}' in row]
         # Like the run, the first of equals.
-        best = max(evaluated, key=lambda row: float(row[f'eval_top1{ending}']), default=None)
+        best = max(evaluated, key=lambda row: row[f'eval_top1{ending}'], default=None)
         for name, row in ((f'best{ending}', best), (f'last{ending}', rows[-1])):
             if row is not None and (run / name / 'config.json').is_file():
-                values = {key: float(row[f'eval_{key}{ending}']) for key in ('top1', 'top5', 'loss')
-                          if row.get(f'eval_{key}{ending}')}
+                values = {key: row[f'eval_{key}{ending}'] for key in ('top1', 'top5', 'loss')
+                          if f'eval_{key}{ending}' in row}
                 found.append(Weights(name, int(row['epoch']) + 1, **values))
     return sorted(found, key=lambda weights: -(weights.top1 or 0.))
 
@@ -246,7 +246,7 @@ def run_card(
     Raises:
         InputError: The folder lacks something that a run leaves.
     """
-    record, rows = read_run(run), _read_metrics(run)
+    record, rows = read_run(run), read_metrics(run)
     model, weights = model_facts(run / which), read_weights(run)
     published = next(item for item in weights if item.name == which)
     shown = [published]
@@ -277,8 +277,8 @@ def run_card(
         unpublished=[store for store in stores if not store['on_hub']],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
         picture=PICTURE if (run / PICTURE).is_file() else '', num_epochs=len(rows),
-        training_rate=_rate(median(float(row['images_per_second']) for row in rows)),
-        waiting=median(float(row['data_wait']) for row in rows), speed=speed,
+        training_rate=_rate(median(row['images_per_second'] for row in rows)),
+        waiting=median(row['data_wait'] for row in rows), speed=speed,
         citation=CITATION if stores or model.architecture.startswith('tiny_vit') else '')
 
 
@@ -321,20 +321,6 @@ def _training_command(record: dict[str, Any]) -> str:
     if len(stores) == 1 and not stores[0]['on_hub']:
         data += ['--teacher', stores[0]['teacher']['name'] if stores[0]['teacher_repo'] else 'TEACHER']
     return f'accelerate launch -m train_distill --config recipe.yaml \\\n    {shlex.join(data)}'
-
-
-def _read_metrics(run: Path) -> list[dict[str, str]]:
-    file = run / METRICS
-    try:
-        with open(file, newline='', encoding='utf-8') as lines:
-            rows = list(csv.DictReader(lines))
-        if rows and all(row['epoch'].isdigit() for row in rows):
-            return rows
-    except OSError:
-        raise InputError(f'{run} has no {METRICS}; name the folder of a run of train_distill with an epoch behind it')
-    except (AttributeError, KeyError, UnicodeDecodeError, csv.Error):
-        pass
-    raise InputError(f'{file} is not readable as the metrics of a run; start the run again, which writes them anew')
 
 
 def _large(value: float) -> str:

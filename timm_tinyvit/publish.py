@@ -26,27 +26,18 @@ from .arguments import ArgumentParser
 from .aside import write_aside
 from .errors import InputError, reports_input_errors
 from .hub_client import check_repo_id, create_repo, push_files, retried
-from .model_card import CARD, METRICS, NO_REPO, PICTURE, read_weights, recipe_yaml, run_card
+from .metrics import METRICS
+from .model_card import CARD, NO_REPO, PICTURE, read_weights, recipe_yaml, run_card
 from .provenance import device_name, read_run
 from .terminal import result, speak
 
-__all__ = [
-    'add_push_arguments', 'check_push_arguments', 'main', 'model_files', 'prepare_push', 'publish', 'push_finished_run',
-]
+__all__ = ['check_push_arguments', 'main', 'model_files', 'prepare_push', 'publish', 'push_finished_run']
 
 SPEED = 'speed.json'
 SPEED_SECONDS = 2.
 MODEL = ('config.json', HF_SAFE_WEIGHTS_NAME)
 # What a push may write; of these the repo keeps none that the newest push has not.
 FILES = (CARD, *MODEL, METRICS, PICTURE, 'recipe.yaml')
-
-
-def add_push_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a program that pushes what it has made."""
-    group = parser.add_argument_group('Hub')
-    group.add_argument('--push-to-hub', metavar='ORG/NAME', help='push the best model to this repo at the end')
-    group.add_argument('--hub-private', action='store_true', help='make a new repo a private one')
-    group.add_argument('--hub-license', metavar='NAME', help='licence of the weights, as in apache-2.0')
 
 
 def check_push_arguments(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from .dataset import SparseLogitDataset
 from .errors import InputError, reports_input_errors
 from .hub_client import is_hub_url
 from .hub_store import open_store_at
+from .metrics import METRICS
 from .replay import Replay, ViewRecipe, check_probe
 from .save_logits import parse_range, read_labels
 from .sources import class_names, load_split
@@ -37,7 +38,6 @@ __all__ = ['main', 'plot_metrics', 'report_store']
 MAX_HUB_EPOCHS = 3
 NUM_GALLERY_ROWS = 5
 NUM_GALLERY_EPOCHS = 6
-METRICS = 'metrics.csv'
 STORE_FLAGS = (
     'gallery', 'json', 'epochs', 'max_samples', 'dataset', 'train_split', 'input_key', 'target_key', 'key')
 

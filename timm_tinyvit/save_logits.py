@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from .arguments import (
-    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_store_arguments, add_view_arguments, amp_dtype,
-    parse_arguments, view_arguments,
+    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
+    amp_dtype, parse_arguments, view_arguments,
 )
 from .codec import create_codec
 from .dataset import SparseLogitDataset, collate, refuse_keys
@@ -381,9 +381,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument('--verify', action='store_true', help='read every byte of --epochs, or of all')
     parser.add_argument('--check', action='store_true', help='run the teacher again on a sample of stored views')
     parser.add_argument('--describe', action='store_true', help='print the manifest, completeness, size and accuracy')
-    parser.add_argument('--push-to-hub', metavar='ORG/NAME', help='publish the store as a dataset repo of the Hub')
-    parser.add_argument('--hub-private', action='store_true', help='make a new repo a private one')
-    parser.add_argument('--hub-license', metavar='NAME', help='licence that its card names, as in cc-by-nc-4.0')
+    add_push_arguments(
+        parser, 'publish the store as a dataset repo of the Hub', 'licence that its card names, as in cc-by-nc-4.0')
     parser.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
     return parser
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from .ensemble import Ensemble
+from .manifest import stored_epoch
 from .predictions import Predictions, Recorder, read_arrays, write_arrays
 from .sparse import SparseTargets
 from .store import LogitStore
@@ -133,5 +134,5 @@ def look_at_stored_views(
             break
     bar.close()
     first_epoch, stored = epoch - epoch % views_per_image, store.manifest.stored_epochs
-    stored_epochs = [stored[number % len(stored)] for number in range(first_epoch, first_epoch + views_per_image)]
+    stored_epochs = [stored_epoch(stored, number) for number in range(first_epoch, first_epoch + views_per_image)]
     return StoredViews(student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch, stored_epochs, ending)

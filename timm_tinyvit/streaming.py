@@ -24,6 +24,7 @@ from .ensemble import Ensemble
 from .errors import InputError
 from .fingerprint import check_image, encoded_image, stored_samples
 from .keys import hash_keys
+from .manifest import stored_epoch
 from .replay import Replay
 from .sources import column, find_column, find_key, labels_of, select_columns
 from .store import LogitStore
@@ -108,7 +109,7 @@ class SparseLogitStream(IterableDataset):
 
     def _stored(self, epoch: int) -> int:
         """The epoch of the store that a training epoch uses."""
-        return epoch if self.store_epochs is None else self.store_epochs[epoch % len(self.store_epochs)]
+        return stored_epoch(self.store_epochs, epoch)
 
     def _samples(self, epoch: int, table: pa.Table) -> list[dict[str, Any]]:
         names = column(table, self.key)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 from textwrap import shorten
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from .errors import InputError
 from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
-__all__ = ['create_student', 'freeze_batch_norm', 'load_weights']
+__all__ = ['create_student', 'freeze_batch_norm', 'load_weights', 'look_at_zeros', 'set_image_size']
 
 
 def create_student(
@@ -51,13 +51,11 @@ def create_student(
         if args.pretrained and _is_22k_to_1k(model.pretrained_cfg.get('num_classes'), num_classes):
             model = classifier_22k_to_1k(
                 timm.create_model(args.model, pretrained=True, num_classes=NUM_CLASSES_22K, **kwargs))
-        if size is not None and hasattr(model, 'set_input_size'):
-            model.set_input_size(img_size=size)
+        if size is not None:
+            set_image_size(model, size)
         if args.initial_checkpoint:
             load_weights(model, args.initial_checkpoint, log)
-        # Models of a fixed size say so only when they see another one.
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, *(size or model.pretrained_cfg['input_size'][-2:])))
+        look_at_zeros(model, (3, *(size or model.pretrained_cfg['input_size'][-2:])))
     except InputError:
         raise
     except Exception as error:
@@ -69,6 +67,18 @@ def create_student(
         raise InputError(f'the student {args.model} cannot be made{pixels}: {reason}; check --model, --model-kwargs, '
                          f'--img-size, --num-classes and --initial-checkpoint')
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Have a model take images of this height and width; one without such a setting takes any, or refuses later."""
+    if hasattr(model, 'set_input_size'):
+        model.set_input_size(img_size=size)
+
+
+def look_at_zeros(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Give an empty image, [C, H, W], to a model: one of a fixed size says so only when it sees another one."""
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *input_size))
 
 
 def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None = None) -> None:

@@ -4,7 +4,6 @@ Whatever is missing or damaged beside the metrics costs its part of a report, no
 names no user: home folders become `~`, and tokens are left out.
 """
 
-import csv
 import getpass
 import math
 import re
@@ -18,12 +17,12 @@ import yaml
 
 from .environment import read_environment
 from .errors import InputError
+from .metrics import read_metrics
 from .predictions import Evaluation
 from .stored_views import StoredViews
 
-__all__ = ['METRICS', 'PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'shown', 'without_user']
+__all__ = ['PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'shown', 'without_user']
 
-METRICS = 'metrics.csv'
 PREDICTIONS = 'predictions{ending}.npz'
 STORED_VIEWS = 'stored_views.npz'
 TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{8,}')
@@ -77,7 +76,7 @@ class TrainedRun:
 
         evaluations = {ending: read(PREDICTIONS.format(ending=ending), Evaluation.read) for ending in ('', '_ema')}
         return cls(
-            folder, _read_metrics(folder / METRICS), read('args.yaml', _read_settings) or {}, read_environment(folder),
+            folder, read_metrics(folder), read('args.yaml', _read_settings) or {}, read_environment(folder),
             {ending: found for ending, found in evaluations.items() if found is not None},
             read(STORED_VIEWS, StoredViews.read), problems)
 
@@ -175,20 +174,6 @@ def shown(value: Any) -> str:
 def _quoted(word: str) -> str:
     """A word for a shell, which is to see `~` and `$USER`."""
     return word if re.fullmatch(r'[\w@%+=:,./~$-]+', word) else shlex.quote(word)
-
-
-def _read_metrics(file: Path) -> list[dict[str, float]]:
-    try:
-        with open(file, newline='', encoding='utf-8') as lines:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
-    except OSError:
-        raise InputError(f'{file.parent} has no {METRICS}; name the folder of a run of train_distill that has finished '
-                         f'an epoch')
-    except (TypeError, ValueError):
-        rows = []
-    if not rows or not all(math.isfinite(row.get('epoch', math.nan)) for row in rows):
-        raise InputError(f'{file} is not readable as the metrics of a run; start the run again, which writes it anew')
-    return rows
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
