@@ -1,11 +1,13 @@
 """Filling by many: real processes that come, go, die and sleep, and a store that is the same every time."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import connection, resource_sharer
 from pathlib import Path
 
 import datasets
@@ -29,6 +32,7 @@ from timm_tinyvit.errors import reports_input_errors
 from timm_tinyvit.fill import fill_store
 from timm_tinyvit.fingerprint import dataset_fingerprint
 from timm_tinyvit.hub import export_model
+from timm_tinyvit.launch import quiet_worker
 from timm_tinyvit.process import is_dead
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.store import LogitStore, Manifest
@@ -491,6 +495,35 @@ def test_a_signal_to_the_program_and_its_loader_workers_ends_them_in_good_order(
     printed = output.read_text()
     assert 'Traceback' not in printed and printed.strip().endswith('the same command goes on from what is on disk')
     wait_until(lambda: not group(process.pid))
+
+
+def hand_over(output):
+    """A loader worker with one file to hand over; those who ask for it go before they have it, or ask for another."""
+    with open(output, 'wb') as file:
+        os.dup2(file.fileno(), 2)
+    quiet_worker(0)
+    read, write = os.pipe()
+    handle = resource_sharer.DupFd(read)
+    address, key = handle._id
+    stranger = socket.socket(socket.AF_UNIX)
+    stranger.connect(address)
+    stranger.close()
+    connection.Client(address, authkey=multiprocessing.current_process().authkey).close()
+    with connection.Client(address, authkey=multiprocessing.current_process().authkey) as other:
+        other.send((key + 1, os.getpid()))
+    # One thread serves them in turn, so what it says of those before has been said.
+    os.write(write, b'kept')
+    assert os.read(handle.detach(), 4) == b'kept'
+
+
+def test_a_loader_worker_says_nothing_of_a_program_that_stops_while_it_takes_a_batch(warm_processes, tmp_path):
+    process = warm_processes.Process(target=hand_over, args=(tmp_path / 'output.txt',))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    printed = (tmp_path / 'output.txt').read_text()
+    # What is no such stop keeps its traceback.
+    assert printed.count('Traceback') == 1 and printed.strip().splitlines()[-1].startswith('KeyError'), printed
 
 
 def test_loader_workers_end_with_a_killed_program(start_program, tmp_path):

@@ -3,12 +3,13 @@
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -156,6 +157,15 @@ def quiet_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # torch, too, ends a worker with SIGTERM where it does not go by itself.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STOP_SECONDS))
+    report = sys.excepthook
+
+    def report_bugs(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # A thread of multiprocessing hands the memory of a batch over, and would print a traceback where the process
+        # that takes it stops half-way.
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            report(kind, error, trace)
+
+    sys.excepthook = report_bugs
     master = multiprocessing.parent_process()
 
     def watch() -> None:
