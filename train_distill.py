@@ -47,7 +47,8 @@ from timm_tinyvit.ensemble import Ensemble, ensemble_loss
 from timm_tinyvit.environment import record_environment
 from timm_tinyvit.errors import InputError, Terminated, reports_input_errors
 from timm_tinyvit.evaluate import (
-    check_label_values, check_labels, eval_config, eval_loader, evaluate, evaluate_checkpoint, is_imagenet1k,
+    check_label_values, check_labels, config_beside, eval_config, eval_loader, evaluate, evaluate_checkpoint,
+    is_imagenet1k,
 )
 from timm_tinyvit.fill import fill_store
 from timm_tinyvit.fingerprint import dataset_fingerprint
@@ -87,6 +88,8 @@ FREE_SETTINGS = {
     'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
 }
 
+DEFAULT_MODEL = 'tiny_vit_5m_224'
+
 # A gradient scaler halves its scale where gradients overflow; below this they would not fit at any.
 MIN_SCALE = 1e-6
 
@@ -107,7 +110,8 @@ def create_parser() -> ArgumentParser:
     group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
                        help='softens teacher and student')
     group = parser.add_argument_group('student')
-    group.add_argument('--model', default='tiny_vit_5m_224', metavar='NAME', help='timm name of the student')
+    group.add_argument('--model', metavar='NAME',
+                       help=f'timm name of the student (default: that of the weights of --eval, or {DEFAULT_MODEL})')
     group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
     group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights, a file or a folder')
     group.add_argument('--num-classes', type=int, metavar='N', help='classes (default: the store\'s or the data\'s)')
@@ -155,7 +159,7 @@ def create_parser() -> ArgumentParser:
     group.add_argument('--seed', type=int, default=42, metavar='S', help='weights, order and dropout')
     group = parser.add_argument_group('evaluation and output')
     group.add_argument('--eval', nargs='?', const='', metavar='FILE',
-                       help='only evaluate: this checkpoint, or the weights that the student starts from')
+                       help='only evaluate: this checkpoint or folder, or the weights that the student starts from')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N', help='(default: --batch-size)')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
     group.add_argument('--crop-pct', type=float, metavar='P', help='evaluation crop (default: the model\'s)')
@@ -177,6 +181,9 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags that were given, over those of a recipe and the defaults."""
     args = parse_arguments(create_parser(), argv)
     check_push_arguments(args)
+    if args.model is None:
+        config = config_beside(args.eval)
+        args.model = f'local-dir:{config.parent}' if config else DEFAULT_MODEL
     args.dataset = args.dataset or args.data_dir
     if not args.dataset:
         raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')

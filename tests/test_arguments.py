@@ -49,3 +49,12 @@ def test_recipes_of_the_package_are_found_by_name():
     assert 'demo' in recipe_names()
     with pytest.raises(InputError, match='there is no recipe nothing; give a YAML file, or one of .*demo'):
         parse_arguments(parser(), ['--config', 'nothing'])
+
+
+def test_help_shows_the_defaults_that_say_something():
+    made = parser()
+    made.add_argument('--seed', type=int, default=0, help='of all draws')
+    made.add_argument('--quiet', action='store_true', help='say nothing')
+    text = ' '.join(made.format_help().split())
+    assert 'of all draws (default: 0)' in text and 'say nothing' in text
+    assert 'default: None' not in text and 'default: False' not in text

@@ -18,7 +18,8 @@ from timm_tinyvit.tiny_vit import rename_official
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = str(ROOT / 'examples' / 'fashion_mnist')
-SMALL = ['--dataset', DATA, '--val-split', 'test[:32]', '-j', '0', '--quiet', '-b', '8', '--model', 'test_efficientnet']
+COMMON = ['--dataset', DATA, '--val-split', 'test[:32]', '-j', '0', '--quiet', '-b', '8']
+SMALL = [*COMMON, '--model', 'test_efficientnet']
 
 
 @pytest.fixture(scope='module')
@@ -31,9 +32,9 @@ def run(tmp_path_factory) -> Path:
     return output / 'run'
 
 
-def evaluated(capsys, *argv) -> dict[str, float]:
+def evaluated(capsys, *argv, common=SMALL) -> dict[str, float]:
     capsys.readouterr()
-    train_distill.main([*SMALL, *argv])
+    train_distill.main([*common, *argv])
     line = capsys.readouterr().out.strip().splitlines()[-1]
     return {name: float(value) for name, value in (part.split() for part in line.split(', '))}
 
@@ -58,6 +59,21 @@ def test_eval_takes_size_and_crop_from_the_folder_of_the_weights(run, capsys, tm
     with pytest.raises(SystemExit):
         evaluated(capsys, '--eval', str(tmp_path / 'last'))
     one_sentence(capsys.readouterr().err.strip(), 'config.json')
+
+
+def test_eval_takes_the_model_from_the_folder_of_the_weights(run, capsys, tmp_path, one_sentence):
+    checkpoint = str(sorted(run.glob('checkpoint-*.pt'))[-1])
+    for weights in (str(run / 'last_ema'), str(run / 'last' / 'model.safetensors'), checkpoint):
+        assert evaluated(capsys, '--eval', weights, common=COMMON) == evaluated(capsys, '--eval', weights)
+    student = timm.create_model('tiny_vit_5m_224', embed_dims=(16, 32, 32, 64), num_heads=(1, 1, 1, 2), num_classes=10)
+    student.set_input_size((64, 64))
+    export_model(tmp_path / 'small', student, data_config={'input_size': (3, 64, 64)})
+    assert set(evaluated(capsys, '--eval', str(tmp_path / 'small'), common=COMMON)) == {'loss', 'top1', 'top5'}
+    config = tmp_path / 'small' / 'config.json'
+    config.write_text(config.read_text().replace('tiny_vit_5m_224', 'tiny_vit_6m'))
+    with pytest.raises(SystemExit):
+        evaluated(capsys, '--eval', str(tmp_path / 'small'), common=COMMON)
+    one_sentence(capsys.readouterr().err.strip(), 'local-dir:', 'tiny_vit_6m', '--model')
 
 
 def test_eval_prepares_images_as_timm_does(run, capsys):

@@ -41,11 +41,19 @@ VIEW_FLAGS = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: a switch is off, and what is not given is found elsewhere."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is False or action.default in (None, [], {})
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message}; see --help')

@@ -31,8 +31,8 @@ from .teacher import ModelInput
 from .terminal import progress
 
 __all__ = [
-    'check_label_values', 'check_labels', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint',
-    'is_imagenet1k',
+    'check_label_values', 'check_labels', 'config_beside', 'eval_config', 'eval_loader', 'evaluate',
+    'evaluate_checkpoint', 'is_imagenet1k',
 ]
 
 
@@ -167,7 +167,7 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         raise InputError('--eval has no weights to evaluate; give it a checkpoint, or add --pretrained')
     with accelerator.main_process_first():
         dataset = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
-    beside = _config_beside(args.initial_checkpoint)
+    beside = _images_of(config_beside(args.initial_checkpoint))
     size = tuple(beside['input_size'][-2:]) if 'input_size' in beside else None
     if args.img_size is not None:
         size = (args.img_size, args.img_size)
@@ -181,14 +181,22 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     return evaluate(model, prepare, loader, accelerator, is_imagenet1k(dataset, label_key))
 
 
-def _config_beside(weights: str | None) -> dict[str, Any]:
-    """How images were prepared for weights, by the config.json of their folder; empty where there is none."""
+def config_beside(weights: str | None) -> Path | None:
+    """The config.json that describes the model of these weights, None where there is none.
+
+    Args:
+        weights: A file of weights, or its folder.
+    """
     if not weights:
-        return {}
+        return None
     path = Path(weights).expanduser()
     folder = path if path.is_dir() else path.parent
     # A run's checkpoints lie beside the folder of what it exported last.
-    file = next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
+    return next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
+
+
+def _images_of(file: Path | None) -> dict[str, Any]:
+    """How a model's images were prepared, by its config.json; empty where there is none."""
     if file is None:
         return {}
     try:
