@@ -167,9 +167,13 @@ def run_grid(experiment: Experiment, only: str, jobs: int) -> None:
     """Make all runs of a grid whose name fits, the most important first, `jobs` at a time.
 
     Raises:
-        InputError: Runs have failed; the others are done.
+        InputError: No name fits, or runs have failed; the others are done.
     """
     plan = [(row, seed) for row, seed in experiment.grid.plan if fnmatch.fnmatch(f'{row.name}-{seed}', only)]
+    if not plan:
+        row, seed = experiment.grid.plan[0]
+        raise InputError(f'no run of the grid {experiment.name} fits --only {only}; a name is a row and its seed, as '
+                         f'in {row.name}-{seed}')
     failed = []
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(experiment.make_run, row, seed) for row, seed in plan]

@@ -12,6 +12,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 import train_distill
+from timm_tinyvit.evaluate import is_imagenet1k
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from timm_tinyvit.tiny_vit import rename_official
@@ -86,8 +87,21 @@ def test_eval_prepares_images_as_timm_does(run, capsys):
     rows = datasets.load_dataset('parquet', data_files=f'{DATA}/test.parquet', split='train[:32]')
     with torch.no_grad():
         logits = model(torch.stack([transform(row['image'].convert('RGB')) for row in rows]))
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows['label'])).item()
+    labels = torch.tensor(rows['label'])
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
     assert found['loss'] == pytest.approx(loss, abs=2e-3)
+    for k in (1, 5):
+        hits = (logits.topk(k).indices == labels[:, None]).any(1)
+        assert found[f'top{k}'] == pytest.approx(100 * hits.double().mean().item(), abs=1e-2)
+
+
+@pytest.mark.parametrize('largest, num_names, expected', [
+    (998, None, False), (999, None, True), (1000, None, False), (5, 1000, True), (999, 1001, False)])
+def test_imagenet1k_is_known_by_the_number_of_its_classes(largest, num_names, expected):
+    rows = datasets.Dataset.from_dict({'label': [0, largest]})
+    if num_names:
+        rows = rows.cast_column('label', datasets.ClassLabel(num_names))
+    assert is_imagenet1k(rows, 'label') == expected
 
 
 def test_a_classifier_of_22k_is_scored_on_the_classes_of_1k(tmp_path, capsys):

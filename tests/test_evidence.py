@@ -22,6 +22,8 @@ sys.path.insert(0, str(SCRIPT.parent))
 import evidence  # noqa: E402  a script, not a part of the package
 import evidence_table  # noqa: E402
 
+from timm_tinyvit.errors import InputError  # noqa: E402
+
 COMMITTED = SCRIPT.parent / 'evidence'
 
 
@@ -160,6 +162,55 @@ def test_a_run_of_another_command_is_not_taken_for_one_of_the_grid(tmp_path, ref
     assert experiment.finished(file, program)['top1'] == 70.
     with refused('another command', 'remove the file'):
         experiment.finished(file, f'{program} --lr 1')
+
+
+def test_the_first_seed_of_all_rows_comes_before_the_next():
+    rows = evidence.SMOKE
+    assert evidence.plan(rows, (0, 1)) == ((rows[0], 0), (rows[1], 0), (rows[0], 1), (rows[1], 1))
+
+
+def test_a_run_that_fails_leaves_the_others_and_a_failure(tmp_path, refused, capsys, monkeypatch):
+    experiment = evidence.Experiment('smoke', evidence.GRIDS['smoke'], tmp_path, tmp_path)
+    made = []
+
+    def make_run(row, seed):
+        made.append(f'{row.name}-{seed}')
+        if row.name == 'plain':
+            raise InputError('no room')
+        return {'run': made[-1], 'top1': 71.236, 'best_top1': 80., 'wall_seconds': 5.6}
+
+    monkeypatch.setattr(experiment, 'make_run', make_run)
+    with refused('1 of 2 runs failed', 'tries them again'):
+        evidence.run_grid(experiment, '*', 1)
+    said = capsys.readouterr()
+    assert made == ['plain-0', 'distilled-0'] and said.err == 'error: no room\n'
+    assert '/2 distilled-0: 71.24%, 6 s' in said.out and 'plain' not in said.out
+    made.clear()
+    evidence.run_grid(experiment, 'dist*-0', 2)
+    assert made == ['distilled-0']
+    with refused('no run of the grid smoke', 'fits --only *-1', 'plain-0'):
+        evidence.run_grid(experiment, '*-1', 2)
+
+
+def test_no_job_at_a_time_is_refused(capsys, one_sentence):
+    with pytest.raises(SystemExit) as exit:
+        evidence.main(['--grid', 'smoke', '--jobs', '0'])
+    assert exit.value.code == 2
+    one_sentence(capsys.readouterr().err.strip(), '--jobs is 0')
+
+
+def test_a_run_is_measured_by_its_last_epoch(tmp_path):
+    (tmp_path / 'last').mkdir()
+    (tmp_path / 'last' / 'model.safetensors').write_bytes(b'weights')
+    (tmp_path / 'args.yaml').write_text('lr: 0.1\nteacher: null\nquiet: false\n')
+    (tmp_path / 'metrics.csv').write_text(
+        'epoch,loss,eval_top1,seconds,images_per_second\n0,2,80,10,100\n1,1.5,,20,200\n2,1.25,70,40,600\n')
+    experiment = evidence.Experiment('smoke', evidence.GRIDS['smoke'], tmp_path, tmp_path)
+    found = experiment.measured('plain-0', 'train_distill.py', tmp_path, 71.26)
+    assert found.items() >= {
+        'run': 'plain-0', 'command': 'accelerate launch train_distill.py', 'wall_seconds': 71.3, 'top1': 70.,
+        'best_top1': 80., 'top1_by_epoch': {1: 80., 3: 70.}, 'loss_by_epoch': [2., 1.5, 1.25], 'train_seconds': 70.,
+        'images_per_second': 300., 'settings': {'lr': 0.1}}.items()
 
 
 def test_a_stopped_grid_goes_on_and_does_not_run_again_what_is_finished(tmp_path):

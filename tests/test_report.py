@@ -12,22 +12,25 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from conftest import EXAMPLES
 from test_page import check_self_contained, pixels_of
-from timm_tinyvit import report, run_figures, save_logits
+from timm_tinyvit import report, run_figures, save_logits, store_plots
 from timm_tinyvit.calibration import calibration
 from timm_tinyvit.codec import create_codec
 from timm_tinyvit.dataset import SparseLogitDataset
 from timm_tinyvit.mixing import Pairing
+from timm_tinyvit.page import Bar
 from timm_tinyvit.predictions import Predictions
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.sparsifier import create_sparsifier
 from timm_tinyvit.store import LogitStore
-from timm_tinyvit.store_pictures import choose_samples, name_classes, show_samples
-from timm_tinyvit.store_report import figures_of, store_facts, store_page
-from timm_tinyvit.store_statistics import filled_shards, rows_of, store_statistics
+from timm_tinyvit.store_pictures import (
+    ShownSample, ShownView, choose_samples, draw_gallery, name_classes, show_samples,
+)
+from timm_tinyvit.store_report import figures_of, plain_report, store_facts, store_page, text_report
+from timm_tinyvit.store_statistics import filled_shards, label_mismatch, rows_of, store_statistics
 
 SPLIT = 'train[:120]'
 DATA = ['--dataset', str(EXAMPLES), '--train-split', SPLIT]
@@ -206,8 +209,10 @@ def test_a_sample_is_evenly_spaced_over_what_is_filled_and_reads_no_more(make_st
     # One view of a sample neither agrees with another one nor differs from it.
     for values in (found.disagreement, found.majority()[1]):
         assert np.isnan(values[:4]).all() and np.isfinite(values[4:]).all()
+    assert found.summary()['unanimous'] == np.mean(found.majority()[1][4:] == 1) > 0
     only = store_statistics(store, epochs=[3], rows=np.arange(0, 50, 7))
     assert only.rows.tolist() == [21, 28, 35, 42, 49] and np.isnan(only.disagreement).all()
+    assert [(part['epoch'], part['views']) for part in only.summary()['epochs']] == [(3, 5)]
     shutil.rmtree(store.path / 'epoch-00002')
     assert store_statistics(store, epochs=[2]) is None and store_statistics(store).epochs == [0, 1, 3]
 
@@ -238,6 +243,27 @@ def test_the_chosen_samples_are_the_extreme_ones(make_store):
     assert set(chosen['easiest']) == set(sorted(best, key=probs.__getitem__)[-4:])
     assert chosen['disputed'].tolist() == np.argsort(-statistics.disagreement)[:4].tolist()
     assert len(set(labels[chosen['varied']])) == 7 and len(set(chosen['varied'])) == 8
+    entropies = [np.mean([entropy(dense[epoch, row][0]) for epoch in range(4) if (epoch, row) in dense])
+                 for row in range(50)]
+    assert choose_samples(store_statistics(store))['hardest'].tolist() == np.argsort(entropies)[:-5:-1].tolist()
+
+
+@pytest.mark.parametrize('has_labels', [True, False], ids=['labels', 'no labels'])
+def test_notes_say_what_a_sample_was_chosen_for(filled_store, labels, monkeypatch, has_labels):
+    """Of 120 samples 40 are compared between epochs."""
+    monkeypatch.setattr('timm_tinyvit.store_statistics.KEPT_ENTRIES', 4 * 3 * 40)
+    data = open_data(filled_store)
+    statistics = store_statistics(data.store, labels if has_labels else None)
+    statistics = replace(statistics, disagreement=np.random.default_rng(0).permutation(40) / 10)
+    shown = show_samples(data, statistics, choose_samples(statistics), rows_of(data), name_classes(data, 10), 1)
+    most = np.argsort(-statistics.disagreement)[:4]
+    assert [sample.name for sample in shown['disputed']] == [f'sample {row}' for row in statistics.compared[most]]
+    assert [sample.note for sample in shown['disputed']] == ['3.90 nats', '3.80 nats', '3.70 nats', '3.60 nats']
+    for sample in shown['easiest'] + shown['hardest']:
+        position = int(sample.name.removeprefix('sample '))
+        share, nats = (values[:, position].mean() for values in (statistics.label_prob, statistics.entropy))
+        assert sample.note == (f'{100 * share:.1f}% for the label' if has_labels else f'entropy {nats:.3f} nats')
+    assert {sample.note for sample in shown['varied']} == {''}
 
 
 def run(*flags):
@@ -266,12 +292,58 @@ def test_text_and_json_say_the_same(filled_store, labels, capsys):
     for words in (
             '24 of 24 (20 samples each), 4 of 4 epochs complete', '4 of 4 epochs, 120 of 120 samples, 480 views',
             f'{100 * statistics["accuracy"]:.2f}% top-1 on the views of 4 epochs, ',
-            f'{statistics["entropy"]:.3f} nats', f'{100 * statistics["mass"]["3"]:.2f}% by 3',
-            f'{100 * statistics["agreement"]:.2f}% of all pairs', f'{statistics["disagreement"]:.3f} nats of KL'):
+            f'{100 * statistics["majority_accuracy"]:.2f}% top-1 where the epochs vote',
+            f'error {100 * statistics["calibration_error"]:.2f}% (15 bins)',
+            f'{100 * statistics["label_probability"]:.2f}% for the label',
+            f'{statistics["entropy"]:.3f} nats of at most {math.log(10):.3f}',
+            f'{100 * statistics["mass"]["3"]:.2f}% by 3', f'{100 * statistics["agreement"]:.2f}% of all pairs',
+            f'{100 * statistics["majority"]:.2f}% of the views', f'{100 * statistics["unanimous"]:.2f}% of the samples',
+            f'{statistics["disagreement"]:.3f} nats of KL'):
         assert words in text
     table = text.strip().splitlines()[-5:]
     assert table[0].split()[:4] == ['epoch', 'views', 'top-1', 'label']
-    assert table[3].split()[:3] == ['2', '120', f'{100 * statistics["epochs"][2]["accuracy"]:.2f}%']
+    for line, part in zip(table[1:], statistics['epochs']):
+        shares = [f'{100 * part[name]:.2f}%' for name in ('accuracy', 'label_probability')]
+        assert line.split() == [
+            str(part['epoch']), '120', *shares, f'{part["entropy"]:.3f}',
+            *(f'{100 * part["mass"][size]:.2f}%' for size in '123')]
+
+
+def test_a_part_of_a_store_is_told_from_the_whole(make_store):
+    """Ten of twelve shards: two epochs are complete, and 170 of 200 views are there."""
+    store = make_store('nucleus')
+    size = plain_report(store, None)['size']
+    assert (size['shards'], size['all_shards'], size['complete_epochs']) == (10, 12, 2)
+    assert (size['views'], size['all_views'], size['bytes']) == (170, 200, store.size())
+    assert size['bytes_when_complete'] == round(200 * store.size() / 170)
+    statistics = store_statistics(store, np.arange(50) % 7)
+    accuracies = sorted(100 * statistics.by_epoch('right'))
+    assert figures_of(statistics, store)['teacher accuracy'].endswith(f', {accuracies[0]:.2f} to {accuracies[3]:.2f}')
+    assert accuracies[0] < accuracies[3]
+    header, *rows = [line.split() for line in text_report(store, statistics).splitlines()[-5:]]
+    assert header[-1] == 'classes' and [row[1] for row in rows] == ['50', '40', '50', '30']
+    assert [row[-1] for row in rows] == [f'{np.nanmean(listed):.1f}' for listed in statistics.num_listed]
+
+
+def test_an_epoch_that_has_none_of_the_samples_has_no_figures(make_store):
+    store = make_store('topk')
+    statistics = store_statistics(store, np.arange(50) % 7, epochs=[0, 3], rows=np.arange(10))
+    header, first, second = (line.split() for line in text_report(store, statistics).splitlines()[-3:])
+    assert 'classes' not in header and '-' not in first and second == ['3', '0', *['-'] * 6]
+
+
+def test_the_most_frequent_mistakes_are_counted_by_view(make_store, monkeypatch):
+    monkeypatch.setattr('timm_tinyvit.store_report.can_plot', lambda: False)
+    store, labels = make_store('topk'), np.arange(50) % 7
+    statistics = store_statistics(store, labels)
+    counts = Counter(zip(np.tile(labels, 4).tolist(), statistics.top.ravel().tolist()))
+    mistakes = {pair: count for pair, count in counts.items() if pair[1] not in (-1, pair[0])}
+    found = statistics.confusions(5)
+    assert [count for *_, count in found] == sorted(mistakes.values(), reverse=True)[:5]
+    assert all(mistakes[label, taken] == count for label, taken, count in found)
+    label, taken, count = found[0]
+    page = store_page(store, statistics, list('abcdefg'), {}).html()
+    assert f'<td>{"abcdefg"[label]}</td><td>{"abcdefg"[taken]}</td><td class=number>{count}</td>' in page
 
 
 def test_describe_says_what_the_report_says(filled_store, capsys):
@@ -283,6 +355,10 @@ def test_describe_says_what_the_report_says(filled_store, capsys):
 
 
 def test_without_data_nothing_is_said_of_labels(filled_store, tmp_path, capsys):
+    run(filled_store, '--json', '--max-samples', '7')
+    found = json.loads(capsys.readouterr().out)
+    assert found['statistics']['samples'] == 7 and found['statistics']['accuracy'] is None
+    assert len(found['notes']) == 1 and found['notes'][0].endswith('give --dataset')
     run(filled_store, '--html', tmp_path / 'page.html', '--epochs', '1:3')
     text = capsys.readouterr().out
     assert 'give --dataset' in text and 'top-1' not in text and '2 of 4 epochs, 120 of 120 samples' in text
@@ -352,6 +428,27 @@ def test_the_gallery_is_a_picture_of_views(filled_store, tmp_path):
     assert np.array_equal(np.asarray(cell).transpose(2, 0, 1), view)
 
 
+def test_the_gallery_tells_hits_from_mistakes_and_keeps_the_columns_of_epochs():
+    bars = [Bar('a', 0.2, 'label'), Bar('b', 0.3), Bar('all others', 0.5, 'rest')]
+    hit = [Bar('a', 1., 'label')]
+    image = np.zeros((3, 8, 8), dtype=np.uint8)
+    views = [ShownView(epoch, torch.full((3, 8, 8), 10 * epoch, dtype=torch.uint8), hit if epoch == 7 else bars)
+             for epoch in (3, 5, 7)]
+    picture = draw_gallery([
+        ShownSample('sample 1', 'a', '', image, views), ShownSample('sample 2', 'a', '', image, views[1:]),
+        ShownSample('sample 3', '', '', image, views[:1])])
+    for row, (color, epochs) in enumerate((('#f8d7b0', (3, 5, 7)), ('#f8d7b0', (5, 7)), ('#c9def5', (3,)))):
+        for column, epoch in enumerate((3, 5, 7)):
+            left, top = 8 + (1 + column) * 128, 26 + row * 146
+            expected = (10 * epoch,) * 3 if epoch in epochs else (255,) * 3
+            assert picture.getpixel((left + 60, top + 60)) == expected
+            if epoch in epochs:
+                # The line beneath is filled as far as the class is probable, green for the label.
+                filled, end = (ImageColor.getrgb('#bfe5c3'), 119) if epoch == 7 else (ImageColor.getrgb(color), 36)
+                line = [picture.getpixel((left + x, top + 122)) for x in range(120)]
+                assert line[:end + 1] == [filled] * (end + 1) and filled not in line[end + 1:]
+
+
 def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
     split = ['--dataset', EXAMPLES, '--train-split', 'train[:20]']
     save_logits.main(list(map(str, [
@@ -400,6 +497,25 @@ def test_plots_of_a_store_are_of_one_size(make_store, labels):
     assert len(sizes) == 9 and len(set(sizes)) == 1
 
 
+def test_plots_show_the_statistics(make_store, labels):
+    statistics = store_statistics(make_store('nucleus'), labels[:50] % 7)
+    for figure, _, caption in store_plots.plot_histograms(statistics):
+        assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(100)
+        assert caption in ('170 views', '50 samples') and figure.axes[0].get_ylabel().startswith('share of ')
+    drawn = {}
+    for figure, _, _ in store_plots.plot_curves(statistics):
+        for line in figure.axes[0].get_lines():
+            assert line.get_xdata().tolist() == [0, 1, 2, 3]
+            drawn[figure.axes[0].get_ylabel(), line.get_label()] = line.get_ydata()
+    for name, label in (('right', 'top-1'), ('label_prob', 'of the label'), ('confidence', 'of the top class')):
+        found = drawn['accuracy, mean probability (%)', label]
+        assert np.array_equal(found, 100 * statistics.by_epoch(name)), name
+    assert np.array_equal(drawn['mass covered (%)', 'top 6'], 100 * statistics.mass[:, -1])
+    figure, = (figure for figure, _, _ in store_plots.plot_agreement(statistics))
+    said = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert said[3, 0] == said[0, 3] == f'{100 * statistics.agreement()[0, 3]:.0f}' and len(said) == 12
+
+
 def test_one_epoch_is_no_epochs(make_store, labels):
     store = make_store('topk')
     said = figures_of(store_statistics(store, labels[:50] % 7, epochs=[2]), store)['teacher accuracy']
@@ -414,6 +530,15 @@ def test_the_two_sizes_of_a_view_are_told_apart(filled_store):
     per_view = store.size() / 480
     assert facts['size'].endswith(f'; files take {per_view:,.1f} bytes per view, with their headers')
     assert per_view > store.manifest.record_width + 0.1
+
+
+def test_facts_of_a_store_say_where_it_begins_and_what_names_its_samples(filled_store, keyed_store):
+    store = LogitStore.open(filled_store)
+    teacher = store.manifest.teacher | {'input_size': [3, 32, 48]}
+    part = LogitStore(filled_store, replace(store.manifest, first_epoch=2, first_sample=1000, teacher=teacher))
+    assert store_facts(part)['begins at'] == 'epoch 2, sample 1,000' and 'input 32x48)' in store_facts(part)['teacher']
+    assert store_facts(LogitStore.open(keyed_store[1]))['keys'].endswith(' the column name')
+    assert not {'begins at', 'keys'} & store_facts(store).keys()
 
 
 def test_a_keyed_store_is_shown_for_the_part_that_is_at_hand(teacher, fashion, tmp_path, capsys):
@@ -450,7 +575,18 @@ def test_other_classes_than_the_teachers_are_not_compared(filled_store, fashion,
         item for item in page.all('li') if item['class'] == 'label']
 
 
-def test_classes_without_names_are_numbers_and_1000_are_those_of_imagenet():
+@pytest.mark.parametrize('labels, names, expected', [
+    ([0, 6], None, None), ([-1], None, None), ([0, 7], None, '8'), ([0, 1], list('abcde'), '5'),
+    ([0, 1], list('abcdefg'), None)])
+def test_labels_are_compared_with_the_classes_of_the_teacher(labels, names, expected):
+    """Names say how many classes there are, the largest label only that there are no fewer."""
+    found = label_mismatch(np.array(labels), names, 7)
+    assert found == (expected and f'the labels are {expected} classes, those of the teacher 7')
+
+
+def test_classes_without_names_are_numbers_and_1000_are_those_of_imagenet(filled_store):
+    # Nor have a teacher's classes the names of labels that are not as many.
+    assert name_classes(open_data(filled_store), 7)[6] == 'class 6'
     assert name_classes(None, 7)[6] == 'class 6' and name_classes(None, 1000)[340] == 'zebra'
 
 
@@ -501,6 +637,7 @@ def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
         ([filled_store, '--epochs', '3:5'], 'is meant to hold epochs 0:4, but 3:5 are asked for'),
         ([filled_store, '--html', tmp_path], 'cannot be written: it is a folder'),
         ([filled_store, '--gallery', tmp_path / 'gallery.png'], 'give --dataset'),
+        ([filled_store, '--gallery', tmp_path], 'cannot be written: it is a folder'),
         ([filled_store, '--max-samples', '0'], '--max-samples is 0'),
         ([damaged], 'shard-00003.arrow is damaged'),
         ([filled_store, '--htlm', 'page.html'], 'unrecognized arguments'),

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 import train_distill
 from timm_tinyvit import run_comparison, run_figures, run_report
 from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.ensemble import Ensemble
 from timm_tinyvit.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
 from timm_tinyvit.run_comparison import compare_runs, mcnemar
 from timm_tinyvit.run_report import write_run_report
@@ -197,6 +198,28 @@ def test_views_of_an_image_in_a_batch_are_of_several_stored_epochs(runs, run):
     assert found == [[0, 1], [1], [0]]
 
 
+def test_views_are_looked_at_until_they_are_enough(runs, run, monkeypatch):
+    """And what the teachers of an ensemble say is their average."""
+    monkeypatch.setattr('timm_tinyvit.stored_views.NUM_VIEWS', 20)
+    store, replay = open_store(str(runs / 'logits'), {})
+    data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
+    batches = [collate(data.__getitems__([(epoch, index) for index in range(16)])) for epoch in (0, 1)]
+    records = [batch['record'] for batch in batches]
+    teacher = sum(store.codec.decode(record).densify() for record in records) / 2
+    batch = {**batches[0], 'record': torch.cat(records, dim=1)}
+    model = timm.create_model(f'local-dir:{run}/last', pretrained=True)
+    prepare = ModelInput(*[(0.5, 0.5, 0.5)] * 2)
+    arguments = model, prepare, [batch] * 3, Ensemble([store, store]), Accelerator(cpu=True), 0
+    found = look_at_stored_views(*arguments)
+    assert len(found.student) == len(found.teacher) == len(found.divergence) == 32
+    np.testing.assert_allclose(found.teacher.probs[:, 0], teacher.amax(1).repeat(2), rtol=1e-4)
+    with torch.no_grad():
+        student = model(prepare(batch['view'])).log_softmax(1)
+    divergence = (teacher * (teacher.log() - student)).sum(1)
+    np.testing.assert_allclose(found.divergence, divergence.repeat(2), rtol=1e-3, atol=1e-5)
+    assert look_at_stored_views(*arguments, stopped=lambda: True) is None
+
+
 @pytest.mark.parametrize('labels, label_classes, kept', [
     ({}, None, range(16)), ({'label2': torch.arange(16)}, 10, [2]), ({'label': torch.arange(16) + 5}, None, range(5)),
     ({}, 5, []),
@@ -309,7 +332,7 @@ def test_a_run_that_is_stopped_and_goes_on_ends_with_a_whole_report(tmp_path, mo
     assert ', 2 epochs' in page and 'after epoch 2' in page
     launches = json.loads((tmp_path / 'run' / 'environment.json').read_text())['launches']
     assert [launch['epoch'] for launch in launches] == [0, 1]
-    assert f'{threads} → {threads + 1}' in page and page.count('From epoch') == 2
+    assert f'{threads} → {threads + 1}' in page and re.findall('>From epoch (.*?)<', page) == ['1', '2']
 
 
 def test_no_training_ends_for_want_of_a_report(tmp_path, monkeypatch, capsys):

@@ -240,7 +240,7 @@ def test_a_student_learns_from_the_labels_of_a_stream_too(folders, stores, tmp_p
 def test_a_label_of_a_stream_that_the_student_cannot_have_is_refused(refused):
     check_label_values(np.array([0, 9]), 10, 'here')
     for labels in ([3, 10], [0, -1]):
-        with refused('sample 1', str(labels[1]), '10 classes', '--target-key'):
+        with refused('sample 1', f'has label {labels[1]} ', '10 classes', '--target-key'):
             check_label_values(np.array(labels), 10, 'here')
 
 

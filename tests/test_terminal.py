@@ -101,6 +101,10 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
         terminal.warn('hot')
         assert '\x1b[33mwarning:\x1b[0m hot' in read()
         assert terminal.colored('best', 'green', io.StringIO()) == 'best'
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, 'stderr', io.StringIO())
+            terminal.warn('hot')
+            assert sys.stderr.getvalue() == 'warning: hot\n'
         for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
             with monkeypatch.context() as patch:
                 patch.setenv(name, value)

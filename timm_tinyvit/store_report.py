@@ -147,12 +147,12 @@ def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
     if statistics.has_labels:
         columns['top-1'] = _percents(statistics.by_epoch('right'))
         columns['both labels' if statistics.is_mixed else 'label'] = _percents(statistics.by_epoch('label_prob'))
-    columns['entropy'] = [f'{value:.3f}' for value in statistics.by_epoch('entropy')]
+    columns['entropy'] = _numbers(statistics.by_epoch('entropy'), 3)
     for place in shown:
         columns[f'top {sizes[place]} mass'] = _percents(statistics.mass[:, place])
     listed = statistics.by_epoch('num_listed')
-    if len(set(listed)) > 1:
-        columns['classes'] = [f'{value:.1f}' for value in listed]
+    if len(set(listed[np.isfinite(listed)])) > 1:
+        columns['classes'] = _numbers(listed, 1)
     return list(columns), [[str(cell) for cell in row] for row in zip(*columns.values())]
 
 
@@ -252,6 +252,10 @@ def _count(number: int, what: str) -> str:
 
 def _percents(shares: np.ndarray) -> list[str]:
     return ['-' if np.isnan(share) else f'{100 * share:.2f}%' for share in shares]
+
+
+def _numbers(values: np.ndarray, digits: int) -> list[str]:
+    return ['-' if np.isnan(value) else f'{value:.{digits}f}' for value in values]
 
 
 def _sentence(text: str) -> str:
