@@ -47,8 +47,8 @@ from timm_tinyvit.ensemble import Ensemble, ensemble_loss
 from timm_tinyvit.environment import record_environment
 from timm_tinyvit.errors import InputError, Terminated, reports_input_errors
 from timm_tinyvit.evaluate import (
-    check_label_values, check_labels, config_beside, eval_config, eval_loader, evaluate, evaluate_checkpoint,
-    is_imagenet1k,
+    check_label_values, check_labels, class_mismatch, config_beside, eval_config, eval_loader, evaluate,
+    evaluate_checkpoint, is_imagenet1k,
 )
 from timm_tinyvit.fill import fill_store
 from timm_tinyvit.fingerprint import dataset_fingerprint
@@ -353,10 +353,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Student.
     label_key = find_column(train_set, args.target_key, is_image=False)
-    names = class_names(train_set, label_key) if label_key else None
-    num_classes = args.num_classes or (store.manifest.num_classes if store else len(names) if names else 0)
+    label_names = class_names(train_set, label_key) if label_key else None
+    num_classes = args.num_classes or (store.manifest.num_classes if store else len(label_names or ()))
     if not num_classes:
-        raise InputError('the number of classes is not known from the data; give --num-classes')
+        raise InputError('the number of classes is not known from the data; give --num-classes, or put every image of '
+                         'a folder into SPLIT/CLASS/')
     if store and num_classes != store.manifest.num_classes:
         raise InputError(f'the student has {num_classes} classes, the store {store.path} '
                          f'{store.manifest.num_classes}; leave --num-classes out, or use another store')
@@ -365,6 +366,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     val_key = find_column(val_set, args.target_key, is_image=False)
     check_labels(val_set, val_key, num_classes, '--val-split')
     to_imagenet1k = is_imagenet1k(val_set, val_key)
+    if store and (mismatch := class_mismatch(val_set, val_key, num_classes)):
+        raise InputError(f'{mismatch}, as the teacher has, so that accuracies would say nothing; name data of its '
+                         f'classes with --val-dataset')
+    all_names = (label_names, class_names(val_set, val_key))
+    names = next((names for names in all_names if names and len(names) == num_classes), None)
     set_seed(args.seed)
     student = create_student(args, num_classes, size, log)
     if args.sync_bn:
@@ -432,7 +438,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             accelerator.scaler.load_state_dict(state['scaler'])
         first_epoch, best, history = state['epoch'], state['best'], state['history']
         first_update = state['samples'] // images_per_update
-        log(f'resuming {folder} at epoch {first_epoch}, step {first_update}')
+        log(f'{folder} is finished: nothing is left to train' if first_epoch == num_epochs else
+            f'resuming {folder} at epoch {first_epoch}, step {first_update}')
         changes = what_changes(state, world_size, images_per_update, accelerator.is_fsdp2)
         if changes:
             warn(changes)
@@ -619,7 +626,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if show:
                 with best_effort('the comparison with the teacher'):
                     views = look_at_stored_views(
-                        net, prepare, loader, store, accelerator, num_epochs - 1, names and len(names),
+                        net, prepare, loader, store, accelerator, num_epochs - 1,
+                        label_names and len(label_names),
                         lambda: bool(stopped()), ending, args.views_per_image)
                     if views is not None:
                         views.write(folder / STORED_VIEWS)

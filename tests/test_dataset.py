@@ -576,7 +576,7 @@ def test_a_folder_that_is_missing_or_holds_no_data_is_refused(tmp_path, refused)
 def test_a_hub_name_that_cannot_be_reached_is_refused(name, monkeypatch, refused):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', True)
-    with refused(name.removeprefix('hfds/'), 'cannot be loaded'):
+    with refused(name.removeprefix('hfds/'), 'there is no folder', 'on the Hub cannot be loaded'):
         load_split(name, None, True)
 
 

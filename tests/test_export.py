@@ -1,6 +1,7 @@
 """Exported models compute what the originals compute, for every batch size."""
 
 import importlib.util
+import resource
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def test_an_onnx_model_gives_the_logits(model, batch_size, tmp_path):
 @needs_compiler
 def test_a_compiled_library_gives_the_logits(model, tmp_path):
     assert export(model, 'aotinductor', tmp_path / 'model.pt2') <= 1e-4
+
+
+def test_a_full_disk_is_one_sentence(model, tmp_path, refused):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with refused('model.pt2 cannot be written', 'too large'):
+            export(model, 'torch', tmp_path / 'model.pt2')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_exporting_leaves_the_model_as_it_was(model, tmp_path):

@@ -52,14 +52,21 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'config.json').write_text('{')
     save_file({'other': torch.zeros(1)}, tmp_path / 'other.safetensors')
+    save_file(timm.create_model('test_vit', num_classes=9).state_dict(), tmp_path / 'nine.safetensors')
+    (tmp_path / 'run' / 'best').mkdir(parents=True)
+    (tmp_path / 'run' / 'best' / 'config.json').write_text('{}')
     cases = [
-        dict(name='no_such_model'),
-        dict(name=str(tmp_path / 'nowhere')),
-        dict(name=str(tmp_path / 'broken')),
-        dict(name='test_vit', checkpoint=str(tmp_path / 'none.pth')),
-        dict(name='test_vit', checkpoint=str(tmp_path / 'other.safetensors')),
+        (dict(name='no_such_model'), 'cannot be had'),
+        (dict(name=str(tmp_path / 'nowhere')), 'cannot be had'),
+        (dict(name=str(tmp_path / 'broken')), 'cannot be had'),
+        (dict(name='test_vit', checkpoint=str(tmp_path / 'none.pth')), 'cannot be had'),
+        (dict(name='test_vit', checkpoint=str(tmp_path / 'other.safetensors')),
+         r'not those of test_vit with 1000 classes \(Missing key'),
+        (dict(name='test_vit', checkpoint=str(tmp_path / 'nine.safetensors'), num_classes=10),
+         'not those of test_vit with 10 classes .*size mismatch for head'),
+        (dict(name=str(tmp_path / 'run')), 'is the folder of a run; give .*/best'),
     ]
-    for case in cases:
-        with pytest.raises(InputError, match='cannot be had') as error:
+    for case, words in cases:
+        with pytest.raises(InputError, match=words) as error:
             create_pretrained(**case)
         assert '\n' not in str(error.value)

@@ -215,11 +215,40 @@ def test_cooldown_epochs_are_filled_too(teacher, tmp_path):
     assert LogitStore.open(tmp_path / 'logits').manifest.epochs == 2
 
 
+def test_a_finished_run_says_so_and_keeps_its_model(distilled, capsys):
+    run, store = distilled
+    before = (run / 'last' / 'model.safetensors').read_bytes()
+    train_distill.main([
+        *SMALL, '--logits', str(store), '--topk', '3', '--shard-size', '40', '--output', str(run.parent),
+        '--experiment', 'run'])
+    said = capsys.readouterr().out
+    assert f'{run} is finished: nothing is left to train' in said and 'resuming' not in said
+    assert (run / 'last' / 'model.safetensors').read_bytes() == before
+
+
+def test_names_of_classes_come_from_the_split_that_has_those_of_the_teacher(distilled, tmp_path):
+    """Training images are of classes of their own, as of a folder, or of none."""
+    rows = load_split(DATA, 'train[:96]', is_training=True)
+    other = rows.cast_column('label', datasets.ClassLabel(names=[f'thing {number}' for number in range(10)] + ['more']))
+    datasets.DatasetDict(train=other).save_to_disk(tmp_path / 'other')
+    _, store = distilled
+    train_distill.main([
+        *SMALL, '--dataset', str(tmp_path / 'other'), '--val-dataset', DATA, '--logits', str(store), '--epochs', '1',
+        '--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'run'])
+    config = json.loads((tmp_path / 'run' / 'best' / 'config.json').read_text())
+    assert config['label_names'] == rows.features['label'].names
+
+
 def test_a_run_of_other_settings_is_not_resumed(distilled, capsys):
     run, store = distilled
     said = message_of(
         [*SMALL, '--logits', store, '--output', run.parent, '--experiment', 'run', '--lr', '0.5'], capsys)
     assert 'lr 0.001 there and 0.5 here' in said and '--experiment' in said
+    said = message_of([
+        *SMALL, '--topk', '3', '--shard-size', '40', '--mixup-mode', 'pair', '--train-split', 'train[1:97]', '--output',
+        run.parent, '--experiment', 'run'], capsys)
+    assert '(train_split' in said
+    assert 'other images or labels in --dataset, another store, or none, in --logits); give the same ones' in said
 
 
 def test_a_damaged_checkpoint_is_named(distilled, tmp_path, capsys):
@@ -340,6 +369,13 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
     _, store = distilled
     here = [*SMALL, '--output', tmp_path]
     with_store = [*here, '--logits', store]
+    rows = load_split(DATA, 'test[:8]', is_training=False)
+    words, loose = tmp_path / 'words', tmp_path / 'loose'
+    few = rows.remove_columns('label').add_column('label', [0, 1, 2, 0, 1, 2, 0, 1])
+    datasets.DatasetDict(test=few.cast_column('label', datasets.ClassLabel(names=list('abc')))).save_to_disk(words)
+    for place in ('test/a/0.png', 'test/b/1.png', 'test/2.png'):
+        (loose / place).parent.mkdir(parents=True, exist_ok=True)
+        rows[0]['image'].save(loose / place)
     cases = [
         ([*here, '--dataset', tmp_path / 'nowhere'], 'there is no folder'),
         ([*here, '--train-split', 'training'], 'no split training, only train, test'),
@@ -349,6 +385,9 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*with_store, '--num-classes', '12'], 'the student has 12 classes, the store'),
         ([*with_store, '--train-split', 'train[:95]'], '95 samples, the store has 96'),
         ([*with_store, '--train-split', 'train[1:97]'], '96 samples with other content'),
+        ([*here, '--logits', store, store], 'twice; an average is of different stores'),
+        ([*with_store, '--val-dataset', words], 'are 3 classes, the model has 10, as the teacher has'),
+        ([*here, '--val-dataset', loose], 'every file must lie in SPLIT/CLASS/'),
         ([*with_store, '--reprob', '0.5'], 're_prob 0.5 instead of 0.25'),
         ([*with_store, '--teacher', teacher, '--topk', '4'], 'k: 3, 4'),
         ([*here, '--no-such-flag', '1'], 'unknown argument --no-such-flag'),

@@ -23,6 +23,9 @@ __all__ = ['is_finite', 'last_checkpoint', 'random_state', 'save_checkpoint', 's
 # What makes up an update on one number of processes, and may be made up otherwise on another.
 PER_PROCESS = ('batch_size', 'grad_accum_steps')
 
+# What is compared by content, whose sums tell nobody anything.
+CONTENTS = {'data': 'other images or labels in --dataset', 'store': 'another store, or none, in --logits'}
+
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """State of this rank's generators, of types that load with `weights_only`."""
@@ -100,8 +103,8 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
         raise InputError(f'the checkpoint {files[-1]} cannot be read ({type(error).__name__}); delete it to go on '
                          f'from the one before')
     free = PER_PROCESS if processes != world_size else ()
-    other = [f'{key} {there.get(key)!r} there and {settings.get(key)!r} here' for key in {**there, **settings}
-             if there.get(key) != settings.get(key) and key not in free]
+    other = [CONTENTS.get(key) or f'{key} {there.get(key)!r} there and {settings.get(key)!r} here'
+             for key in {**there, **settings} if there.get(key) != settings.get(key) and key not in free]
     if other:
         raise InputError(f'the run in {folder} was started with other settings ({", ".join(other[:4])}); give the '
                          f'same ones to resume it, or another --experiment')

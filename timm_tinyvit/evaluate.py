@@ -28,10 +28,10 @@ from .save_logits import read_labels
 from .sources import class_names, find_column, load_split
 from .student import create_student
 from .teacher import ModelInput
-from .terminal import progress
+from .terminal import progress, warn
 
 __all__ = [
-    'check_label_values', 'check_labels', 'config_beside', 'eval_config', 'eval_loader', 'evaluate',
+    'check_label_values', 'check_labels', 'class_mismatch', 'config_beside', 'eval_config', 'eval_loader', 'evaluate',
     'evaluate_checkpoint', 'is_imagenet1k',
 ]
 
@@ -50,7 +50,7 @@ def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: 
     """
     if label_key is None:
         raise InputError(f'the data of {flag} have no label column, only {", ".join(dataset.column_names)}; '
-                         f'name it with --target-key')
+                         f'name it with --target-key; in a folder of images every file must lie in SPLIT/CLASS/')
     if not len(dataset):
         raise InputError(f'the data of {flag} are empty; name another split')
     check_label_values(read_labels(dataset, label_key), num_classes, flag)
@@ -66,6 +66,20 @@ def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
     if len(bad):
         raise InputError(f'sample {bad[0]} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
                          f'{num_classes} classes; check --target-key, --num-classes and {flag}')
+
+
+def class_mismatch(dataset: datasets.Dataset, label_key: str, num_classes: int) -> str | None:
+    """Why the labels of an evaluation split are not the classes of a model, in words; None where they can be.
+
+    Args:
+        dataset: The split.
+        label_key: Its label column.
+        num_classes: Classes of the model. One of ImageNet-22k is looked at on the labels of ImageNet-1k.
+    """
+    names = class_names(dataset, label_key)
+    if not names or len(names) == num_classes or num_classes == NUM_CLASSES_22K and is_imagenet1k(dataset, label_key):
+        return None
+    return f'the labels of --val-split are {len(names):,} classes, the model has {num_classes:,}'
 
 
 def is_imagenet1k(dataset: datasets.Dataset, label_key: str) -> bool:
@@ -175,6 +189,8 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     model.pretrained_cfg.update(beside)
     label_key = find_column(dataset, args.target_key, is_image=False)
     check_labels(dataset, label_key, model.num_classes, '--val-split')
+    if mismatch := class_mismatch(dataset, label_key, model.num_classes):
+        warn(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
     config = eval_config(args, model, size)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
     prepare = ModelInput(config['mean'], config['std']).to(accelerator.device)

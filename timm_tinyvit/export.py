@@ -12,6 +12,7 @@ again and run on another batch size; the command fails if its logits are not the
 import argparse
 import copy
 import importlib.util
+import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,7 +40,10 @@ def _export_program(model: nn.Module, images: torch.Tensor) -> torch.export.Expo
 
 
 def export_torch(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
-    torch.export.save(_export_program(model, images), path)
+    # torch's writer of files aborts the process on a full disk.
+    buffer = io.BytesIO()
+    torch.export.save(_export_program(model, images), buffer)
+    path.write_bytes(buffer.getbuffer())
     return torch.export.load(path).module()
 
 

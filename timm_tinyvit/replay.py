@@ -225,6 +225,12 @@ class Replay:
             if not key.startswith(('mixup', 'cutmix')) and key not in (
                 'decoder', 'exif', 're_prob', 're_mode', 're_count')
         }
+        # timm passes over what it does not know by its letters, and a store would have other views for good.
+        odd = [part for part in (recipe.auto_augment or '').split('-')[1:] if not part.startswith('t')
+               and not any(letter.isdigit() for letter in part)]
+        if odd:
+            raise InputError(f'the policy --aa {recipe.auto_augment} has a part {odd[0]!r} without a number; expected '
+                             f'parts as in rand-m9-mstd0.5-inc1')
         try:
             # The factory leaves erasing out where it does not normalise.
             self._transform = create_transform(**arguments, is_training=True, normalize=False)

@@ -34,7 +34,7 @@ from .provenance import hub_repo_of
 from .publish_store import PublishedStore, check_complete, publish_store
 from .replay import Replay, ViewRecipe, check_probe, library_versions
 from .reuse import copy_epochs, copy_keys, copy_range, merge_stores
-from .sources import Source, class_names, labels_of, load_split, select_columns
+from .sources import Source, class_names, find_column, labels_of, load_split, select_columns
 from .sparsifier import create_sparsifier
 from .store import LogitStore, Manifest
 from .store_card import LabelledViews, data_name
@@ -42,7 +42,7 @@ from .store_report import figures_of, shards_on_disk, store_facts
 from .store_statistics import label_mismatch, rows_of, store_statistics
 from .streaming import StreamedRows
 from .teacher import Teacher, create_pretrained
-from .terminal import log, progress, result, speak
+from .terminal import log, progress, result, speak, warn
 
 __all__ = [
     'check_store', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'open_stores',
@@ -63,6 +63,20 @@ def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
         # The name with a tag, or of a repo, is that of other weights.
         name = model.pretrained_cfg['architecture']
     return Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile)
+
+
+def warn_of_other_numbers(teacher: Teacher, dataset: Source, target_key: str | None) -> None:
+    """Say so where a class has one number for the teacher and another one in the data."""
+    key = find_column(dataset, target_key, is_image=False)
+    here, there = class_names(dataset, key) if key else None, teacher.class_names
+    if not here or not there:
+        return
+    moved = [(name, place) for place, name in enumerate(here)
+             if name in there and (place >= len(there) or there[place] != name)]
+    if moved:
+        name, place = moved[0]
+        warn(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
+             f'{there.index(name)} and {place}; accuracies and --alpha below 1 would compare different classes')
 
 
 def open_store(
@@ -115,6 +129,8 @@ def open_stores(
         cache_dir: str | None = None,
 ) -> tuple[LogitStore | Ensemble, Replay]:
     """Open one store, or several of different teachers as an ensemble; see `open_store`."""
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise InputError(f'--logits names {twice[0]} twice; an average is of different stores')
     opened = [open_store(path, given_view, log, keep_epochs, cache_dir) for path in paths]
     stores = [store for store, _ in opened]
     return stores[0] if len(stores) == 1 else Ensemble(stores), opened[0][1]
@@ -188,6 +204,7 @@ def create_store(
                 f'there) or from the same in another order; fill it from the data set that it was begun with')
     if not fingerprint['num_samples']:
         raise InputError('the training data are empty; name another --train-split')
+    warn_of_other_numbers(teacher, dataset, args.target_key)
     manifest = Manifest(
         num_samples=fingerprint['num_samples'],
         num_classes=teacher.num_classes,
@@ -234,8 +251,8 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
     """Run the teacher again on a sample of stored views.
 
     Returns:
-        `views` looked at, `share_of_other_ids`, `mean_error` and `largest_error` of the log-probabilities of ids
-        that are in both.
+        `views` looked at, `same_records` that come out bit for bit, `share_of_other_ids`, `mean_error` and
+        `largest_error` of the log-probabilities of ids that are in both.
 
     Raises:
         InputError: The store holds no complete epoch.
@@ -250,7 +267,7 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
         (int(epoch), int(index)) for epoch, index in
         zip(picks.choice(epochs, count), picks.integers(len(data), size=count))
     ]
-    other, listed, errors = 0, 0, []
+    same_records, other, listed, errors = 0, 0, 0, []
     batch_size = manifest.teacher['batch_size']
     sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
     for start in range(0, count, batch_size):
@@ -259,6 +276,7 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
         stored = store.codec.decode(batch['record'])
         # By what the views were drawn by, as when the store was filled: with keys it is not the position.
         fresh = sparsifier(teacher(batch['view']), [epoch for epoch, _ in part], batch['index'].tolist()).to('cpu')
+        same_records += int((store.codec.encode(fresh) == batch['record'].numpy()).all(axis=1).sum())
         same = (stored.ids[:, :, None] == fresh.ids[:, None, :]) & fresh.valid[:, None, :]  # [B, k, k]
         same &= stored.valid[:, :, None]
         other += int((stored.valid & ~same.any(dim=2)).sum())
@@ -268,6 +286,7 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
     error = torch.cat(errors)
     return {
         'views': count,
+        'same_records': same_records,
         'share_of_other_ids': other / listed,
         'mean_error': error.mean().item(),
         'largest_error': error.max().item(),
@@ -530,8 +549,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f'{store.manifest.teacher["name"]} of other weights; give --teacher that one')
         found = check_store(store, teacher, data)
         result(
-            f'{found["views"]} views: {100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
-            f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most')
+            f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '
+            f'{100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
+            f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most, with the rounding of the '
+            f'codec {store.manifest.codec}')
         return
 
     _require(args, 'epochs')

@@ -42,6 +42,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         InputError: There is no such data set or split.
     """
     local = Path(name).expanduser()
+    where = f'the data set {name}'
     name = name.removeprefix('hfds/')
     try:
         if (local / 'dataset_dict.json').is_file() or (local / 'state.json').is_file():
@@ -57,13 +58,14 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         elif name.startswith(('.', '/', '~')):
             raise InputError(f'there is no folder {name}; give a folder of parquet files or images, or a Hub name')
         else:
+            where = f'there is no folder {name} here, and the data set of that name on the Hub'
             splits = datasets.load_dataset(name, streaming=streaming)
     except InputError:
         raise
     except Exception as error:
         # The loaders raise whatever their backend raises; all of it is about the name that was given.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f'the data set {name} cannot be loaded: {reason}')
+        raise InputError(f'{where} cannot be loaded: {reason}')
     if split is None:
         usual = ('train',) if is_training else ('validation', 'val', 'test')
         split = next((name for name in usual if name in splits), usual[0])

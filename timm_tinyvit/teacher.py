@@ -3,6 +3,7 @@
 import hashlib
 from contextlib import nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import timm
@@ -53,13 +54,22 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
     """
     if (Path(name).expanduser() / 'config.json').is_file():
         name = f'local-dir:{Path(name).expanduser()}'
+    elif (Path(name).expanduser() / 'best' / 'config.json').is_file():
+        raise InputError(f'{name} is the folder of a run; give {name}/best, its most accurate model')
     kwargs = {} if num_classes is None else dict(num_classes=num_classes)
+    model = None
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
         if checkpoint is not None:
             load_checkpoint(model, checkpoint, weights_only=True)
     except Exception as error:
         # Names, folders, Hub and checkpoints fail in as many ways as there are libraries behind them.
+        lines = str(error).splitlines()
+        if model is not None and isinstance(error, RuntimeError) and len(lines) > 1:
+            raise InputError(
+                f'the weights {checkpoint} are not those of {name} with {model.num_classes} classes '
+                f'({shorten(" ".join(lines[1:]), 100, placeholder=" ...")}); give the model and the number of classes '
+                f'that they were trained with')
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         weights = f'the weights {checkpoint}' if checkpoint else 'its pretrained weights'
         raise InputError(
@@ -96,6 +106,7 @@ class Teacher:
         self.device = torch.device(device)
         self.amp_dtype = amp_dtype
         self.num_classes = model.num_classes
+        self.class_names = (model.pretrained_cfg or {}).get('label_names')
         self.mean, self.std = tuple(config['mean']), tuple(config['std'])
         self.size = tuple(size or config['input_size'][-2:])
         self.weights = _hash_weights(model)
