@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import resource
 
 import datasets
 import huggingface_hub
@@ -251,6 +252,18 @@ def test_a_batch_comes_out_of_a_loader_worker_as_it_is_made_without_one(real, re
         assert torch.equal(values, here[name])
         # Shared memory costs more than it saves where there are few bytes.
         assert values.is_shared() == (name == 'view') == (values.nbytes > 1 << 16)
+
+
+def no_shared_memory(worker):
+    """Shared memory is files, for the limits of a process."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+
+def test_a_lack_of_shared_memory_ends_a_loader_with_one_sentence(real, refused):
+    data = ImageDataset(real, to_tensor)
+    loader = DataLoader(data, batch_size=100, num_workers=2, collate_fn=collate, worker_init_fn=no_shared_memory)
+    with refused('no shared memory for a batch of', '--workers', '--shm-size'):
+        next(iter(loader))
 
 
 def test_a_data_set_travels_to_spawned_workers(real, replay, tmp_path):

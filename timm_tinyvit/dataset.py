@@ -5,6 +5,7 @@ nothing that was told to it before. The image column is read as it is stored and
 file format and whatever format the data set was set to.
 """
 
+from textwrap import shorten
 from typing import Any
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, Dataset, get_worker_info
+from torch.utils.data import BatchSampler, Dataset, default_collate, get_worker_info
 
 from .ensemble import Ensemble
 from .errors import InputError
@@ -243,17 +244,36 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     Returns:
         `view` uint8 [B, 3, H, W], and where there are `label`, `label2` and `index` int64 [B], `lam` float32 [B] and
         `record` uint8 [B, width].
+
+    Raises:
+        InputError: A loader worker has no shared memory left.
     """
-    batch = {'view': torch.stack([sample['view'] for sample in samples])}
+    batch = {'view': _stack([sample['view'] for sample in samples])}
     for name in ('label', 'label2', 'lam', 'index'):
         if name in samples[0]:
             batch[name] = torch.tensor([sample[name] for sample in samples])
     if 'record' in samples[0]:
-        batch['record'] = torch.stack([sample['record'] for sample in samples])
+        batch['record'] = _stack([sample['record'] for sample in samples])
     if get_worker_info() is not None:
-        batch = {name: values.as_subclass(_InMessage) if values.nbytes <= MAX_MESSAGE_BYTES else values
+        batch = {name: values if values.is_shared() else values.as_subclass(_InMessage)
                  for name, values in batch.items()}
     return batch
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, in a loader worker into shared memory where that pays."""
+    num_bytes = len(tensors) * tensors[0].nbytes
+    if get_worker_info() is None or num_bytes <= MAX_MESSAGE_BYTES:
+        return torch.stack(tensors)
+    try:
+        # Here and not when the batch is sent: there a lack of memory would lose it, and its receiver wait for ever.
+        return default_collate(tensors)
+    except RuntimeError as error:
+        if '/torch_' not in str(error):  # the name of a piece of shared memory
+            raise
+        raise InputError(f'a loader worker has no shared memory for a batch of {num_bytes / 1e6:.1f} MB '
+                         f'({shorten(str(error), 120)}); give the container or machine more of it '
+                         f'(docker run --shm-size 8g), or choose fewer --workers or smaller batches')
 
 
 class _InMessage(torch.Tensor):
