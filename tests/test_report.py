@@ -643,6 +643,7 @@ def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
         ([filled_store, '--htlm', 'page.html'], 'unrecognized arguments'),
         (['--compare', 'a', 'b', '--json', '--gallery', tmp_path / 'g.png'], '--compare has no use for what is for '
          'stores alone; leave --gallery and --json out'),
+        (['a', 'b'], 'a and b are two; give one, or put runs side by side with --compare a b'),
         ([filled_store, '--compare', 'a', 'b'], 'logits stands beside --compare'),
         (['--compare', tmp_path], 'has nothing to be compared with'),
     ]

@@ -213,7 +213,13 @@ def _parser() -> ArgumentParser:
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program with these arguments, by default the command line's."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others and args.path is not None and not others[0].startswith('-'):
+        raise InputError(f'{args.path} and {others[0]} are two; give one, or put runs side by side with --compare '
+                         f'{args.path} {others[0]}')
+    if others:
+        parser.error(f'unrecognized arguments: {" ".join(others)}')
     speak(is_first=True, quiet=args.quiet)
     _check_output(args.html, '--html')
     _check_output(args.gallery, '--gallery')
