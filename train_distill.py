@@ -369,8 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if store and (mismatch := class_mismatch(val_set, val_key, num_classes)):
         raise InputError(f'{mismatch}, as the teacher has, so that accuracies would say nothing; name data of its '
                          f'classes with --val-dataset')
-    all_names = (label_names, class_names(val_set, val_key))
-    names = next((names for names in all_names if names and len(names) == num_classes), None)
+    names = label_key and class_names(train_set, label_key, num_classes) or class_names(val_set, val_key, num_classes)
     set_seed(args.seed)
     student = create_student(args, num_classes, size, log)
     if args.sync_bn:

@@ -186,9 +186,9 @@ def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, nu
     if scale < 1:
         size = [max(1, round(side * scale)) for side in views.shape[-2:]]
         views = F.interpolate(views, size, mode='bilinear', antialias=True)
-    names = class_names(data.dataset, data.label_key)
     about = {
-        'epoch': epoch, 'num_classes': num_classes, 'names': names if names and len(names) == num_classes else None,
+        'epoch': epoch, 'num_classes': num_classes,
+        'names': class_names(data.dataset, data.label_key, num_classes),
         'split': dataset_fingerprint(data.dataset, data.image_key, data.label_key)}
     write_arrays(path, about, shown=shown, views=views.numpy(), **vars(predictions))
 

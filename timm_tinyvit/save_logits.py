@@ -71,12 +71,14 @@ def warn_of_other_numbers(teacher: Teacher, dataset: Source, target_key: str | N
     here, there = class_names(dataset, key) if key else None, teacher.class_names
     if not here or not there:
         return
+    # Of a name that several classes share, the first.
+    numbers = {name: place for place, name in reversed(list(enumerate(there)))}
     moved = [(name, place) for place, name in enumerate(here)
-             if name in there and (place >= len(there) or there[place] != name)]
+             if name in numbers and (place >= len(there) or there[place] != name)]
     if moved:
         name, place = moved[0]
         warn(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
-             f'{there.index(name)} and {place}; accuracies and --alpha below 1 would compare different classes')
+             f'{numbers[name]} and {place}; accuracies and --alpha below 1 would compare different classes')
 
 
 def open_store(

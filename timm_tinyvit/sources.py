@@ -136,9 +136,10 @@ def find_key(dataset: Source, key: str) -> str:
     return key
 
 
-def class_names(dataset: Source, label_key: str) -> list[str] | None:
-    """Names of the classes, where the label column knows them."""
-    return getattr(_features(dataset)[label_key], 'names', None)
+def class_names(dataset: Source, label_key: str, num_classes: int | None = None) -> list[str] | None:
+    """Names of the classes, where the label column knows them; with a number of classes, only those of as many."""
+    names = getattr(_features(dataset)[label_key], 'names', None)
+    return names if num_classes is None or names and len(names) == num_classes else None
 
 
 def select_columns(dataset: Source, *names: str) -> Source:

@@ -72,8 +72,8 @@ class ShownSample:
 
 def name_classes(data: SparseLogitDataset | None, num_classes: int) -> list[str]:
     """Names of a teacher's classes: those of the labels where there are as many, or of the ImageNet of that size."""
-    names = class_names(data.dataset, data.label_key) if data is not None and data.label_key else None
-    if names and len(names) == num_classes:
+    names = class_names(data.dataset, data.label_key, num_classes) if data is not None and data.label_key else None
+    if names:
         return names
     subset = infer_imagenet_subset({'num_classes': num_classes})
     if subset is None:

@@ -52,9 +52,10 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
     Raises:
         InputError: There is no such model, or its weights cannot be had.
     """
-    if (Path(name).expanduser() / 'config.json').is_file():
-        name = f'local-dir:{Path(name).expanduser()}'
-    elif (Path(name).expanduser() / 'best' / 'config.json').is_file():
+    folder = Path(name).expanduser()
+    if (folder / 'config.json').is_file():
+        name = f'local-dir:{folder}'
+    elif (folder / 'best' / 'config.json').is_file():
         raise InputError(f'{name} is the folder of a run; give {name}/best, its most accurate model')
     kwargs = {} if num_classes is None else dict(num_classes=num_classes)
     model = None
