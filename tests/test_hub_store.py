@@ -1,7 +1,9 @@
 """Stores that are read from the Hub: the real client against a server of its interface, in processes of their own."""
 
+import json
 import math
 import signal
+import subprocess
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -341,17 +343,19 @@ store.begin([0], [1])
 print(store._fetcher.process.pid, flush=True)
 store.wait()
 ''', start=True)
-    wait_for(lambda: hub.seen('GET /storage/.*epoch-00000/shard-00002') and child.read('stdout').endswith('\n'))
+    cache = tmp_path / 'home' / 'assets' / 'timm_tinyvit'
+    wait_for(lambda: hub.seen('GET /storage/.*epoch-00000/shard-00002') and child.read('stdout').endswith('\n')
+             and list(cache.rglob('shard-00000.arrow')))
     fetcher = Path('/proc', child.read('stdout').strip())
     assert fetcher.exists()
     child.kill(signal.SIGKILL)
     assert child.wait().returncode == -signal.SIGKILL
     wait_for(lambda: not fetcher.exists())
-    cache = tmp_path / 'home' / 'assets' / 'timm_tinyvit'
     assert not list(cache.rglob('epoch-00000/shard-00002*'))
-    # As if it had been killed a moment later.
-    aside = next(cache.rglob('epoch-00000')) / f'.shard-00002.arrow.{machine_name()}.{fetcher.name}.tmp'
-    aside.write_bytes(b'half a file')
+    # As if it had been killed a moment later, or between a shard and the claim on it.
+    epoch = next(cache.rglob('epoch-00000'))
+    (epoch / f'.shard-00002.arrow.{machine_name()}.{fetcher.name}.tmp').write_bytes(b'half a file')
+    Claims.path(epoch / 'shard-00000.arrow').write_bytes(b'')
     hub.forget()
     # What was left aside goes, what was claimed is free, what is there is not fetched again.
     there = len(list(cache.rglob('shard-*')))
@@ -514,6 +518,25 @@ def test_readers_that_died_on_another_boot_keep_nothing_after_the_first_boundary
     assert Claims.path(kept / held._name).exists()
     held.set([2])
     assert not kept.exists() and not other.exists()
+    held.release()
+
+
+def test_what_a_dead_fetcher_had_claimed_does_not_keep_the_folder_of_a_used_epoch(tmp_path):
+    place = leave_epoch(tmp_path / 'commit', 0, readers=0)
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    claim = {'machine': machine_name(), 'pid': ended.pid, 'started': '1'}
+    for shard in (0, 1):  # one that was there already, and one that was on its way
+        Claims.path(place / f'shard-0000{shard}.arrow').write_text(json.dumps(claim))
+    held = held_epochs(tmp_path / 'commit')
+    held.set([1])
+    assert not place.exists()
+    # One who lives goes on.
+    place = leave_epoch(tmp_path / 'commit', 0, readers=0)
+    with Claims() as claims:
+        claims.take(place / 'shard-00001.arrow')
+        held.set([2])
+        assert [path.name for path in place.iterdir()] == ['.shard-00001.arrow.claim']
     held.release()
 
 

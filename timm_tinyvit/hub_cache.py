@@ -401,7 +401,7 @@ class HeldEpochs:
             kept = {self.cache.epoch_folder(epoch) for epoch in epochs}
             for other in folder.glob('epoch-*'):
                 if other in kept:
-                    _look_at_readers(self._claims, other)
+                    _look_at_claims(self._claims, other, READER)
                 else:
                     _remove_unless_kept(self._claims, other)
         for other in set(folder.parent.iterdir()) - {folder}:
@@ -455,14 +455,14 @@ def _has_hash(file: Path, expected: str) -> bool:
     return state.hexdigest() == expected
 
 
-def _look_at_readers(claims: Claims, folder: Path) -> bool:
-    """Look at all claims that readers have on an epoch, each of which expires from the first look at it.
+def _look_at_claims(claims: Claims, folder: Path, prefix: str) -> bool:
+    """Look at all claims of one kind in the folder of an epoch, each of which expires from the first look at it.
 
     Returns:
-        Whether none of them is of a process that lives.
+        Whether none of them is of a process that lives; those are gone.
     """
     is_free = True
-    for claim in folder.glob(f'.{READER}*.claim'):
+    for claim in folder.glob(f'.{prefix}*.claim'):
         file = folder / claim.name[1:].removesuffix('.claim')
         if claims.take(file):
             claims.release(file)
@@ -477,11 +477,12 @@ def _remove_unless_kept(claims: Claims, folder: Path) -> bool:
     Returns:
         Whether they are gone.
     """
-    if not _look_at_readers(claims, folder):
+    if not _look_at_claims(claims, folder, READER):
         return False
     for file in folder.glob('shard-*.arrow'):
         file.unlink(missing_ok=True)
     remove_stale(folder)
+    _look_at_claims(claims, folder, 'shard-')
     # A reader that was not told yet may be fetching into it just now.
     with suppress(OSError):
         folder.rmdir()

@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 
 from .aside import remove_stale
+from .claims import Claims
 from .ensemble import Ensemble
 from .errors import InputError
 from .hub_cache import HeldEpochs, HubCache, HubCommit
@@ -79,8 +80,11 @@ def open_store_at(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --store-cache')
+    # What killed processes left: files written half, and claims on whole ones.
+    claims = Claims()
     for place in (folder, *folder.glob('epoch-*')):
         remove_stale(place)
+        claims.clear(place)
     return HubStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
 
 
