@@ -303,13 +303,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
-    if args.push_to_hub and show:
-        prepare_push(args)
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
         train_set = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
         val_set = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+    if args.push_to_hub and show:
+        prepare_push(args)
 
     # Teacher and store. The store says how its views are made; without one the flags do.
     store = None

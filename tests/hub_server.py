@@ -618,6 +618,10 @@ ROUTES = {
 }
 
 
+# Some of those that the Hub knows.
+LICENSES = ('apache-2.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'cc0-1.0', 'mit', 'openrail', 'other')
+
+
 def card_problems(text: str) -> tuple[list[str], list[str]]:
     """Errors and warnings about the metadata of a card, as far as the Hub's rules are known."""
     front = re.match(r'---\r?\n(.*?)\r?\n---\s*?(\r?\n|$)', text, re.DOTALL)
@@ -637,6 +641,8 @@ def card_problems(text: str) -> tuple[list[str], list[str]]:
             errors.append(f'"{key}" must be an array of strings')
     if not isinstance(data.get('license', ''), str):
         errors.append('"license" must be a string')
+    elif data.get('license', 'other') not in LICENSES:
+        errors.append(f'"license" must be one of [{", ".join(LICENSES)}]')
     for config in data.get('configs', []):
         if not isinstance(config, dict) or not isinstance(config.get('config_name'), str):
             errors.append('"configs" must have a "config_name" each')

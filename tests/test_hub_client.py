@@ -266,7 +266,7 @@ def test_a_stored_token_serves_as_well_and_is_not_in_the_repo(hub, hub_children,
 def test_without_a_way_to_the_hub_there_is_one_sentence(hub, hub_children, tmp_path, one_sentence, changes, words):
     result = hub_children.run(PROGRAM, hub.environment(tmp_path) | changes)
     assert result.returncode == 2
-    one_sentence(result.stderr.strip().splitlines()[-1], 'error: cannot create the model repo org/name', *words)
+    one_sentence(result.stderr.strip().splitlines()[-1], 'error: cannot write to the model repo org/name', *words)
     assert 'Traceback' not in result.stderr and not hub.requests
 
 

@@ -17,11 +17,12 @@ import pytest
 import timm
 import torch
 import yaml
+from datasets import load_dataset
 from golden_weights import golden_tensor
 from huggingface_hub import ModelCard
 
 import train_distill
-from timm_tinyvit import clip_teacher, convert, provenance, tiny_vit
+from timm_tinyvit import clip_teacher, convert, provenance, save_logits, tiny_vit
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.model_card import model_facts, read_weights, recipe_yaml, run_card
 from timm_tinyvit.official import OFFICIAL_CHECKPOINTS
@@ -100,7 +101,8 @@ def test_the_card_says_what_the_run_was(run):
     teacher = Path(yaml.safe_load((run / 'args.yaml').read_text())['teacher']).name
     assert f'from the answers of a teacher called `{teacher}`, stored in\n`logits`, and from their labels' in card.text
     assert 'and, with weight 0.25, from the labels.' in training
-    assert 'Not published: `logits`.\nWith `--teacher`' in training and 'Folders stand for data' in training
+    assert 'Not published: `logits`.\n' in training and 'Folders stand for data' in training
+    assert 'The run was stopped' not in card.text
     assert 'the kind of the 48 images of `fashion_mnist`' in section(card, 'Limits')
     assert 'the median of 3 epochs;' in section(card, 'Speed')
     assert 'with `./fashion_mnist` the folder of that name' in section(card, 'Accuracy')
@@ -119,23 +121,81 @@ def test_the_recipe_of_a_card_gives_the_settings_of_the_run(run, tmp_path):
 def test_the_training_command_of_a_card_asks_for_the_same_run(run, tmp_path):
     command = section(run_card(run, 'best', 'org/student'), 'Training').split('```\naccelerate ')[1].split('```')[0]
     argv = shlex.split(command.replace('\\\n', ''))[3:]
-    assert argv[-2:] == ['--teacher', 'TEACHER'] and argv[argv.index('--dataset') + 1] == './fashion_mnist'
+    assert argv[-2:] == ['--logits', 'logits'] and argv[argv.index('--dataset') + 1] == './fashion_mnist'
     argv[argv.index('recipe.yaml')] = write_recipe(run, tmp_path)
     again, before = vars(train_distill.settings(argv)), yaml.safe_load((run / 'args.yaml').read_text())
     assert again['val_split'] == before['val_split'] == 'test[:40]' and again['train_split'] == before['train_split']
-    # A teacher that anybody can have is named, and of several stores each is filled for itself.
+    # Weights that the run started from, and are not published.
+    copy = copy_of(run, tmp_path)
+    record = read_run(copy)
+    record['base'] = {'name': 'first/last', 'on_hub': False}
+    (copy / 'run.json').write_text(json.dumps(record))
+    training = section(run_card(copy, 'best', 'org/student'), 'Training')
+    assert '--initial-checkpoint first/last\n' in training
+    assert 'Not published: `logits` and the weights `first/last`.' in training
+    record['recipe']['model'] = 'local-dir:first/last'
+    (copy / 'run.json').write_text(json.dumps(record))
+    assert '--initial-checkpoint' not in section(run_card(copy, 'best', 'org/student'), 'Training')
+
+
+def filling_commands(card):
+    block = section(card, 'Training').partition('fills the store:\n\n```\n')[2] or section(
+        card, 'Training').partition('each teacher fills its store:\n\n```\n')[2]
+    commands = block.partition('\n```')[0].replace('\\\n', '').splitlines()
+    return [shlex.split(command.partition('save_logits ')[2]) for command in commands]
+
+
+@pytest.mark.parametrize('flags', [
+    [],
+    ['--sparsifier', 'nucleus', '--top-p', '0.8', '--topk', '4', '--shard-size', '20', '--store-seed', '3',
+     '--teacher-batch-size', '12', '--epochs', '1:3', '--teacher-amp-dtype', 'bfloat16', '--mixup', '0.8',
+     '--cutmix', '1', '--aa', 'rand-m9-mstd0.5-inc1', '--scale', '0.5', '1', '--decoder', 'torch', '--img-size', '40'],
+    ['--codec', 'float16', '--no-aug', '--target-key', 'label', '--input-key', 'image', '--key', 'name'],
+], ids=['of the run', 'much', 'other'])
+def test_the_filling_command_of_a_card_makes_the_same_store(run, teacher, tmp_path, flags):
+    copy, data = copy_of(run, tmp_path), DATA
+    record = read_run(copy)
+    if flags:
+        if '--key' in flags:
+            rows = load_dataset(DATA, split='train[:48]')
+            data = str(tmp_path / 'named')
+            (tmp_path / 'named').mkdir()
+            rows.add_column('name', [f'image {row}' for row in range(len(rows))]).to_parquet(f'{data}/train.parquet')
+        save_logits.main(['--dataset', data, '--train-split', 'train[:48]', '--logits', str(tmp_path / 'first'),
+                          '--teacher', teacher, '-j', '0', *([] if '--epochs' in flags else ['--epochs', '2']), *flags])
+        record['stores'] = [provenance._describe_store(
+            str(tmp_path / 'first'), LogitStore.open(tmp_path / 'first'), None)]
+        if '--key' in flags:
+            record['recipe'].update(input_key='image', target_key='label')
+    record['train']['split'] = 'train[:48]'
+    (copy / 'run.json').write_text(json.dumps(record))
+    (argv,) = filling_commands(run_card(copy, 'best', 'org/student'))
+    assert argv[:4] == ['--dataset', './fashion_mnist', '--train-split', 'train[:48]']
+    name = argv[argv.index('--logits') + 1]
+    for word, path in (('./fashion_mnist', data), (name, str(tmp_path / 'again')), ('TEACHER', teacher)):
+        argv[argv.index(word)] = path
+    save_logits.main([*argv, '-j', '0'])
+    again = LogitStore.open(tmp_path / 'again')
+    before = LogitStore.open(tmp_path / 'first' if flags else run.parent / 'logits')
+    assert name == before.path.name and again.manifest.identity == before.manifest.identity
+    assert again.manifest.stored_epochs == before.manifest.stored_epochs
+    assert again.manifest.recipe == before.manifest.recipe and again.manifest.teacher == before.manifest.teacher
+
+
+def test_a_teacher_that_anybody_can_have_is_named_and_each_store_has_its_own(run, tmp_path):
     copy = copy_of(run, tmp_path)
     record = read_run(copy)
     record['stores'][0]['teacher_repo'], record['stores'][0]['teacher']['name'] = 'timm/a.in1k', 'a.in1k'
     (copy / 'run.json').write_text(json.dumps(record))
     card = run_card(copy, 'best', 'org/student')
-    assert '--logits logits --teacher a.in1k\n' in card.text
+    (argv,) = filling_commands(card)
+    assert argv[argv.index('--teacher') + 1] == 'a.in1k'
     assert 'from the answers of [a.in1k](https://huggingface.co/timm/a.in1k), stored in\n`logits`' in card.text
     record['stores'] *= 2
     record['recipe'].pop('alpha')
     (copy / 'run.json').write_text(json.dumps(record))
     card = run_card(copy, 'best', 'org/student')
-    assert '--logits logits logits\n' in card.text and 'with `save_logits --teacher`' in card.text
+    assert '--logits logits logits\n' in card.text and len(filling_commands(card)) == 2
     assert 'labels' not in section(card, 'Training') and 'from their labels' not in card.text
 
 
@@ -158,7 +218,8 @@ def test_a_card_links_what_is_on_the_hub(run, tmp_path):
     record['commits'] = ['4f2c', '77aa-dirty']
     (copy / 'run.json').write_text(json.dumps(record))
     card = run_card(copy, 'best', 'org/student')
-    assert card.data.datasets == ['ILSVRC/imagenet-1k'] and card.data.base_model == 'timm/test_vit.r160_in1k'
+    assert card.data.datasets == ['ILSVRC/imagenet-1k', 'org/store']
+    assert card.data.base_model == 'timm/test_vit.r160_in1k'
     for link in ('[ILSVRC/imagenet-1k](https://huggingface.co/datasets/ILSVRC/imagenet-1k)',
                  '[timm/test_vit.r160_in1k](https://huggingface.co/timm/test_vit.r160_in1k)',
                  '[org/store](https://huggingface.co/datasets/org/store/tree/0123abcd)',
@@ -176,6 +237,7 @@ def test_a_card_links_what_is_on_the_hub(run, tmp_path):
     assert card.data.eval_results[0].dataset_type == 'ILSVRC/imagenet-1k'
     assert '--dataset ILSVRC/imagenet-1k' in section(card, 'Accuracy') and 'not on the Hub' not in card.text
     assert 'the median of 1 epoch;' in section(card, 'Speed')
+    assert 'The run was stopped after 1 of 3 epochs.' in card.text
 
 
 def test_what_the_owners_wrote_about_the_licence_is_kept(run):

@@ -163,9 +163,12 @@ def test_the_card_of_a_pushed_model_does_what_it_says(hub, hub_children, runs, t
     assert f'top1 {100 * card.data.eval_results[0].metric_value:.3f}' in measured.stdout
 
 
-def test_a_converted_folder_is_pushed_with_the_name_of_its_repo_in_its_card(hub, hub_children, tmp_path):
+def test_a_converted_folder_is_pushed_with_the_name_of_its_repo_in_its_card(hub, hub_children, tmp_path, refused):
     export_model(tmp_path / 'converted', timm.create_model('test_resnet', num_classes=3))
     (tmp_path / 'converted' / CARD).write_text(f'---\nlicense: mit\n---\nhf-hub:{NO_REPO}\n')
+    with refused('has no tag timm_tinyvit', 'add it to the tags'):
+        publish.model_files(tmp_path / 'converted', REPO)
+    (tmp_path / 'converted' / CARD).write_text(f'---\nlicense: mit\ntags: [timm_tinyvit]\n---\nhf-hub:{NO_REPO}\n')
     assert push(hub, hub_children, tmp_path / 'converted', tmp_path).returncode == 0
     files = hub.files(REPO)
     assert set(files) == {CARD, 'config.json', 'model.safetensors'}
@@ -183,7 +186,8 @@ def test_a_converted_folder_is_pushed_with_the_name_of_its_repo_in_its_card(hub,
 ], ids=['commit 500', 'upload cut', 'upload 500', 'preupload 503', 'commit 412', 'commit between'])
 def test_a_push_that_breaks_leaves_the_repo_as_it_was(
         hub, hub_children, vit, tmp_path, one_sentence, match, how, options, words):
-    before = {'config.json': b'{"architecture": "another"}', 'model.safetensors': b'other weights', 'LICENSE': b'terms'}
+    before = {'config.json': b'{"architecture": "another"}', 'model.safetensors': b'other weights', 'LICENSE': b'terms',
+              CARD: b'---\ntags: [timm_tinyvit]\n---\n# A student\n'}
     hub.add_commit(REPO, before)
     hub.fail(match, how, **options)
     result = push(hub, hub_children, vit, tmp_path)
@@ -191,6 +195,42 @@ def test_a_push_that_breaks_leaves_the_repo_as_it_was(
     assert not leaks(vit, tmp_path, {}, result)
     assert hub.files(REPO) == {**before, **options.get('files', {})}
     assert len(hub.commits(REPO)) == 2 + (how == 'commit-between')
+
+
+@pytest.mark.parametrize('files, found', [
+    ({CARD: b'---\ntags: [timm]\n---\n# My model\n'}, 'README.md'),
+    ({CARD: b'# My model\n'}, 'README.md'),
+    ({'pytorch_model.bin': b'pickle'}, 'pytorch_model.bin'),
+    ({CARD: b'---\nlicense: mit\n---\n', 'model.safetensors': b'weights'}, 'model.safetensors'),
+], ids=['another card', 'no metadata', 'no card', 'no text'])
+def test_the_model_of_somebody_else_is_left_alone_and_nothing_is_trained(
+        hub, hub_children, vit, tmp_path, one_sentence, files, found):
+    hub.add_commit(REPO, files)
+    result = push(hub, hub_children, vit, tmp_path)
+    sentence_of(result, one_sentence, f'org/student holds something else, {found}', 'name another repo')
+    trained = hub_children.run(
+        ['-m', 'train_distill', *VIT, '--output', tmp_path, '--experiment', 'new', '--push-to-hub', REPO],
+        hub.environment(tmp_path))
+    sentence_of(trained, one_sentence, f'holds something else, {found}', 'or leave --push-to-hub out')
+    assert hub.files(REPO) == files and not (tmp_path / 'new' / 'metrics.csv').exists()
+
+
+def test_a_licence_that_the_hub_does_not_know_is_found_out_first(hub, hub_children, vit, tmp_path, one_sentence):
+    result = push(hub, hub_children, vit, tmp_path, '--license', 'apache2')
+    sentence_of(result, one_sentence, "'apache2' is no licence that the Hub knows", 'or write other')
+    trained = hub_children.run(
+        ['-m', 'train_distill', *VIT, '--output', tmp_path, '--experiment', 'new', '--push-to-hub', REPO,
+         '--hub-license', 'apache2'], hub.environment(tmp_path))
+    sentence_of(trained, one_sentence, "'apache2' is no licence", 'or leave --push-to-hub out')
+    assert ('model', REPO) not in hub.repos and not (tmp_path / 'new' / 'metrics.csv').exists()
+
+
+def test_no_repo_is_made_for_data_that_are_not_there(hub, hub_children, tmp_path, one_sentence):
+    trained = hub_children.run(
+        ['-m', 'train_distill', *VIT, '--val-split', 'validation', '--output', tmp_path, '--push-to-hub', REPO],
+        hub.environment(tmp_path))
+    sentence_of(trained, one_sentence, 'has no split validation')
+    assert ('model', REPO) not in hub.repos
 
 
 @pytest.mark.parametrize('match, how', [

@@ -105,8 +105,8 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     assert keyed[0] == 0 and set(commits_of_keyed[-1].files) - set(commits_of_keyed[-2].files) == {
         *BESIDES, 'keys.arrow'}
     mark = json.loads((filled_store / '.published').read_text())
-    assert mark == {'url': 'hf://datasets/org/logits', 'identity': LogitStore.open(filled_store).manifest.identity,
-                    'epochs': [0, 4]}
+    assert mark == {'url': f'hf://datasets/org/logits@{commits[-1].oid}',
+                    'identity': LogitStore.open(filled_store).manifest.identity, 'epochs': [0, 4]}
     assert hub.commits('org/logits', 'dataset') == commits
     files = [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
     assert not [name for name, content in there.items() if TOKEN.encode() in content]
@@ -421,8 +421,8 @@ def test_no_path_of_a_teacher_is_published(store, tmp_path, monkeypatch):
         assert publish_store._public(old) == old
     pushed = {}
     published = SimpleNamespace(
-        repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, manifest=None, look=lambda: None,
-        joined=lambda manifest, epochs: manifest, size=lambda *_: 1000)
+        repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, revision='1', manifest=None,
+        look=lambda: None, joined=lambda manifest, epochs: manifest, size=lambda *_: 1000)
     monkeypatch.setattr(publish_store, 'push_files', lambda repo, files, *_: pushed.update(files))
     with_manifest(store, teacher={**manifest.teacher, 'name': 'local-dir:/secret/teacher'})
     publish_store.publish_store(LogitStore.open(store), published)

@@ -276,7 +276,8 @@ def test_the_plot_of_a_run_is_by_epoch_from_1(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Figure, 'savefig', lambda figure, *args, **options: drawn.append(figure) or savefig(figure, *args, **options))
     (tmp_path / 'metrics.csv').write_text(
-        'epoch,loss,label_loss,distill_loss,eval_top1\n0,3,1,2,50\n1,2,0.5,1.5,\n2,1,0.25,0.75,70\n')
+        'epoch,loss,label_loss,distill_loss,eval_top1,eval_top1_ema\n'
+        '0,3,1,2,50,40\n1,2,0.5,1.5,,\n2,1,0.25,0.75,70,75\n')
     assert plot_metrics(tmp_path / 'metrics.csv', tmp_path / 'metrics.png')
     losses, accuracy = (
         {line.get_label(): (line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.get_lines()}
@@ -284,7 +285,8 @@ def test_the_plot_of_a_run_is_by_epoch_from_1(tmp_path, monkeypatch):
     epochs = [1, 2, 3]
     assert losses == {'loss': (epochs, [3, 2, 1]), 'label loss': (epochs, [1, 0.5, 0.25]),
                       'distillation loss': (epochs, [2, 1.5, 0.75])}
-    assert list(accuracy.values()) == [([1, 3], [50, 70])]
+    assert accuracy == {'student': ([1, 3], [50, 70]), 'averaged weights': ([1, 3], [40, 75])}
+    assert drawn[0].axes[1].get_legend() is not None
     assert (tmp_path / 'metrics.png').read_bytes().startswith(b'\x89PNG')
 
 

@@ -19,7 +19,7 @@ from .errors import InputError
 from .replay import ViewRecipe
 
 __all__ = [
-    'STORE_DEFAULTS', 'ArgumentParser', 'add_data_arguments', 'add_push_arguments', 'add_store_arguments',
+    'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'add_data_arguments', 'add_push_arguments', 'add_store_arguments',
     'add_view_arguments', 'amp_dtype', 'parse_arguments', 'recipe_names', 'view_arguments',
 ]
 

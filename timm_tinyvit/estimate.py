@@ -4,7 +4,7 @@ from .codec import create_codec
 from .errors import InputError
 from .sparsifier import create_sparsifier
 
-__all__ = ['estimate_store', 'readable_bytes']
+__all__ = ['counted', 'estimate_store', 'readable_bytes']
 
 
 def estimate_store(
@@ -70,3 +70,8 @@ def readable_bytes(count: float) -> str:
         count /= 1000
         units.pop()
     return f'{count:,.{0 if units[-1] == "bytes" else 1}f} {units[-1]}'
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words, as in `1 epoch` and `2 epochs`."""
+    return f'{number:,} {noun}' + ('' if number == 1 else 's')

@@ -61,8 +61,8 @@ def check_fingerprint(store: LogitStore, fingerprint: dict[str, Any]) -> None:
     found, wanted = fingerprint['num_samples'], expected.get('num_samples')
     what = f'{found} samples, the store has {wanted}' if found != wanted else f'{found} samples with other content'
     raise InputError(
-        f'this is not the data set that the store {store.path} was made from: {what}; give the same --dataset and '
-        f'--train-split, or make a store for this one')
+        f'this is not the data set that the store {store.path} was made from: {what}; give the same --dataset, '
+        f'--train-split, --input-key and --target-key, or make a store for this one')
 
 
 def keyed_fingerprint(dataset: Source, key: str, image_key: str | None = None) -> tuple[dict[str, Any], np.ndarray]:

@@ -16,7 +16,10 @@ from typing import TypeVar
 from urllib.parse import unquote
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, parse_hf_uri
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants, get_token, parse_hf_uri,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError, GatedRepoError, HfHubHTTPError, HfUriError, HFValidationError, LocalEntryNotFoundError,
     OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError,
@@ -28,8 +31,8 @@ from .errors import InputError
 from .version import __version__
 
 __all__ = [
-    'HubUrl', 'check_repo_id', 'create_repo', 'hub_errors', 'is_hub_url', 'is_transient', 'parse_hub_url', 'push_files',
-    'reason_of', 'requested_wait', 'retried',
+    'HubUrl', 'check_license', 'check_repo_id', 'create_repo', 'hub_errors', 'is_hub_url', 'is_transient',
+    'parse_hub_url', 'push_files', 'reason_of', 'requested_wait', 'retried',
 ]
 
 # Seconds before each further attempt. Most calls of huggingface_hub make five of their own within each of these.
@@ -102,7 +105,8 @@ def check_repo_id(repo_id: str) -> None:
         is_valid = False
     if not is_valid:
         raise InputError(
-            f'{repo_id!r} is no name of a repo on the Hub; expected ORG/NAME, each of letters, digits, -, _ and .')
+            f'{repo_id!r} is no name of a repo on the Hub; expected ORG/NAME with one slash, each of letters, digits, '
+            f'-, _ and .')
 
 
 @contextmanager
@@ -182,7 +186,33 @@ def create_repo(
         except RepositoryNotFoundError:
             api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
 
-    retried(f'create the {repo_type} repo {repo_id}', create, pauses)
+    retried(f'write to the {repo_type} repo {repo_id}', create, pauses)
+
+
+def check_license(name: str | None, repo_type: str = 'model') -> None:
+    """Ask the Hub whether it knows a licence, which it would refuse in a card.
+
+    Args:
+        name: As in `apache-2.0`; None is none.
+        repo_type: `model` or `dataset`.
+
+    Raises:
+        InputError: It does not, or cannot be reached.
+    """
+    if name is None:
+        return
+    card = RepoCard(f'---\n{yaml.safe_dump({"license": name})}---\n')
+
+    def validate() -> str | None:
+        try:
+            card.validate(repo_type)
+        except ValueError as error:
+            return _line(error)
+        return None
+
+    if retried('ask the Hub for its licences', validate):
+        raise InputError(f'{name!r} is no licence that the Hub knows; see https://huggingface.co/docs/hub/'
+                         f'repositories-licenses for their names, or write other for a licence of your own')
 
 
 def push_files(

@@ -28,11 +28,14 @@ from .metrics import read_metrics
 from .provenance import read_run
 
 __all__ = [
-    'CARD', 'CITATION', 'NO_REPO', 'PICTURE', 'ModelFacts', 'Weights', 'accuracy_results',
-    'evaluation_command', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card', 'run_card',
+    'CARD', 'CITATION', 'NO_REPO', 'PICTURE', 'TAG', 'ModelFacts', 'Weights', 'accuracy_results', 'card_metadata',
+    'evaluation_command', 'has_text', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card',
+    'run_card',
 ]
 
 HUB = 'https://huggingface.co'
+# What cards of this package have among their tags.
+TAG = 'timm_tinyvit'
 CARD, PICTURE = 'README.md', 'metrics.png'
 # What stands for the repo in a card that is made before it is known.
 NO_REPO = 'ORG/NAME'
@@ -43,6 +46,9 @@ GATED_PREFIX = 'extra_gated_'
 LOCAL_DATA = 'local-folder'
 # Class names that a card lists.
 MAX_NAMES = 12
+COMMAND_WIDTH = 100
+# The metadata of a card, as YAML.
+HEAD = re.compile(r'---\r?\n(.*?)\r?\n---', re.DOTALL)
 CITATION = """\
 @InProceedings{tiny_vit,
   title = {TinyViT: Fast Pretraining Distillation for Small Vision Transformers},
@@ -262,8 +268,8 @@ def run_card(
         published.top5 if with_top5 else None, val['name'])
     data = ModelCardData(
         library_name='timm', pipeline_tag='image-classification', **kept_metadata(before, license),
-        tags=['image-classification', 'timm', 'timm_tinyvit', *(['knowledge-distillation'] if stores else [])],
-        datasets=[train['name']] if train['on_hub'] else None,
+        tags=['image-classification', 'timm', TAG, *(['knowledge-distillation'] if stores else [])],
+        datasets=_hub_datasets(record) or None,
         base_model=base['name'] if base and base['on_hub'] else None,
         **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
     return render_card(
@@ -273,10 +279,13 @@ def run_card(
         base=base, teachers=list(dict.fromkeys(map(_teacher_words, stores))), processes=record['processes'],
         device=record['device'], images_per_update=record['images_per_update'], versions=record['versions'],
         commits=record['commits'], recipe=recipe_yaml(record).strip(), command=_training_command(record),
+        filling=[_filling_command(record, store) for store in stores if not store['on_hub']],
         evaluation=evaluation_command(repo, _data_flag(val), val['split'], *val['flags']),
-        unpublished=[store for store in stores if not store['on_hub']],
+        unpublished=[*(f'`{store["name"]}`' for store in stores if not store['on_hub']),
+                     *([_model_link(base)] if base and not base['on_hub'] else [])],
+        epochs_done=int(rows[-1]['epoch']) + 1, num_epochs=record['epochs'],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
-        picture=PICTURE if (run / PICTURE).is_file() else '', num_epochs=len(rows),
+        picture=PICTURE if (run / PICTURE).is_file() else '', num_rows=len(rows),
         training_rate=_rate(median(row['images_per_second'] for row in rows)),
         waiting=median(row['data_wait'] for row in rows), speed=speed,
         citation=CITATION if stores or model.architecture.startswith('tiny_vit') else '')
@@ -287,7 +296,20 @@ def recipe_yaml(record: dict[str, Any]) -> str:
     # On the command line pairs are a list.
     recipe = {key: [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else value
               for key, value in record['recipe'].items()}
-    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100)
+    # A line for each flag.
+    return ''.join(
+        yaml.safe_dump({key: value}, default_flow_style=None if isinstance(value, list) else False, width=1000)
+        for key, value in recipe.items())
+
+
+def card_metadata(card: str) -> dict[str, Any]:
+    """The metadata of any card; empty where they cannot be read."""
+    found = HEAD.match(card)
+    try:
+        metadata = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError:
+        metadata = {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
@@ -297,16 +319,17 @@ def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
         before: The card that is there, or an empty text.
         license: Name of a licence, in place of the one there.
     """
-    found = re.match(r'---\r?\n(.*?)\r?\n---', before, re.DOTALL)
-    try:
-        metadata = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
-        metadata = {}
-    kept = {key: value for key, value in metadata.items() if value and (
-        key in KEPT_METADATA or str(key).startswith(GATED_PREFIX))} if isinstance(metadata, dict) else {}
+    kept = {key: value for key, value in card_metadata(before).items() if value and (
+        key in KEPT_METADATA or str(key).startswith(GATED_PREFIX))}
     if license:
         kept = {key: value for key, value in kept.items() if not key.startswith('license')} | {'license': license}
     return kept
+
+
+def has_text(card: str) -> bool:
+    """Whether a card says anything beside its metadata."""
+    found = HEAD.match(card)
+    return bool(card[found.end() if found else 0:].strip())
 
 
 def _training_command(record: dict[str, Any]) -> str:
@@ -315,12 +338,47 @@ def _training_command(record: dict[str, Any]) -> str:
     if val['name'] != train['name']:
         data += ['--val-dataset', _data_flag(val)]
     data += ['--val-split', val['split']]
-    stores = record['stores']
-    if stores:
-        data += ['--logits', *(store['name'] for store in stores)]
-    if len(stores) == 1 and not stores[0]['on_hub']:
-        data += ['--teacher', stores[0]['teacher']['name'] if stores[0]['teacher_repo'] else 'TEACHER']
-    return f'accelerate launch -m train_distill --config recipe.yaml \\\n    {shlex.join(data)}'
+    if record['stores']:
+        data += ['--logits', *(store['name'] for store in record['stores'])]
+    base = record['base']
+    if base and not base['on_hub'] and record['recipe']['model'] != f'local-dir:{base["name"]}':
+        data += ['--initial-checkpoint', base['name']]
+    return _wrapped('accelerate launch -m train_distill --config recipe.yaml', data)
+
+
+def _filling_command(record: dict[str, Any], store: dict[str, Any]) -> str:
+    """The command that makes a store which is not published."""
+    train = record['train']
+    data = ['--dataset', _data_flag(train), '--train-split', train['split']]
+    for name in ('input_key', 'target_key'):
+        if name in record['recipe']:
+            data += [f'--{name.replace("_", "-")}', record['recipe'][name]]
+    teacher = store['teacher']['name'] if store['teacher_repo'] else 'TEACHER'
+    return _wrapped('python -m timm_tinyvit.save_logits', [
+        *data, '--logits', store['name'], '--teacher', teacher, *store['flags']])
+
+
+def _wrapped(command: str, words: list[str]) -> str:
+    """A command in lines of a page's width, with the flags behind it never parted from their values."""
+    parts: list[list[str]] = []
+    for word in words:
+        if word.startswith('--'):
+            parts.append([])
+        parts[-1].append(word)
+    lines = [command]
+    for part in map(shlex.join, parts):
+        if len(lines) == 1 or len(lines[-1]) + len(part) > COMMAND_WIDTH:
+            lines.append(f'    {part}')
+        else:
+            lines[-1] += f' {part}'
+    return ' \\\n'.join(lines)
+
+
+def _hub_datasets(record: dict[str, Any]) -> list[str]:
+    """The images and the stores that a run learned from, as far as they are on the Hub."""
+    stores = [store['name'].removeprefix('hf://datasets/').partition('@')[0]
+              for store in record['stores'] if store['on_hub']]
+    return ([record['train']['name']] if record['train']['on_hub'] else []) + list(dict.fromkeys(stores))
 
 
 def _large(value: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .model_card import CITATION, accuracy_results, evaluation_command, model_facts, render_card
+from .model_card import CITATION, TAG, accuracy_results, evaluation_command, model_facts, render_card
 
 __all__ = ['OFFICIAL_CHECKPOINTS', 'OfficialCheckpoint', 'converted_card', 'find_checkpoint']
 
@@ -107,7 +107,7 @@ def converted_card(folder: Path, source: str, checkpoint: OfficialCheckpoint | N
     is_student = checkpoint is not None and checkpoint.knows_imagenet22k and checkpoint.tag != TEACHER
     data = ModelCardData(
         library_name='timm', pipeline_tag='image-classification', license=LICENSE if checkpoint else None,
-        tags=['image-classification', 'timm', 'timm_tinyvit', *(['knowledge-distillation'] if is_student else [])],
+        tags=['image-classification', 'timm', TAG, *(['knowledge-distillation'] if is_student else [])],
         datasets=data_sets or None, base_model=f'timm/{checkpoint.base}' if checkpoint and checkpoint.base else None,
         **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
     tuned = next((item for item in OFFICIAL_CHECKPOINTS if checkpoint and item.base == checkpoint.tag), None)

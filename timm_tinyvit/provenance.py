@@ -18,11 +18,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .arguments import STORE_DEFAULTS, VIEW_FLAGS
 from .aside import write_aside
 from .ensemble import Ensemble
 from .errors import InputError
 from .hub_client import is_hub_url
 from .imagenet22k import NUM_CLASSES_22K
+from .manifest import Manifest
+from .replay import ViewRecipe
+from .sparsifier import create_sparsifier
 from .store import LogitStore
 from .version import __version__
 
@@ -32,7 +36,7 @@ __all__ = [
 ]
 
 RUN_RECORD = 'run.json'
-VERSION = 1
+VERSION = 2
 # In the folder of a store: where it was published.
 PUBLISHED = '.published'
 # Folders of a run's models, whose own names say little.
@@ -73,7 +77,10 @@ def record_run(
         name: value for name, value in decisive.items()
         if name == 'model' or name not in NO_RECIPE and name in defaults and value != getattr(defaults, name)}
     if args.model.startswith('local-dir:'):
-        recipe['model'] = f'local-dir:{Path(args.model.removeprefix("local-dir:")).name}'
+        recipe['model'] = f'local-dir:{_folder_name(args.model.removeprefix("local-dir:"))}'
+    if store is not None:
+        # The only mode that views of a store may be mixed in.
+        recipe.pop('mixup_mode', None)
     stores = [] if store is None else getattr(store, 'stores', [store])
     commit = source_commit()
     try:
@@ -91,6 +98,7 @@ def record_run(
         'stores': [_describe_store(location, store, args.teacher_checkpoint)
                    for location, store in zip(args.logits or [], stores)],
         'base': _base(args, student),
+        'epochs': args.epochs + args.cooldown_epochs,
         'images_per_update': images_per_update,
         'processes': accelerator.num_processes,
         'device': device_name(accelerator.device),
@@ -230,8 +238,32 @@ def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | 
         'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
         'sparsifier': manifest.sparsifier, 'k': manifest.k, 'codec': manifest.codec,
         'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
-        'view_recipe': manifest.recipe,
+        'is_mixed': ViewRecipe.from_dict(manifest.recipe).is_mixed, 'flags': _store_flags(manifest),
     }
+
+
+def _store_flags(manifest: Manifest) -> list[str]:
+    """The flags of save_logits, but for teacher and data, that make a store with such records."""
+    plain = ViewRecipe().to_dict()
+    found = {'epochs': f'{manifest.stored_epochs.start}:{manifest.stored_epochs.stop}'}
+    if manifest.recipe['input_size'] != plain['input_size']:
+        found['img_size'] = manifest.recipe['input_size'][-1]
+    found |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
+              if manifest.recipe[entry] != plain[entry]}
+    settings = dict(
+        sparsifier=manifest.sparsifier, topk=manifest.k, codec=manifest.codec, key=manifest.key,
+        shard_size=manifest.shard_size, store_seed=manifest.seed, teacher_batch_size=manifest.teacher['batch_size'])
+    if manifest.sparsifier == 'nucleus':
+        settings['top_p'] = manifest.top_p
+    usual = {**STORE_DEFAULTS, 'codec': create_sparsifier(manifest.sparsifier, manifest.k).default_codec}
+    found |= {flag: value for flag, value in settings.items() if value != usual[flag]}
+    if manifest.teacher['dtype'] != 'float32':
+        found['teacher_amp_dtype'] = manifest.teacher['dtype']
+    words = []
+    for flag, value in found.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f'--{flag.replace("_", "-")}', *map(str, values)]
+    return words
 
 
 def _base(args: argparse.Namespace, student: nn.Module) -> dict[str, Any] | None:
@@ -239,10 +271,15 @@ def _base(args: argparse.Namespace, student: nn.Module) -> dict[str, Any] | None
     folder = args.model.removeprefix('local-dir:')
     path = args.initial_checkpoint or (folder if args.pretrained and folder != args.model else None)
     if path:
-        path = Path(path).expanduser().resolve()
-        is_of_run = path.name in MODEL_FOLDERS and (path.parent / RUN_RECORD).is_file()
-        return {'name': '/'.join(path.parts[-2:]) if is_of_run else path.name, 'on_hub': False}
+        return {'name': _folder_name(path), 'on_hub': False}
     if args.pretrained:
         repo = student.pretrained_cfg.get('hf_hub_id')
         return {'name': repo or args.model, 'on_hub': bool(repo)}
     return None
+
+
+def _folder_name(location: str) -> str:
+    """What a folder or file of weights is called in what others see; of a run's, the run too."""
+    path = Path(location).expanduser().resolve()
+    is_of_run = path.name in MODEL_FOLDERS and (path.parent / RUN_RECORD).is_file()
+    return '/'.join(path.parts[-2:]) if is_of_run else path.name

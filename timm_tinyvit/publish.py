@@ -18,16 +18,18 @@ from collections.abc import Sequence
 
 import timm
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 
 from .arguments import ArgumentParser
 from .aside import write_aside
 from .errors import InputError, reports_input_errors
-from .hub_client import check_repo_id, create_repo, push_files, retried
+from .hub_client import check_license, check_repo_id, create_repo, push_files, retried
 from .metrics import METRICS
-from .model_card import CARD, NO_REPO, PICTURE, read_weights, recipe_yaml, run_card
+from .model_card import (
+    CARD, NO_REPO, PICTURE, TAG, card_metadata, has_text, read_weights, recipe_yaml, run_card,
+)
 from .provenance import device_name, read_run
 from .terminal import result, speak
 
@@ -36,6 +38,8 @@ __all__ = ['check_push_arguments', 'main', 'model_files', 'prepare_push', 'publi
 SPEED = 'speed.json'
 SPEED_SECONDS = 2.
 MODEL = ('config.json', HF_SAFE_WEIGHTS_NAME)
+# Endings of files with weights, of whatever library.
+WEIGHTS = ('.bin', '.ckpt', '.gguf', '.h5', '.onnx', '.pkl', '.pt', '.pth', '.safetensors')
 # What a push may write; of these the repo keeps none that the newest push has not.
 FILES = (CARD, *MODEL, METRICS, PICTURE, 'recipe.yaml')
 
@@ -63,7 +67,8 @@ def prepare_push(args: argparse.Namespace) -> None:
         InputError: It cannot.
     """
     try:
-        create_repo(args.push_to_hub, private=args.hub_private or None)
+        check_license(args.hub_license)
+        _open_repo(args.push_to_hub, args.hub_private)
     except InputError as error:
         raise InputError(f'{error}; or leave --push-to-hub out, and push the run later with python -m '
                          f'timm_tinyvit.publish')
@@ -110,8 +115,8 @@ def publish(
         InputError: Something is missing in the folder, or the push did not work out; the repo is as it was.
     """
     _find_model(Path(folder), which)
-    create_repo(repo, private=private or None)
-    files = model_files(folder, repo, which, license, notes, _card_of(repo))
+    check_license(license)
+    files = model_files(folder, repo, which, license, notes, _open_repo(repo, private))
     commit = push_files(
         repo, files, f'Push {Path(folder).resolve().name} with timm_tinyvit',
         delete=[name for name in FILES if name not in files])
@@ -146,6 +151,9 @@ def model_files(
         if license or notes:
             raise InputError(f'{folder} has a card of its own; edit its {CARD} instead of giving --license or --notes')
         card = (folder / CARD).read_text(encoding='utf-8').replace(NO_REPO, repo)
+        if not _is_ours(card):
+            raise InputError(f'{folder / CARD} has no tag {TAG}, by which the next push knows the repo as its own; add '
+                             f'it to the tags in its head')
         return {CARD: card.encode(), **{name: folder / name for name in MODEL}}
     card = str(run_card(folder, which, repo, license, notes, _speed(folder, folder / which), before))
     files: dict[str, bytes | Path] = {
@@ -176,17 +184,33 @@ def _find_model(folder: Path, which: str | None) -> tuple[Path, str | None]:
     return folder, None
 
 
-def _card_of(repo: str) -> str:
-    """The card that a repo has; empty where it has none."""
+def _is_ours(card: str) -> bool:
+    return TAG in (card_metadata(card).get('tags') or [])
 
-    def download() -> str:
+
+def _open_repo(repo: str, private: bool) -> str:
+    """Make a repo unless it is there, and read its card; empty where it has none.
+
+    Raises:
+        InputError: It cannot be written to, or holds a model of somebody else.
+    """
+    create_repo(repo, private=private or None)
+
+    def look() -> tuple[str, list[str]]:
         with TemporaryDirectory() as folder:
             try:
-                return Path(hf_hub_download(repo, CARD, local_dir=folder)).read_text(encoding='utf-8', errors='replace')
+                card = Path(hf_hub_download(repo, CARD, local_dir=folder)).read_text(encoding='utf-8', errors='replace')
             except RemoteEntryNotFoundError:
-                return ''
+                card = ''
+        return card, HfApi().list_repo_files(repo)
 
-    return retried(f'read the card of {repo}', download)
+    card, names = retried(f'read the card of {repo}', look)
+    if not _is_ours(card):
+        foreign = [name for name in names if name.endswith(WEIGHTS)] + ([CARD] if has_text(card) else [])
+        if foreign:
+            raise InputError(f'the model repo {repo} holds something else, {foreign[0]}, and has no card with the tag '
+                             f'{TAG}; name another repo')
+    return card
 
 
 def _speed(run: Path, model: Path) -> dict[str, Any] | None:

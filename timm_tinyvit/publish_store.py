@@ -18,15 +18,16 @@ from huggingface_hub.hf_api import RepoFile
 
 from .claims import Claims
 from .errors import InputError
-from .estimate import readable_bytes
+from .estimate import counted, readable_bytes
 from .hub_cache import SHARD_PATH, HubCommit
 from .hub_client import create_repo, push_files, retried
 from .keys import FILE_NAME
 from .manifest import Manifest
+from .model_card import has_text
 from .provenance import PUBLISHED, mark_published, public_name
 from .store import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
 from .store_card import (
-    CARD, PICTURE, SAMPLE, LabelledViews, draw_views, has_text, parquet_bytes, render_card, sample_table,
+    CARD, PICTURE, SAMPLE, LabelledViews, draw_views, parquet_bytes, render_card, sample_table,
 )
 from .terminal import log, progress, result, warn
 
@@ -48,6 +49,7 @@ class PublishedStore:
         manifest: What is published there; None where nothing is yet.
         card: The card that is there, or an empty text.
         files: All of its files by their paths.
+        revision: The commit that they are of.
 
     Raises:
         InputError: It holds something else, the token may not write to it, or the Hub cannot be reached.
@@ -59,6 +61,7 @@ class PublishedStore:
         self.manifest: Manifest | None = None
         self.card = ''
         self.files: dict[str, RepoFile] = {}
+        self.revision = ''
         self.look()
         known = (CARD, '.gitattributes')
         foreign = [path for path in self.files if path not in known and not SHARD_PATH.fullmatch(path)]
@@ -74,6 +77,7 @@ class PublishedStore:
         """Find out what is there now."""
         info = retried(f'look at the dataset repo {self.repo_id}', lambda: HfApi().dataset_info(
             self.repo_id, expand=['sha'], timeout=30.))
+        self.revision = info.sha
         head = HubCommit(self.repo_id, info.sha)
         self.files = head.files()
         with TemporaryDirectory() as folder:
@@ -170,10 +174,11 @@ def publish_store(
             if published.card != card:
                 files = _last_files(store, published, manifest, epochs, shards, data, licence)
         commit = push_files(
-            published.repo_id, files, f'Store of {manifest.epochs} epochs, {manifest.num_samples:,} samples', 'dataset')
+            published.repo_id, files, f'Store of {counted(manifest.epochs, "epoch")}, {manifest.num_samples:,} samples',
+            'dataset')
         with suppress(InputError):
-            mark_published(store, published.url, manifest.stored_epochs)
-    where = f'{published.url}: {manifest.epochs} epochs, {readable_bytes(published.size(manifest))}'
+            mark_published(store, f'{published.url}@{commit or published.revision}', manifest.stored_epochs)
+    where = f'{published.url}: {counted(manifest.epochs, "epoch")}, {readable_bytes(published.size(manifest))}'
     result(f'pushed to {where}, commit {commit}' if commit else f'{where}, is there already, nothing was pushed')
 
 

@@ -65,8 +65,12 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
             losses.plot(epochs, values, label=label)
     losses.set(xlabel='epoch', ylabel='training loss')
     losses.legend()
-    evaluated = [(int(row['epoch']) + 1, float(row['eval_top1'])) for row in rows if row.get('eval_top1')]
-    accuracy.plot(*zip(*evaluated), marker='o', markersize=3) if evaluated else None
+    for key, label in (('eval_top1', 'student'), ('eval_top1_ema', 'averaged weights')):
+        evaluated = [(int(row['epoch']) + 1, float(row[key])) for row in rows if row.get(key)]
+        if evaluated:
+            accuracy.plot(*zip(*evaluated), marker='o', markersize=3, label=label)
+    if len(accuracy.get_lines()) > 1:
+        accuracy.legend()
     accuracy.set(xlabel='epoch', ylabel='top-1 accuracy (%)')
     for axes in (losses, accuracy):
         axes.grid(alpha=0.3)

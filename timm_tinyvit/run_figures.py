@@ -19,7 +19,7 @@ SIZE = (6.4, 3.4)
 # Up to so many epochs each has a mark of its own.
 MAX_MARKS = 40
 LINES = ('-', '--', ':')
-WAITING, SPEED = 'waiting for data (%)', 'images per second'
+RATE, WAITING, SPEED = 'learning rate', 'waiting for data (%)', 'images per second'
 MAX_NAME = 24
 # What stands beneath a reliability diagram.
 INTERVALS = 'Bars are 95% intervals: long where few samples are so sure.'
@@ -43,7 +43,7 @@ def curve_figures(runs: Mapping[str, TrainedRun]) -> list[tuple['Figure', str]]:
     panels = (
         ('training loss', {'loss': 'loss', 'label_loss': 'label loss', 'distill_loss': 'distillation loss'}, 1),
         ('top-1 accuracy (%)', {'eval_top1': 'student', 'eval_top1_ema': 'averaged weights'}, 1),
-        ('learning rate', {'lr': ''}, 1),
+        (RATE, {'lr': ''}, 1),
         ('gradient norm', {'grad_norm': ''}, 1),
         (WAITING, {'data_wait': ''}, 100),
         (SPEED, {'images_per_second': ''}, 1),
@@ -146,7 +146,8 @@ def _figure(size: tuple[float, float], **margins: float) -> 'Figure':
 
 
 def _curves(title: str, lines: Sequence[tuple[str, list[tuple[int, float]], dict[str, str]]], scale: float) -> 'Figure':
-    figure = _figure(SIZE, left=0.13, right=0.98, bottom=0.14, top=0.97)
+    # Small rates have a power of ten above the axis.
+    figure = _figure(SIZE, left=0.13, right=0.98, bottom=0.14, top=0.92 if title == RATE else 0.97)
     axes = figure.subplots()
     for label, points, style in lines:
         epochs, values = np.array(points).T

@@ -26,7 +26,7 @@ from .errors import InputError, reports_input_errors
 from .estimate import estimate_store
 from .fill import choose_shards, fill_store
 from .fingerprint import dataset_fingerprint, keyed_fingerprint
-from .hub_client import check_repo_id, is_hub_url
+from .hub_client import check_license, check_repo_id, is_hub_url
 from .hub_store import open_store_at
 from .keys import KeyIndex
 from .launch import create_accelerator, stop_with_launcher
@@ -427,13 +427,16 @@ def _labelled_views(args: argparse.Namespace, store: LogitStore) -> LabelledView
     replay = Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed)
     data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
     origin = *data_name(args.dataset), args.train_split or 'train'
+    columns = {'--input-key': args.input_key, '--target-key': args.target_key}
+    flags = [word for flag, name in columns.items() if name for word in (flag, name)]
     if data.label_key is None:
-        return LabelledViews(*origin, data, np.full(store.manifest.num_samples, -1), None)
-    return LabelledViews(*origin, data, row_labels(data), class_names(dataset, data.label_key))
+        return LabelledViews(*origin, data, np.full(store.manifest.num_samples, -1), None, flags)
+    return LabelledViews(*origin, data, row_labels(data), class_names(dataset, data.label_key), flags)
 
 
 def _publish(args: argparse.Namespace, store: LogitStore, epochs: range | None) -> None:
     check_complete(store, epochs)
+    check_license(args.hub_license, 'dataset')
     published = PublishedStore(args.push_to_hub, args.hub_private)
     data = None
     if args.streaming:
@@ -564,6 +567,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             store.remove_stale()
             if args.push_to_hub:
                 # What the Hub would refuse in the end, it refuses before the teacher works for days.
+                check_license(args.hub_license, 'dataset')
                 PublishedStore(args.push_to_hub, args.hub_private).joined(store.manifest, store.manifest.stored_epochs)
     data = views_to_fill(args, store, replay, dataset)
     # A copy may begin later, and has no place for the epochs before.

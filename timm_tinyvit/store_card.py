@@ -5,7 +5,6 @@ publishing it again changes nothing.
 """
 
 import io
-import re
 import shlex
 from dataclasses import dataclass
 from importlib import resources
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
 
 from .dataset import SparseLogitDataset, read_records
-from .estimate import readable_bytes
+from .estimate import counted, readable_bytes
 from .imagenet22k import NUM_CLASSES_22K
 from .manifest import Manifest
 from .model_card import CITATION, kept_metadata
@@ -34,7 +33,7 @@ from .store import LogitStore
 from .store_statistics import label_mismatch, store_statistics
 
 __all__ = [
-    'CARD', 'PICTURE', 'SAMPLE', 'LabelledViews', 'data_name', 'draw_views', 'has_text', 'most_probable',
+    'CARD', 'PICTURE', 'SAMPLE', 'LabelledViews', 'data_name', 'draw_views', 'most_probable',
     'parquet_bytes', 'render_card', 'sample_table', 'teacher_classes',
 ]
 
@@ -65,6 +64,7 @@ class LabelledViews:
         views: Its views and records.
         labels: Labels of the rows of the store, int64 [num_samples]; -1 where there is none.
         class_names: Names of its classes, where it knows them.
+        flags: Flags for its columns, where they are not found by their names.
     """
     name: str
     on_hub: bool
@@ -72,6 +72,7 @@ class LabelledViews:
     views: SparseLogitDataset
     labels: np.ndarray
     class_names: list[str] | None
+    flags: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -274,14 +275,16 @@ def render_card(
         f'input {"x".join(map(str, teacher["input_size"][-2:]))}',
         'Samples': f'{manifest.num_samples:,}' + (
             f', known by the column `{manifest.key}`' if manifest.key else ', known by their position'),
-        'Epochs': f'{manifest.epochs}, numbers {manifest.stored_epochs.start} to {manifest.stored_epochs.stop - 1}',
+        'Epochs': f'{manifest.epochs}, ' + (
+            f'numbers {manifest.stored_epochs.start} to {manifest.stored_epochs.stop - 1}' if manifest.epochs > 1 else
+            f'number {manifest.stored_epochs.start}'),
         'Views': f'{views:,}, {"x".join(map(str, manifest.recipe.get("input_size", [])[-2:]))} pixels, '
                  f'seed {manifest.seed}',
         'Targets': f'`{manifest.sparsifier}`, {kept}' + (
             f', fewer where they cover {manifest.top_p:g} of the mass' if manifest.sparsifier == 'nucleus' else ''),
         'Codec': f'`{manifest.codec}`, {manifest.record_width} bytes per view'
                  + (' at most' if store.codec.is_variable else ''),
-        'Size': f'{readable_bytes(size)} in {manifest.num_shards * manifest.epochs:,} shards, '
+        'Size': f'{readable_bytes(size)} in {counted(manifest.num_shards * manifest.epochs, "shard")}, '
                 f'{readable_bytes(size / manifest.epochs)} an epoch',
         'Identity': f'`{manifest.identity}`',
     }
@@ -301,29 +304,27 @@ def render_card(
     flags = f'--dataset {source}'
     if data is not None and data.split != 'train':
         flags += f' --train-split {shlex.quote(data.split)}'
+    if data is not None and data.flags:
+        flags += f' {shlex.join(data.flags)}'
     title = f'Logits of {teacher["name"]}' + (f' on {data.name}' if data is not None else '')
     card = DatasetCard.from_template(
         card_data, template_str=TEMPLATE.read_text(encoding='utf-8'), title=title, views=f'{views:,}', kept=kept,
         bytes_per_view=f'{size / views:.3g}', facts=facts, repo=repo_id, name=repo_id.partition('/')[2],
         data_flags=flags, data_name=source, epochs=manifest.epochs, is_mixed=is_mixed,
         is_draws=manifest.sparsifier == 'sample', data_words=_data_words(manifest, data),
-        kept_size=readable_bytes(2 * size / manifest.epochs),
+        kept_size=readable_bytes(min(2, manifest.epochs) * size / manifest.epochs),
         size=readable_bytes(size), first_epoch=manifest.first_epoch, statistics=statistics, statistics_words=words,
         picture=PICTURE if has_picture else '',
         picture_words='Some views, each with its label and the most probable classes; the label\'s is green.'
         + (' A column is an image, a row an epoch.' if manifest.epochs > 1 else ''),
         split=data.split if data is not None else 'train',
         sample_rows=f'{len(sample):,}', sample_labels='label' in sample.column_names,
-        sample_names='names' in sample.column_names, most_listed=SAMPLE_CLASSES,
+        sample_names='names' in sample.column_names,
+        most_listed=min(manifest.k, SAMPLE_CLASSES), is_on_hub=data is not None and data.on_hub,
         recipe=yaml.safe_dump(manifest.recipe, default_flow_style=None, sort_keys=False).strip(),
         versions=', '.join(f'{name} {version}' for name, version in manifest.versions.items()), k=manifest.k,
         licence=metadata.get('license_name') or metadata.get('license'), citation=CITATION)
     return str(card)
-
-
-def has_text(card: str) -> bool:
-    """Whether a card says anything beside its metadata."""
-    return bool(re.sub(r'^---\r?\n.*?\r?\n---', '', card, count=1, flags=re.DOTALL).strip())
 
 
 def _statistics(
@@ -344,9 +345,8 @@ def _statistics(
     is_mixed = ViewRecipe.from_dict(store.manifest.recipe).is_mixed
     if not is_mixed:
         figures['Same first choice in two epochs'] = _percent(found['agreement'])
-    num_epochs = len(found['epochs'])
-    words = f'Means over {found["views"]:,} views, those of {found["samples"]:,} samples in {num_epochs} epoch'
-    words += 's' if num_epochs > 1 else ''
+    words = f'Means over {found["views"]:,} views, those of {found["samples"]:,} samples in ' + counted(
+        len(found['epochs']), 'epoch')
     if mismatch:
         words += f'; no accuracy, as {mismatch}.'
     else:

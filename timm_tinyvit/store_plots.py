@@ -76,7 +76,7 @@ def plot_agreement(statistics: StoreStatistics) -> Iterator[Plot]:
     low, high = np.nanmin(shares), np.nanmax(shares)
     axes.imshow(shares, cmap='Blues', vmin=low - 0.3 * (high - low + 1), vmax=high + 0.1)
     for row, column in np.argwhere(np.isfinite(shares)):
-        dark = shares[row, column] > (low + high) / 2
+        dark = shares[row, column] >= (low + high) / 2
         # Not quite black and white, which would become the colours of the page.
         axes.text(column, row, f'{shares[row, column]:.0f}', ha='center', va='center', fontsize=8,
                   color='#fefefe' if dark else '#111111')
