@@ -128,7 +128,7 @@ def test_the_training_command_of_a_card_asks_for_the_same_run(run, tmp_path):
     # Weights that the run started from, and are not published.
     copy = copy_of(run, tmp_path)
     record = read_run(copy)
-    record['base'] = {'name': 'first/last', 'on_hub': False}
+    record['base'] = {'name': 'first/last', 'on_hub': False, 'is_local': True}
     (copy / 'run.json').write_text(json.dumps(record))
     training = section(run_card(copy, 'best', 'org/student'), 'Training')
     assert '--initial-checkpoint first/last\n' in training
@@ -136,6 +136,13 @@ def test_the_training_command_of_a_card_asks_for_the_same_run(run, tmp_path):
     record['recipe']['model'] = 'local-dir:first/last'
     (copy / 'run.json').write_text(json.dumps(record))
     assert '--initial-checkpoint' not in section(run_card(copy, 'best', 'org/student'), 'Training')
+    # Weights that timm has from elsewhere than the Hub; `pretrained` is in the recipe.
+    record['recipe']['model'] = 'legacy_seresnet18'
+    record['base'] = {'name': 'legacy_seresnet18.in1k', 'on_hub': False, 'is_local': False}
+    (copy / 'run.json').write_text(json.dumps(record))
+    card = run_card(copy, 'best', 'org/student')
+    assert '--initial-checkpoint' not in card.text and 'Not published: `logits`.\n' in card.text
+    assert 'starting from the weights `legacy_seresnet18.in1k`' in card.text
 
 
 def filling_commands(card):
@@ -148,7 +155,7 @@ def filling_commands(card):
 @pytest.mark.parametrize('flags', [
     [],
     ['--sparsifier', 'nucleus', '--top-p', '0.8', '--topk', '4', '--shard-size', '20', '--store-seed', '3',
-     '--teacher-batch-size', '12', '--epochs', '1:3', '--teacher-amp-dtype', 'bfloat16', '--mixup', '0.8',
+     '--teacher-batch-size', '12', '--epochs', '3', '--teacher-amp-dtype', 'bfloat16', '--mixup', '0.8',
      '--cutmix', '1', '--aa', 'rand-m9-mstd0.5-inc1', '--scale', '0.5', '1', '--decoder', 'torch', '--img-size', '40'],
     ['--codec', 'float16', '--no-aug', '--target-key', 'label', '--input-key', 'image', '--key', 'name'],
 ], ids=['of the run', 'much', 'other'])
@@ -191,12 +198,36 @@ def test_a_teacher_that_anybody_can_have_is_named_and_each_store_has_its_own(run
     (argv,) = filling_commands(card)
     assert argv[argv.index('--teacher') + 1] == 'a.in1k'
     assert 'from the answers of [a.in1k](https://huggingface.co/timm/a.in1k), stored in\n`logits`' in card.text
-    record['stores'] *= 2
+    record['stores'].append({**record['stores'][0], 'name': 'logits-2'})
     record['recipe'].pop('alpha')
     (copy / 'run.json').write_text(json.dumps(record))
     card = run_card(copy, 'best', 'org/student')
-    assert '--logits logits logits\n' in card.text and len(filling_commands(card)) == 2
+    assert '--logits logits logits-2\n' in card.text and len(filling_commands(card)) == 2
     assert 'labels' not in section(card, 'Training') and 'from their labels' not in card.text
+    # No command makes a part of a larger store.
+    record['stores'][1]['flags'] = None
+    (copy / 'run.json').write_text(json.dumps(record))
+    card = run_card(copy, 'best', 'org/student')
+    assert len(filling_commands(card)) == 1 and 'Not published: `logits` and `logits-2`.' in card.text
+
+
+def test_no_command_is_told_of_a_store_that_none_makes(filled_store):
+    store = LogitStore.open(filled_store)
+    assert provenance._store_flags(store.manifest)
+    for change in (dict(first_epoch=1), dict(first_sample=10), dict(sparsifier='mine')):
+        assert provenance._store_flags(replace(store.manifest, **change)) is None
+
+
+def test_stores_in_folders_of_one_name_are_told_apart(run, filled_store, tmp_path, monkeypatch):
+    places = [shutil.copytree(filled_store, tmp_path / part / 'logits', ignore=shutil.ignore_patterns('.published'))
+              for part in ('a', 'b')]
+    args = argparse.Namespace(**yaml.safe_load((run / 'args.yaml').read_text()) | dict(logits=list(map(str, places))))
+    provenance.record_run(
+        tmp_path, args, {'model': 'test_vit'}, args, timm.create_model('test_vit'),
+        SimpleNamespace(stores=[LogitStore.open(place) for place in places]), 120,
+        load_dataset(DATA, split='test[:4]'), False, 16,
+        SimpleNamespace(num_processes=1, device=torch.device('cpu')))
+    assert [store['name'] for store in read_run(tmp_path)['stores']] == ['logits', 'logits-2']
 
 
 def test_the_same_run_has_the_same_card_and_no_path_of_the_machine_is_in_it(run, tmp_path, monkeypatch):
@@ -212,7 +243,7 @@ def test_a_card_links_what_is_on_the_hub(run, tmp_path):
     copy = copy_of(run, tmp_path)
     record = read_run(copy)
     record['train'].update(name='ILSVRC/imagenet-1k', on_hub=True)
-    record['base'] = {'name': 'timm/test_vit.r160_in1k', 'on_hub': True}
+    record['base'] = {'name': 'timm/test_vit.r160_in1k', 'on_hub': True, 'is_local': False}
     record['stores'][0].update(name='hf://datasets/org/store@0123abcd', on_hub=True, teacher_repo='timm/teacher.in1k')
     record['stores'][0]['teacher']['name'] = 'teacher.in1k'
     record['commits'] = ['4f2c', '77aa-dirty']
@@ -309,10 +340,10 @@ def test_weights_are_named_without_the_path_to_them(run, tmp_path, monkeypatch):
     assert base() is None
     for path, name in ((home / 'last', 'last'), (home / 'weights', 'weights'), (home / 'file.pth', 'file.pth'),
                        ('~/weights', 'weights'), (run / 'last', 'run/last')):
-        expected = {'name': name, 'on_hub': False}
+        expected = {'name': name, 'on_hub': False, 'is_local': True}
         assert base(initial_checkpoint=str(path)) == expected
         assert base(model=f'local-dir:{path}', pretrained=True) == expected
-    assert base(model='test_vit', pretrained=True) == {'name': 'test_vit', 'on_hub': False}
+    assert base(model='test_vit', pretrained=True) == {'name': 'test_vit', 'on_hub': False, 'is_local': False}
 
 
 def test_a_run_that_was_started_again_knows_all_its_commits(run, tmp_path, monkeypatch):

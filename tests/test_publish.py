@@ -166,8 +166,9 @@ def test_the_card_of_a_pushed_model_does_what_it_says(hub, hub_children, runs, t
 def test_a_converted_folder_is_pushed_with_the_name_of_its_repo_in_its_card(hub, hub_children, tmp_path, refused):
     export_model(tmp_path / 'converted', timm.create_model('test_resnet', num_classes=3))
     (tmp_path / 'converted' / CARD).write_text(f'---\nlicense: mit\n---\nhf-hub:{NO_REPO}\n')
-    with refused('has no tag timm_tinyvit', 'add it to the tags'):
-        publish.model_files(tmp_path / 'converted', REPO)
+    for action in (publish.model_files, publish.publish):  # of which the second asks the Hub for nothing
+        with refused('has no tag timm_tinyvit', 'add it to the tags'):
+            action(tmp_path / 'converted', REPO)
     (tmp_path / 'converted' / CARD).write_text(f'---\nlicense: mit\ntags: [timm_tinyvit]\n---\nhf-hub:{NO_REPO}\n')
     assert push(hub, hub_children, tmp_path / 'converted', tmp_path).returncode == 0
     files = hub.files(REPO)
@@ -199,20 +200,37 @@ def test_a_push_that_breaks_leaves_the_repo_as_it_was(
 
 @pytest.mark.parametrize('files, found', [
     ({CARD: b'---\ntags: [timm]\n---\n# My model\n'}, 'README.md'),
+    ({CARD: b'---\ntags: not_timm_tinyvit\n---\n', 'weights.h5': b'weights'}, 'weights.h5'),
+    ({CARD: b'---\ntags: 5\ndate: 2024-02-30\n---\n', 'config.json': b'{}'}, 'config.json'),
+    ({'metrics.csv': b'epoch'}, 'metrics.csv'),
     ({CARD: b'# My model\n'}, 'README.md'),
     ({'pytorch_model.bin': b'pickle'}, 'pytorch_model.bin'),
     ({CARD: b'---\nlicense: mit\n---\n', 'model.safetensors': b'weights'}, 'model.safetensors'),
-], ids=['another card', 'no metadata', 'no card', 'no text'])
-def test_the_model_of_somebody_else_is_left_alone_and_nothing_is_trained(
-        hub, hub_children, vit, tmp_path, one_sentence, files, found):
+], ids=['another card', 'another tag', 'odd head', 'metrics', 'no metadata', 'no card', 'no text'])
+def test_the_model_of_somebody_else_is_left_alone(hub, hub_children, vit, tmp_path, one_sentence, files, found):
     hub.add_commit(REPO, files)
     result = push(hub, hub_children, vit, tmp_path)
     sentence_of(result, one_sentence, f'org/student holds something else, {found}', 'name another repo')
+    assert hub.files(REPO) == files
+
+
+def test_nothing_is_trained_for_the_repo_of_somebody_else(hub, hub_children, tmp_path, one_sentence):
+    hub.add_commit(REPO, {CARD: b'# My model\n'})
     trained = hub_children.run(
         ['-m', 'train_distill', *VIT, '--output', tmp_path, '--experiment', 'new', '--push-to-hub', REPO],
         hub.environment(tmp_path))
-    sentence_of(trained, one_sentence, f'holds something else, {found}', 'or leave --push-to-hub out')
-    assert hub.files(REPO) == files and not (tmp_path / 'new' / 'metrics.csv').exists()
+    sentence_of(trained, one_sentence, 'holds something else, README.md', 'or leave --push-to-hub out')
+    assert hub.files(REPO) == {CARD: b'# My model\n'} and not (tmp_path / 'new' / 'metrics.csv').exists()
+
+
+def test_a_repo_that_its_owner_has_only_opened_is_pushed_to(hub, hub_children, vit, tmp_path):
+    """As the Hub makes it, with a card that is a head alone, and a licence of the owner's."""
+    hub.add_commit(REPO, {CARD: b'\xef\xbb\xbf\n---\nlicense: other\nlicense_name: mine\n---\n', 'LICENSE': b'terms',
+                          '.gitattributes': b''})
+    assert push(hub, hub_children, vit, tmp_path, '--license', 'other').returncode == 0
+    data = ModelCard(hub.files(REPO)[CARD].decode()).data
+    assert (data.license, data.license_name) == ('other', 'mine')
+    assert hub.files(REPO)['LICENSE'] == b'terms'
 
 
 def test_a_licence_that_the_hub_does_not_know_is_found_out_first(hub, hub_children, vit, tmp_path, one_sentence):

@@ -462,7 +462,8 @@ def _look_at_claims(claims: Claims, folder: Path, prefix: str) -> bool:
         Whether none of them is of a process that lives; those are gone.
     """
     is_free = True
-    for claim in folder.glob(f'.{prefix}*.claim'):
+    # And those on the taking over of such a claim.
+    for claim in folder.glob(f'.*{prefix}*.claim'):
         file = folder / claim.name[1:].removesuffix('.claim')
         if claims.take(file):
             claims.release(file)

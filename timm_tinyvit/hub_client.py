@@ -203,14 +203,14 @@ def check_license(name: str | None, repo_type: str = 'model') -> None:
         return
     card = RepoCard(f'---\n{yaml.safe_dump({"license": name})}---\n')
 
-    def validate() -> str | None:
+    def is_known() -> bool:
         try:
             card.validate(repo_type)
-        except ValueError as error:
-            return _line(error)
-        return None
+        except ValueError:
+            return False
+        return True
 
-    if retried('ask the Hub for its licences', validate):
+    if not retried('ask the Hub for its licences', is_known):
         raise InputError(f'{name!r} is no licence that the Hub knows; see https://huggingface.co/docs/hub/'
                          f'repositories-licenses for their names, or write other for a licence of your own')
 

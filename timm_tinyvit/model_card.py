@@ -48,7 +48,7 @@ LOCAL_DATA = 'local-folder'
 MAX_NAMES = 12
 COMMAND_WIDTH = 100
 # The metadata of a card, as YAML.
-HEAD = re.compile(r'---\r?\n(.*?)\r?\n---', re.DOTALL)
+HEAD = re.compile(r'\ufeff?\s*---[ \t]*\r?\n(.*?)^---', re.DOTALL | re.MULTILINE)
 CITATION = """\
 @InProceedings{tiny_vit,
   title = {TinyViT: Fast Pretraining Distillation for Small Vision Transformers},
@@ -279,10 +279,10 @@ def run_card(
         base=base, teachers=list(dict.fromkeys(map(_teacher_words, stores))), processes=record['processes'],
         device=record['device'], images_per_update=record['images_per_update'], versions=record['versions'],
         commits=record['commits'], recipe=recipe_yaml(record).strip(), command=_training_command(record),
-        filling=[_filling_command(record, store) for store in stores if not store['on_hub']],
+        filling=[_filling_command(record, store) for store in stores if not store['on_hub'] and store['flags']],
         evaluation=evaluation_command(repo, _data_flag(val), val['split'], *val['flags']),
         unpublished=[*(f'`{store["name"]}`' for store in stores if not store['on_hub']),
-                     *([_model_link(base)] if base and not base['on_hub'] else [])],
+                     *([_model_link(base)] if base and base['is_local'] else [])],
         epochs_done=int(rows[-1]['epoch']) + 1, num_epochs=record['epochs'],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
         picture=PICTURE if (run / PICTURE).is_file() else '', num_rows=len(rows),
@@ -307,7 +307,7 @@ def card_metadata(card: str) -> dict[str, Any]:
     found = HEAD.match(card)
     try:
         metadata = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError:
+    except (RecursionError, ValueError, yaml.YAMLError):  # of impossible dates, a ValueError
         metadata = {}
     return metadata if isinstance(metadata, dict) else {}
 
@@ -321,7 +321,8 @@ def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
     """
     kept = {key: value for key, value in card_metadata(before).items() if value and (
         key in KEPT_METADATA or str(key).startswith(GATED_PREFIX))}
-    if license:
+    # A licence of one's own has a name and a link beside it.
+    if license and license != kept.get('license'):
         kept = {key: value for key, value in kept.items() if not key.startswith('license')} | {'license': license}
     return kept
 
@@ -341,7 +342,7 @@ def _training_command(record: dict[str, Any]) -> str:
     if record['stores']:
         data += ['--logits', *(store['name'] for store in record['stores'])]
     base = record['base']
-    if base and not base['on_hub'] and record['recipe']['model'] != f'local-dir:{base["name"]}':
+    if base and base['is_local'] and record['recipe']['model'] != f'local-dir:{base["name"]}':
         data += ['--initial-checkpoint', base['name']]
     return _wrapped('accelerate launch -m train_distill --config recipe.yaml', data)
 

@@ -26,7 +26,7 @@ from .hub_client import is_hub_url
 from .imagenet22k import NUM_CLASSES_22K
 from .manifest import Manifest
 from .replay import ViewRecipe
-from .sparsifier import create_sparsifier
+from .sparsifier import sparsifiers
 from .store import LogitStore
 from .version import __version__
 
@@ -82,11 +82,14 @@ def record_run(
         # The only mode that views of a store may be mixed in.
         recipe.pop('mixup_mode', None)
     stores = [] if store is None else getattr(store, 'stores', [store])
-    commit = source_commit()
-    try:
-        before = read_run(folder)['commits']
-    except InputError:
-        before = []
+    stores = [_describe_store(location, store, args.teacher_checkpoint)
+              for location, store in zip(args.logits or [], stores)]
+    # What others do not see are the folders, by which stores of the same name differ.
+    names = [described['name'] for described in stores]
+    for number, described in enumerate(stores):
+        if described['name'] in names[:number]:
+            described['name'] += f'-{number + 1}'
+    commit, before = source_commit(), _commits_before(folder)
     write_aside(folder / RUN_RECORD, json.dumps({
         'version': VERSION,
         'recipe': recipe,
@@ -95,8 +98,7 @@ def record_run(
             **_describe_data(args.val_dataset or args.dataset, args.val_split or str(val_set.split)),
             'images': len(val_set), 'flags': _evaluation_flags(args),
             'imagenet1k_of_22k': to_imagenet1k and student.num_classes == NUM_CLASSES_22K},
-        'stores': [_describe_store(location, store, args.teacher_checkpoint)
-                   for location, store in zip(args.logits or [], stores)],
+        'stores': stores,
         'base': _base(args, student),
         'epochs': args.epochs + args.cooldown_epochs,
         'images_per_update': images_per_update,
@@ -105,6 +107,14 @@ def record_run(
         'versions': {'timm_tinyvit': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
         'commits': [*before, commit] if commit and commit not in before[-1:] else before,
     }, indent=2).encode())
+
+
+def _commits_before(folder: Path) -> list[str]:
+    """The commits that an earlier start of the run had, whatever version of this package wrote them."""
+    try:
+        return [str(commit) for commit in json.loads((folder / RUN_RECORD).read_text(encoding='utf-8'))['commits']]
+    except (KeyError, OSError, TypeError, ValueError):
+        return []
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -124,7 +134,8 @@ def read_run(folder: Path) -> dict[str, Any]:
             f'train_distill, or start it again, which ends at once where it is finished')
     except (KeyError, TypeError, ValueError):
         pass
-    raise InputError(f'{file} is not readable as the record of a run; start the run again, which writes it anew')
+    raise InputError(f'{file} is not readable as the record of a run, or of another version of this package; start the '
+                     f'run again, which writes it anew and ends at once where it is finished')
 
 
 def source_commit(package: Path = Path(__file__).parent) -> str | None:
@@ -242,10 +253,16 @@ def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | 
     }
 
 
-def _store_flags(manifest: Manifest) -> list[str]:
-    """The flags of save_logits, but for teacher and data, that make a store with such records."""
+def _store_flags(manifest: Manifest) -> list[str] | None:
+    """The flags of save_logits, but for teacher and data, that make a store with such records.
+
+    Returns:
+        None where no flags do: of a part of a larger store, and of a sparsifier that this package does not know.
+    """
+    if manifest.first_epoch or manifest.first_sample or manifest.sparsifier not in sparsifiers():
+        return None
     plain = ViewRecipe().to_dict()
-    found = {'epochs': f'{manifest.stored_epochs.start}:{manifest.stored_epochs.stop}'}
+    found: dict[str, Any] = {'epochs': manifest.epochs}
     if manifest.recipe['input_size'] != plain['input_size']:
         found['img_size'] = manifest.recipe['input_size'][-1]
     found |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
@@ -255,7 +272,7 @@ def _store_flags(manifest: Manifest) -> list[str]:
         shard_size=manifest.shard_size, store_seed=manifest.seed, teacher_batch_size=manifest.teacher['batch_size'])
     if manifest.sparsifier == 'nucleus':
         settings['top_p'] = manifest.top_p
-    usual = {**STORE_DEFAULTS, 'codec': create_sparsifier(manifest.sparsifier, manifest.k).default_codec}
+    usual = {**STORE_DEFAULTS, 'codec': sparsifiers()[manifest.sparsifier].default_codec}
     found |= {flag: value for flag, value in settings.items() if value != usual[flag]}
     if manifest.teacher['dtype'] != 'float32':
         found['teacher_amp_dtype'] = manifest.teacher['dtype']
@@ -267,14 +284,15 @@ def _store_flags(manifest: Manifest) -> list[str]:
 
 
 def _base(args: argparse.Namespace, student: nn.Module) -> dict[str, Any] | None:
-    """Whose weights the student starts from: a repo of the Hub, or the last part of a path."""
+    """Whose weights the student starts from: a repo of the Hub, a name of timm's, or the last part of a path."""
     folder = args.model.removeprefix('local-dir:')
     path = args.initial_checkpoint or (folder if args.pretrained and folder != args.model else None)
     if path:
-        return {'name': _folder_name(path), 'on_hub': False}
+        return {'name': _folder_name(path), 'on_hub': False, 'is_local': True}
     if args.pretrained:
+        # timm gets some from elsewhere.
         repo = student.pretrained_cfg.get('hf_hub_id')
-        return {'name': repo or args.model, 'on_hub': bool(repo)}
+        return {'name': repo or args.model, 'on_hub': bool(repo), 'is_local': False}
     return None
 
 

@@ -39,7 +39,9 @@ SPEED = 'speed.json'
 SPEED_SECONDS = 2.
 MODEL = ('config.json', HF_SAFE_WEIGHTS_NAME)
 # Endings of files with weights, of whatever library.
-WEIGHTS = ('.bin', '.ckpt', '.gguf', '.h5', '.onnx', '.pkl', '.pt', '.pth', '.safetensors')
+WEIGHTS = (
+    '.bin', '.ckpt', '.gguf', '.h5', '.keras', '.msgpack', '.onnx', '.ot', '.pkl', '.pt', '.pth', '.safetensors',
+    '.tflite')
 # What a push may write; of these the repo keeps none that the newest push has not.
 FILES = (CARD, *MODEL, METRICS, PICTURE, 'recipe.yaml')
 
@@ -114,7 +116,9 @@ def publish(
     Raises:
         InputError: Something is missing in the folder, or the push did not work out; the repo is as it was.
     """
-    _find_model(Path(folder), which)
+    model, kind = _find_model(Path(folder), which)
+    if kind is None:
+        _own_card(model, repo, license, notes)
     check_license(license)
     files = model_files(folder, repo, which, license, notes, _open_repo(repo, private))
     commit = push_files(
@@ -148,13 +152,7 @@ def model_files(
     check_repo_id(repo)
     folder, which = _find_model(Path(folder), which)
     if which is None:
-        if license or notes:
-            raise InputError(f'{folder} has a card of its own; edit its {CARD} instead of giving --license or --notes')
-        card = (folder / CARD).read_text(encoding='utf-8').replace(NO_REPO, repo)
-        if not _is_ours(card):
-            raise InputError(f'{folder / CARD} has no tag {TAG}, by which the next push knows the repo as its own; add '
-                             f'it to the tags in its head')
-        return {CARD: card.encode(), **{name: folder / name for name in MODEL}}
+        return {CARD: _own_card(folder, repo, license, notes), **{name: folder / name for name in MODEL}}
     card = str(run_card(folder, which, repo, license, notes, _speed(folder, folder / which), before))
     files: dict[str, bytes | Path] = {
         CARD: card.encode(), **{name: folder / which / name for name in MODEL}, METRICS: folder / METRICS,
@@ -184,8 +182,24 @@ def _find_model(folder: Path, which: str | None) -> tuple[Path, str | None]:
     return folder, None
 
 
+def _own_card(folder: Path, repo: str, license: str | None, notes: str) -> bytes:
+    """The card of a folder that `convert` made.
+
+    Raises:
+        InputError: It cannot have that licence or those notes, or lacks the tag of this package.
+    """
+    if license or notes:
+        raise InputError(f'{folder} has a card of its own; edit its {CARD} instead of giving --license or --notes')
+    card = (folder / CARD).read_text(encoding='utf-8').replace(NO_REPO, repo)
+    if not _is_ours(card):
+        raise InputError(f'{folder / CARD} has no tag {TAG}, by which the next push knows the repo as its own; add it '
+                         f'to the tags in its head')
+    return card.encode()
+
+
 def _is_ours(card: str) -> bool:
-    return TAG in (card_metadata(card).get('tags') or [])
+    tags = card_metadata(card).get('tags')
+    return TAG in (tags if isinstance(tags, list) else [tags])
 
 
 def _open_repo(repo: str, private: bool) -> str:
@@ -196,20 +210,21 @@ def _open_repo(repo: str, private: bool) -> str:
     """
     create_repo(repo, private=private or None)
 
-    def look() -> tuple[str, list[str]]:
+    def download() -> str:
         with TemporaryDirectory() as folder:
             try:
-                card = Path(hf_hub_download(repo, CARD, local_dir=folder)).read_text(encoding='utf-8', errors='replace')
+                return Path(hf_hub_download(repo, CARD, local_dir=folder)).read_text(encoding='utf-8', errors='replace')
             except RemoteEntryNotFoundError:
-                card = ''
-        return card, HfApi().list_repo_files(repo)
+                return ''
 
-    card, names = retried(f'read the card of {repo}', look)
+    card = retried(f'read the card of {repo}', download)
     if not _is_ours(card):
-        foreign = [name for name in names if name.endswith(WEIGHTS)] + ([CARD] if has_text(card) else [])
+        names = retried(f'list the files of {repo}', lambda: HfApi().list_repo_files(repo))
+        foreign = [name for name in names if name != CARD and (name in FILES or name.endswith(WEIGHTS))]
+        foreign += [CARD] if has_text(card) else []
         if foreign:
-            raise InputError(f'the model repo {repo} holds something else, {foreign[0]}, and has no card with the tag '
-                             f'{TAG}; name another repo')
+            raise InputError(f'the model repo {repo} holds something else, {foreign[0]}; name another repo, or where '
+                             f'it may be replaced, give its {CARD} the tag {TAG}')
     return card
 
 

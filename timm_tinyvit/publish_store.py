@@ -27,7 +27,7 @@ from .model_card import has_text
 from .provenance import PUBLISHED, mark_published, public_name
 from .store import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
 from .store_card import (
-    CARD, PICTURE, SAMPLE, LabelledViews, draw_views, parquet_bytes, render_card, sample_table,
+    CARD, PICTURE, SAMPLE, LabelledViews, draw_views, parquet_bytes, render_card, sample_table, with_license,
 )
 from .terminal import log, progress, result, warn
 
@@ -63,7 +63,7 @@ class PublishedStore:
         self.files: dict[str, RepoFile] = {}
         self.revision = ''
         self.look()
-        known = (CARD, '.gitattributes')
+        known = (CARD, '.gitattributes', '.gitignore', 'LICENSE')
         foreign = [path for path in self.files if path not in known and not SHARD_PATH.fullmatch(path)]
         if self.manifest is None and (foreign or has_text(self.card)):
             raise InputError(f'the dataset repo {repo_id} holds something else, {(foreign or [CARD])[0]}; give '
@@ -176,9 +176,13 @@ def publish_store(
         commit = push_files(
             published.repo_id, files, f'Store of {counted(manifest.epochs, "epoch")}, {manifest.num_samples:,} samples',
             'dataset')
+        if commit is None:
+            # Somebody else may have pushed all of it since the last look.
+            published.look()
+        size = published.size(manifest)
         with suppress(InputError):
             mark_published(store, f'{published.url}@{commit or published.revision}', manifest.stored_epochs)
-    where = f'{published.url}: {counted(manifest.epochs, "epoch")}, {readable_bytes(published.size(manifest))}'
+    where = f'{published.url}: {counted(manifest.epochs, "epoch")}, {readable_bytes(size)}'
     result(f'pushed to {where}, commit {commit}' if commit else f'{where}, is there already, nothing was pushed')
 
 
@@ -264,7 +268,7 @@ def _last_files(
     if manifest.key:
         files[FILE_NAME] = store.path / FILE_NAME
     # Without the data, what was published with them is not replaced by less.
-    if data is not None or licence or published.manifest != manifest or CARD not in published.files:
+    if data is not None or published.manifest != manifest or CARD not in published.files:
         sample = sample_table(store, epochs, data)
         files[SAMPLE] = parquet_bytes(sample)
         if data is not None:
@@ -274,4 +278,6 @@ def _last_files(
         files[CARD] = render_card(
             store, manifest, epochs, published.repo_id, size, sample, data,
             PICTURE in files or PICTURE in published.files, published.card, licence).encode()
+    elif licence:
+        files[CARD] = with_license(published.card, licence).encode()
     return files

@@ -427,11 +427,11 @@ def _labelled_views(args: argparse.Namespace, store: LogitStore) -> LabelledView
     replay = Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed)
     data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
     origin = *data_name(args.dataset), args.train_split or 'train'
-    columns = {'--input-key': args.input_key, '--target-key': args.target_key}
-    flags = [word for flag, name in columns.items() if name for word in (flag, name)]
+    columns = {'image_key': args.input_key, 'label_key': args.target_key}
+    columns = {key: name for key, name in columns.items() if name}
     if data.label_key is None:
-        return LabelledViews(*origin, data, np.full(store.manifest.num_samples, -1), None, flags)
-    return LabelledViews(*origin, data, row_labels(data), class_names(dataset, data.label_key), flags)
+        return LabelledViews(*origin, data, np.full(store.manifest.num_samples, -1), None, columns)
+    return LabelledViews(*origin, data, row_labels(data), class_names(dataset, data.label_key), columns)
 
 
 def _publish(args: argparse.Namespace, store: LogitStore, epochs: range | None) -> None:

@@ -6,11 +6,11 @@ publishing it again changes nothing.
 
 import io
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from .dataset import SparseLogitDataset, read_records
 from .estimate import counted, readable_bytes
 from .imagenet22k import NUM_CLASSES_22K
 from .manifest import Manifest
-from .model_card import CITATION, kept_metadata
+from .model_card import CITATION, card_metadata, kept_metadata
 from .provenance import hub_repo_of
 from .replay import ViewRecipe
 from .sparse import SparseTargets
@@ -34,7 +34,7 @@ from .store_statistics import label_mismatch, store_statistics
 
 __all__ = [
     'CARD', 'PICTURE', 'SAMPLE', 'LabelledViews', 'data_name', 'draw_views', 'most_probable',
-    'parquet_bytes', 'render_card', 'sample_table', 'teacher_classes',
+    'parquet_bytes', 'render_card', 'sample_table', 'teacher_classes', 'with_license',
 ]
 
 TEMPLATE = resources.files('timm_tinyvit') / 'cards' / 'store_card.md'
@@ -45,6 +45,9 @@ SAMPLE_ROWS = 1000
 SAMPLE_EPOCHS = 10
 SAMPLE_CLASSES = 10
 STATISTICS_SAMPLES = 10_000
+
+# Arguments of SparseLogitDataset, and the programs' flags for them.
+COLUMN_FLAGS = {'image_key': '--input-key', 'label_key': '--target-key'}
 
 PICTURE_COLUMNS, PICTURE_ROWS, PICTURE_CLASSES = 4, 3, 3
 MAX_PICTURE_BYTES = 300_000
@@ -64,7 +67,7 @@ class LabelledViews:
         views: Its views and records.
         labels: Labels of the rows of the store, int64 [num_samples]; -1 where there is none.
         class_names: Names of its classes, where it knows them.
-        flags: Flags for its columns, where they are not found by their names.
+        columns: Its columns by `image_key` and `label_key`, where they are not found by their names.
     """
     name: str
     on_hub: bool
@@ -72,7 +75,7 @@ class LabelledViews:
     views: SparseLogitDataset
     labels: np.ndarray
     class_names: list[str] | None
-    flags: Sequence[str] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,6 @@ def render_card(
                 f'{readable_bytes(size / manifest.epochs)} an epoch',
         'Identity': f'`{manifest.identity}`',
     }
-    metadata = kept_metadata(before, licence)
     card_data = DatasetCardData(**{
         'pretty_name': f'Logits of {teacher["name"]}',
         'task_categories': ['image-classification'],
@@ -297,20 +299,22 @@ def render_card(
         'source_datasets': [data.name] if data is not None and data.on_hub else None,
         # Only these files are the data set that the Hub's viewer and `load_dataset` see.
         'configs': [{'config_name': 'sample', 'default': True, 'data_files': [{'split': 'train', 'path': SAMPLE}]}],
-        **metadata})
+        **kept_metadata(before, licence)})
     words, statistics = _statistics(store, epochs, data)
     is_mixed = ViewRecipe.from_dict(manifest.recipe).is_mixed
     source = data.name if data is not None and data.on_hub else 'DATA'
     flags = f'--dataset {source}'
     if data is not None and data.split != 'train':
         flags += f' --train-split {shlex.quote(data.split)}'
-    if data is not None and data.flags:
-        flags += f' {shlex.join(data.flags)}'
+    columns = data.columns if data is not None else {}
+    for key, name in columns.items():
+        flags += f' {COLUMN_FLAGS[key]} {shlex.quote(name)}'
     title = f'Logits of {teacher["name"]}' + (f' on {data.name}' if data is not None else '')
     card = DatasetCard.from_template(
         card_data, template_str=TEMPLATE.read_text(encoding='utf-8'), title=title, views=f'{views:,}', kept=kept,
         bytes_per_view=f'{size / views:.3g}', facts=facts, repo=repo_id, name=repo_id.partition('/')[2],
-        data_flags=flags, data_name=source, epochs=manifest.epochs, is_mixed=is_mixed,
+        data_flags=flags, data_name=source, columns=''.join(f', {key}={name!r}' for key, name in columns.items()),
+        epochs=manifest.epochs, is_mixed=is_mixed,
         is_draws=manifest.sparsifier == 'sample', data_words=_data_words(manifest, data),
         kept_size=readable_bytes(min(2, manifest.epochs) * size / manifest.epochs),
         size=readable_bytes(size), first_epoch=manifest.first_epoch, statistics=statistics, statistics_words=words,
@@ -323,8 +327,19 @@ def render_card(
         most_listed=min(manifest.k, SAMPLE_CLASSES), is_on_hub=data is not None and data.on_hub,
         recipe=yaml.safe_dump(manifest.recipe, default_flow_style=None, sort_keys=False).strip(),
         versions=', '.join(f'{name} {version}' for name, version in manifest.versions.items()), k=manifest.k,
-        licence=metadata.get('license_name') or metadata.get('license'), citation=CITATION)
+        citation=CITATION)
     return str(card)
+
+
+def with_license(card: str, licence: str) -> str:
+    """A card with this licence in its head, and all else as it is."""
+    if card_metadata(card).get('license') == licence:
+        return card
+    found = DatasetCard(card, ignore_metadata_errors=True)
+    for key in ('license_name', 'license_link'):
+        found.data.pop(key)
+    found.data['license'] = licence
+    return str(found)
 
 
 def _statistics(
