@@ -62,12 +62,14 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Where images and labels come from."""
     group = parser.add_argument_group('data')
-    group.add_argument('--dataset', metavar='NAME', help='Hub name (hfds/NAME too), or a folder of parquet or images')
-    group.add_argument('--data-dir', metavar='DIR', help='a folder, where --dataset is not given')
-    group.add_argument('--train-split', metavar='NAME', help='training split, train by default')
-    group.add_argument('--streaming', action='store_true', help='read the training data from front to back, by key')
-    group.add_argument('--input-key', metavar='NAME', help='image column')
-    group.add_argument('--target-key', metavar='NAME', help='label column')
+    group.add_argument('--dataset', metavar='NAME',
+                       help='Hub name (hfds/NAME too), or a folder of parquet files, images, tars or save_to_disk')
+    group.add_argument('--data-dir', metavar='DIR', help='a folder, if --dataset is not given')
+    group.add_argument('--train-split', metavar='NAME', help='training split or a slice of it (default: train)')
+    group.add_argument('--streaming', action='store_true',
+                       help='stream the training data, without a copy on disk; needs a store with keys, see --key')
+    group.add_argument('--input-key', metavar='NAME', help='image column (default: found by its usual names)')
+    group.add_argument('--target-key', metavar='NAME', help='label column (default: found by its usual names)')
     group.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes per rank')
 
 
@@ -101,21 +103,21 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     add('--vflip', 'probability of a vertical flip', type=float, metavar='P')
     add('--color-jitter', 'colour jitter, off where --aa is on', type=float, metavar='PCT')
     add('--color-jitter-prob', 'probability of colour jitter', type=float, metavar='P')
-    add('--grayscale-prob', 'probability of grey', type=float, metavar='P')
+    add('--grayscale-prob', 'probability of turning grey', type=float, metavar='P')
     add('--gaussian-blur-prob', 'probability of blur', type=float, metavar='P')
     add('--aa', 'timm\'s AutoAugment policy, as in rand-m9-mstd0.5-inc1', metavar='NAME')
     add('--train-interpolation', 'bilinear, bicubic or random', metavar='NAME')
-    add('--view-mean', 'mean: fill colour of RandAugment', type=float, nargs=3, metavar='X')
-    add('--view-std', 'standard deviation: scale of erasing', type=float, nargs=3, metavar='X')
+    add('--view-mean', 'mean, as fill colour of RandAugment', type=float, nargs=3, metavar='X')
+    add('--view-std', 'standard deviation, as scale of the noise of random erasing', type=float, nargs=3, metavar='X')
     add('--reprob', 'probability of random erasing', type=float, metavar='P')
     add('--remode', 'random erasing: const, rand or pixel', metavar='NAME')
-    add('--recount', 'random erasing: most rectangles', type=int, metavar='N')
+    add('--recount', 'random erasing: rectangles at most', type=int, metavar='N')
     add('--mixup', 'Mixup alpha, 0 for none', type=float, metavar='A')
     add('--cutmix', 'CutMix alpha, 0 for none', type=float, metavar='A')
     add('--cutmix-minmax', 'CutMix: range of width and height', type=float, nargs=2, metavar='PCT')
-    add('--mixup-prob', 'probability of either', type=float, metavar='P')
-    add('--mixup-switch-prob', 'of CutMix, where both are on', type=float, metavar='P')
-    add('--decoder', 'pillow, or torch, which takes two thirds of the time', metavar='NAME')
+    add('--mixup-prob', 'probability of Mixup or CutMix', type=float, metavar='P')
+    add('--mixup-switch-prob', 'probability of CutMix rather than Mixup, if both are on', type=float, metavar='P')
+    add('--decoder', 'pillow, or torch, which is faster and makes slightly other pixels', metavar='NAME')
 
 
 def add_store_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -124,22 +126,22 @@ def add_store_arguments(parser: argparse.ArgumentParser, several: bool = False) 
     group.add_argument(
         '--logits', metavar='DIR', nargs='+' if several else None,
         help='the logit store, a folder or hf://datasets/ORG/NAME'
-             + ('; several of different teachers for the average of them' if several else ''))
+             + ('; several, of different teachers, to learn from their average' if several else ''))
     group.add_argument('--keep-epochs', type=int, metavar='N',
-                       help='epochs of a store on the Hub that are on disk (default: those in use and the next)')
-    group.add_argument('--store-cache', metavar='DIR', help='where they go (default: a folder in HF_HOME)')
+                       help='epochs of a store on the Hub to keep on disk (default: those in use and the next)')
+    group.add_argument('--store-cache', metavar='DIR', help='where to keep these epochs (default: a folder in HF_HOME)')
     group.add_argument(
         '--teacher', metavar='NAME', help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
-    group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the teacher of that name')
+    group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the model of --teacher')
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
     group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
     for name, kind, metavar, help in (
         ('sparsifier', str, 'NAME', 'which classes are kept: topk, nucleus or sample'),
-        ('topk', int, 'K', 'classes kept per view: the most of them for nucleus, the draws for sample'),
-        ('top_p', float, 'P', 'mass that nucleus covers'),
-        ('codec', str, 'NAME', 'codec of the records'),
-        ('key', str, 'NAME', 'column whose strings or integers name the samples; their position without one'),
+        ('topk', int, 'K', 'classes kept per view; for nucleus at most, for sample the number of draws'),
+        ('top_p', float, 'P', 'probability mass that nucleus covers'),
+        ('codec', str, 'NAME', 'format of the records, as in compact or float16'),
+        ('key', str, 'NAME', 'column of strings or integers that identify samples; without one, their position does'),
         ('shard_size', int, 'N', 'samples per file of the store'),
         ('store_seed', int, 'S', 'seed of the views'),
         ('teacher_batch_size', int, 'N', 'views per teacher batch'),

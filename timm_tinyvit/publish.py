@@ -269,13 +269,13 @@ def _measure_speed(folder: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog='publish', description=__doc__.split('\n')[0])
     parser.add_argument('folder', type=Path, help='a run of train_distill, or a folder of timm_tinyvit.convert')
-    parser.add_argument('--repo', required=True, metavar='ORG/NAME', help='repo on the Hub, made unless it is there')
+    parser.add_argument('--repo', required=True, metavar='ORG/NAME', help='repo on the Hub, created if it is not there')
     parser.add_argument('--which', choices=('best', 'last', 'best_ema', 'last_ema'),
                         help='weights of the run (default: the most accurate)')
     parser.add_argument('--private', action='store_true', help='make a new repo a private one')
     parser.add_argument('--license', metavar='NAME', help='licence of the weights, as in apache-2.0')
     parser.add_argument('--notes', type=Path, metavar='FILE', help='Markdown that goes near the top of the card')
-    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write what would be pushed to this folder')
+    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the files to this folder and push nothing')
     args = parser.parse_args(argv)
     speak(True)
     notes = ''
