@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.streaming:
         train_data = SparseLogitStream(
             train_set, replay, store, *columns, args.seed, rank=rank, world_size=world_size,
-            store_epochs=store.manifest.stored_epochs)
+            store_epochs=store.manifest.stored_epochs, num_epochs=args.epochs + args.cooldown_epochs)
         num_samples = store.manifest.num_samples
     else:
         train_data = SparseLogitDataset(train_set, replay, store, *columns)
@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         sampler = EpochBatchSampler(
             num_samples, args.batch_size, args.seed, rank, world_size, store.manifest.stored_epochs if store else None,
-            args.views_per_image, train_data.pairing, store)
+            args.views_per_image, train_data.pairing, store, args.epochs + args.cooldown_epochs)
         loader = DataLoader(train_data, batch_sampler=sampler, **options)
     num_parts = args.grad_accum_steps
     images_per_update = args.batch_size * world_size * num_parts
@@ -554,6 +554,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     # The weights are still those of the update before; running means may have gone with the batch.
                     if not total(accelerator, not is_finite(student))[0]:
                         checkpoint(epoch, update)
+                    report()
+                    # Who ends first ends the others.
+                    accelerator.wait_for_everyone()
                     kept = 'keeps the checkpoint before it' if any(folder.glob('checkpoint-*.pt')) else \
                         'has no checkpoint, as the weights are not finite either'
                     raise InputError(

@@ -17,8 +17,9 @@ import timm
 from timm_tinyvit.convert import TEACHER, TEACHER_IN_TIMM, official_config
 from timm_tinyvit.hub import export_config
 from timm_tinyvit.imagenet22k import NUM_CLASSES_22K
-from timm_tinyvit.model_card import CARD, NO_REPO, run_card
+from timm_tinyvit.model_card import CARD, NO_REPO, recipe_yaml, run_card
 from timm_tinyvit.official import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, converted_card
+from timm_tinyvit.provenance import read_run
 
 HUB = Path(__file__).parent
 DEMO = 'ORG/tiny_vit_5m_fashion_mnist'
@@ -34,6 +35,11 @@ def official_card(checkpoint: OfficialCheckpoint) -> bytes:
         return str(converted_card(Path(folder), checkpoint.file, checkpoint, NO_REPO)).encode()
 
 
+def demo_recipe() -> bytes:
+    """The flags of the demo's run, which its card links."""
+    return recipe_yaml(read_run(HUB / 'demo')).encode()
+
+
 def demo_card() -> bytes:
     """The card of the demo's student after its last epoch."""
     notes = (HUB / 'demo' / 'notes.md').read_text(encoding='utf-8')
@@ -46,7 +52,7 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=HUB, help='where to write the cards')
     args = parser.parse_args()
     cards = {f'cards/{checkpoint.tag}.md': official_card(checkpoint) for checkpoint in OFFICIAL_CHECKPOINTS}
-    for name, card in {**cards, f'demo/{CARD}': demo_card()}.items():
+    for name, card in {**cards, f'demo/{CARD}': demo_card(), 'demo/recipe.yaml': demo_recipe()}.items():
         (args.output / name).parent.mkdir(parents=True, exist_ok=True)
         (args.output / name).write_bytes(card)
 

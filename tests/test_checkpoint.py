@@ -341,6 +341,14 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, capsys, m
     assert len(list(csv.DictReader(open(tmp_path / 'run' / 'metrics.csv')))) == 2
 
 
+def test_a_run_that_its_loss_ends_leaves_a_report(tmp_path, capsys, monkeypatch):
+    real, metrics = checkpoint.nn.functional.log_softmax, tmp_path / 'run' / 'metrics.csv'
+    monkeypatch.setattr('torch.nn.functional.log_softmax', lambda *args, **kwargs: real(*args, **kwargs) * (
+        float('nan') if metrics.exists() else 1))
+    assert 'in epoch 1 is not finite' in message_of(capsys, tmp_path)
+    assert '1 of 2 epochs so far' in (tmp_path / 'run' / 'report.html').read_text()
+
+
 def test_weights_that_are_not_finite_are_not_kept(tmp_path, capsys, monkeypatch):
     """Where the running means of a batch norm have gone too, the checkpoint before is the last good one."""
     monkeypatch.setattr(train_distill, 'is_finite', lambda model: False)

@@ -432,8 +432,8 @@ def test_the_crop_in_words(tmp_path, settings, words):
 def test_the_cards_in_hub_are_those_that_the_script_renders(tmp_path, monkeypatch):
     monkeypatch.setattr('sys.argv', ['render.py', '--output', str(tmp_path)])
     runpy.run_path(str(ROOT / 'hub' / 'render.py'), run_name='__main__')
-    rendered = {file.relative_to(tmp_path) for file in tmp_path.rglob('*.md')}
-    assert rendered == {file.relative_to(ROOT / 'hub') for pattern in ('cards/*.md', 'demo/README.md')
+    rendered = {file.relative_to(tmp_path) for file in tmp_path.rglob('*') if file.is_file()}
+    assert rendered == {file.relative_to(ROOT / 'hub') for pattern in ('cards/*.md', 'demo/README.md', 'demo/*.yaml')
                         for file in (ROOT / 'hub').glob(pattern)}
     for name in rendered:
         assert (tmp_path / name).read_text() == (ROOT / 'hub' / name).read_text(), f'{name}: python hub/render.py'

@@ -415,6 +415,30 @@ def test_what_another_push_has_brought_meanwhile_is_looked_at(views, monkeypatch
             publish_store.publish_store(store, published)
 
 
+def test_the_card_of_images_without_labels_speaks_of_none(views):
+    store, data = views
+    sample = store_card.sample_table(store, range(4), data)
+    card = store_card.render_card(store, store.manifest, range(4), 'org/logits', 1000, sample, data, True)
+    assert ' `label` and `label_name`, the numbers' in card and 'each with its label' in card
+    bare = replace(data, labels=np.full(120, -1), class_names=None)
+    sample = store_card.sample_table(store, range(4), bare)
+    card = store_card.render_card(store, store.manifest, range(4), 'org/logits', 1000, sample, bare, True)
+    assert '`label`' not in card and 'Some views, each with the most probable classes.' in card
+    assert 'only the total mass is known' in card
+    whole = replace(store.manifest, k=store.manifest.num_classes)
+    card = store_card.render_card(store, whole, range(4), 'org/logits', 1000, sample, bare)
+    assert 'only the total mass' not in card and 'Nothing is left out' in card
+
+
+def test_the_picture_has_a_class_in_each_column(views, monkeypatch):
+    store, data = views
+    drawn = []
+    monkeypatch.setattr(store_card, '_draw_tiles', lambda views, captions, *_: drawn.append(captions) or b'')
+    store_card.draw_views(store, range(2), data)
+    labels = [label for label, _ in drawn[0]]
+    assert labels[:4] == labels[4:] and len(set(labels[:4])) == 4
+
+
 def test_no_path_of_a_teacher_is_published(store, tmp_path, monkeypatch):
     manifest = LogitStore.open(store).manifest
     for name in ('local-dir:/secret/teacher', '~/secret/teacher', '/secret/teacher', './secret/teacher'):
@@ -450,9 +474,9 @@ def test_the_card_names_columns_where_their_names_say_nothing(hub, push, teacher
     assert card.count('--dataset DATA --input-key photo --target-key kind') == 2
     # The example reads the data as it stands there, but for its place and the store's.
     code = card.partition('```python\n')[2].partition('```')[0]
-    code = code.replace("load_dataset('DATA', split='train')", 'rows').replace(
+    code = code.replace("'DATA'", repr(str(tmp_path / 'data'))).replace(
         'hf://datasets/org/logits', str(tmp_path / 'store'))
-    found = {'rows': rows}
+    found = {}
     exec(code, found)
     assert found['sample']['view'].shape == (3, 32, 32) and found['sample']['label'] == rows[0]['kind']
 

@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import struct
+import subprocess
 import sys
 import termios
 import types
@@ -29,6 +30,22 @@ def speaking():
         yield
     logging.disable(logging.NOTSET)
     terminal.speak(is_first=True)
+
+
+def test_who_stops_reading_ends_a_program_in_peace(tmp_path):
+    """As `head` does."""
+    ended = subprocess.run(
+        ['bash', '-c', f'"{sys.executable}" -c "$0" | true; exit ${{PIPESTATUS[0]}}', """
+import time
+from timm_tinyvit.errors import reports_input_errors
+@reports_input_errors
+def main(argv):
+    time.sleep(0.5)
+    for _ in range(100_000):
+        print('a line', flush=True)
+main([])
+"""], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (141, '')
 
 
 @contextmanager

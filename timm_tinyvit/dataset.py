@@ -304,6 +304,7 @@ class EpochBatchSampler(BatchSampler):
         views_per_image: Views of an image in a batch, which is decoded once for all of them.
         pairing: The pairs of a data set whose views are mixed, its `pairing`.
         store: A store that is told which epochs begin and which come next, so that one on the Hub has them on disk.
+        num_epochs: Training epochs, after which none comes next.
 
     Raises:
         InputError: The data set is smaller than one batch of all ranks, or a batch is no multiple of the views or
@@ -321,6 +322,7 @@ class EpochBatchSampler(BatchSampler):
             views_per_image: int = 1,
             pairing: Pairing | None = None,
             store: LogitStore | Ensemble | None = None,
+            num_epochs: int | None = None,
     ):
         if batch_size % views_per_image:
             raise InputError(
@@ -349,6 +351,7 @@ class EpochBatchSampler(BatchSampler):
         self.views_per_image = views_per_image
         self.pairing = pairing
         self.store = store
+        self.num_epochs = num_epochs
         self.epoch = 0
         self.start = 0
 
@@ -358,7 +361,9 @@ class EpochBatchSampler(BatchSampler):
         self.start = start
         if self.store is not None:
             first_epoch = epoch - epoch % self.views_per_image
-            self.store.begin(self._stored(first_epoch), self._stored(first_epoch + self.views_per_image))
+            next_epoch = first_epoch + self.views_per_image
+            is_last = self.num_epochs is not None and next_epoch >= self.num_epochs
+            self.store.begin(self._stored(first_epoch), () if is_last else self._stored(next_epoch))
 
     def __len__(self) -> int:
         """Batches of one whole epoch."""

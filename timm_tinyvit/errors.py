@@ -60,7 +60,7 @@ def _stopping_in_order() -> Iterator[None]:
 def reports_input_errors(main: Callable[[Sequence[str] | None], None]) -> Callable[[Sequence[str] | None], None]:
     """Decorate a program's `main`: what ends it early becomes one line on stderr and an exit status.
 
-    2 for an `InputError`, 130 for Ctrl-C, 143 for SIGTERM.
+    2 for an `InputError`, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of the output has left.
     """
 
     @functools.wraps(main)
@@ -77,6 +77,10 @@ def reports_input_errors(main: Callable[[Sequence[str] | None], None]) -> Callab
         except KeyboardInterrupt as stop:
             print('stopped: the same command goes on from what is on disk', file=sys.stderr, flush=True)
             status = 143 if isinstance(stop, Terminated) else 130
+        except BrokenPipeError:
+            # Who reads the output, as `head` does, has left. What is buffered must not fail again at the exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + signal.SIGPIPE
         except RuntimeError as error:
             if os.environ.get('RANK', '0') == '0' or 'onnection' not in str(error):
                 raise

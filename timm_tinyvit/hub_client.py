@@ -7,6 +7,8 @@ with the repo as it was; what may pass by itself is tried again first.
 
 import hashlib
 import json
+import logging
+import re
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -47,6 +49,9 @@ TIMEOUT = httpx.Timeout(300., connect=30.)
 PATHS_PER_REQUEST = 500
 
 TRANSIENT_STATUS = (408, 429, 500, 502, 503, 504)
+# The query of an address.
+QUERY = re.compile(r'(?<=\w)\?\S+=\S+')
+
 LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN'
 REPO_TYPES = ('model', 'dataset')
 
@@ -380,6 +385,18 @@ def _oid(info: RepoFile | RepoFolder) -> str:
 
 def _listed(paths: Sequence[str]) -> str:
     return ', '.join(paths[:3]) + (f' and {len(paths) - 3} more' if len(paths) > 3 else '')
+
+
+class _WithoutSignatures(logging.Filter):
+    """Takes the queries out of the addresses in a library's warnings: those of uploads and downloads are signed."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = QUERY.sub('', record.getMessage()), ()
+        return True
+
+
+for _name in ('huggingface_hub.utils._http', 'huggingface_hub.file_download'):
+    logging.getLogger(_name).addFilter(_WithoutSignatures())
 
 
 def _limit_waiting() -> None:

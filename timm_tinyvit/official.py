@@ -18,6 +18,10 @@ SOURCE = 'https://github.com/microsoft/Cream/tree/main/TinyViT'
 LICENSE = 'mit'
 IMAGENET_1K, IMAGENET_22K = 'ILSVRC/imagenet-1k', 'timm/imagenet-22k-wds'
 TEACHER = 'clip_vit_large_patch14_224.in22k'
+# Published images per second; the model zoo names a V100 for one of them.
+PUBLISHED_SPEED = {
+    'tiny_vit_5m_224': 3060, 'tiny_vit_11m_224': 2468, 'tiny_vit_21m_224': 1571, 'tiny_vit_21m_384': 394,
+    'tiny_vit_21m_512': 167}
 # Images per second of this package's class and of timm's own, by benchmarks/model_speed.py: as in the README.
 SPEED = {'tiny_vit_5m_224': (51.3, 15.3), 'tiny_vit_11m_224': (54.1, 31.1), 'tiny_vit_21m_224': (17.8, 8.7)}
 
@@ -32,7 +36,7 @@ class OfficialCheckpoint:
         top1: Published top-1 accuracy on ImageNet-1k in percent; None where none is.
         top5: The same for the five most probable classes.
         steps: The recipes of this package that lead to it, by the paper, each with what it does.
-        base: Tag of the checkpoint that it was fine-tuned from.
+        base: Tag of the checkpoint that it was fine-tuned from, or a repo of the Hub.
     """
     file: str
     tag: str
@@ -74,7 +78,8 @@ def _official_checkpoints() -> list[OfficialCheckpoint]:
         found.append(OfficialCheckpoint(
             f'tiny_vit_21m_22kto1k_{pixels}_distill.pth', f'tiny_vit_21m_{pixels}.dist_in22k_ft_in1k', *accuracies,
             steps, base=f'tiny_vit_21m_{before}.dist_in22k_ft_in1k'))
-    return [*found, OfficialCheckpoint('clip_vit_large_patch14_22k.pth', TEACHER, 85.894, 97.566)]
+    return [*found, OfficialCheckpoint(
+        'clip_vit_large_patch14_22k.pth', TEACHER, 85.894, 97.566, base='openai/clip-vit-large-patch14')]
 
 
 OFFICIAL_CHECKPOINTS = tuple(_official_checkpoints())
@@ -108,7 +113,7 @@ def converted_card(folder: Path, source: str, checkpoint: OfficialCheckpoint | N
     data = ModelCardData(
         library_name='timm', pipeline_tag='image-classification', license=LICENSE if checkpoint else None,
         tags=['image-classification', 'timm', TAG, *(['knowledge-distillation'] if is_student else [])],
-        datasets=data_sets or None, base_model=f'timm/{checkpoint.base}' if checkpoint and checkpoint.base else None,
+        datasets=data_sets or None, base_model=_base_model(checkpoint),
         **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
     tuned = next((item for item in OFFICIAL_CHECKPOINTS if checkpoint and item.base == checkpoint.tag), None)
     return render_card(
@@ -117,4 +122,10 @@ def converted_card(folder: Path, source: str, checkpoint: OfficialCheckpoint | N
         # Of timm's tags only that of 512 pixels squashes as the official evaluation does, and the teacher has none.
         other_crop=checkpoint is not None and checkpoint.tag != TEACHER and model.size[0] < 512,
         evaluation=evaluation_command(repo, IMAGENET_1K, 'validation'), citation=CITATION,
-        speed=SPEED.get(model.architecture) if checkpoint else None)
+        speed=SPEED.get(model.architecture) if checkpoint else None,
+        published_speed=PUBLISHED_SPEED.get(model.architecture) if checkpoint else None)
+
+
+def _base_model(checkpoint: OfficialCheckpoint | None) -> str | None:
+    base = checkpoint and checkpoint.base
+    return base if not base or '/' in base else f'timm/{base}'

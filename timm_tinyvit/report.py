@@ -62,7 +62,7 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
     for key, label in (('loss', 'loss'), ('label_loss', 'label loss'), ('distill_loss', 'distillation loss')):
         values = [float(row[key]) for row in rows]
         if any(values) and (key == 'loss' or values != [float(row['loss']) for row in rows]):
-            losses.plot(epochs, values, label=label)
+            losses.plot(epochs, values, marker='o' if len(epochs) == 1 else None, markersize=3, label=label)
     losses.set(xlabel='epoch', ylabel='training loss')
     losses.legend()
     for key, label in (('eval_top1', 'student'), ('eval_top1_ema', 'averaged weights')):

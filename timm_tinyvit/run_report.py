@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from .estimate import counted
 from .page import Bar, Page, Picture
 from .predictions import (
     Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
@@ -84,7 +85,8 @@ def _subtitle(run: TrainedRun) -> str:
     if run.settings.get('logits'):
         text += ', distilled'
     done = round(run.rows[-1]['epoch']) + 1
-    return f'{text}, {done} epochs' if done >= run.num_epochs else f'{text}, {done} of {run.num_epochs} epochs so far'
+    return text + (f', {counted(done, "epoch")}' if done >= run.num_epochs else
+                   f', {done} of {counted(run.num_epochs, "epoch")} so far')
 
 
 def _add_result(page: Page, run: TrainedRun) -> None:
@@ -160,7 +162,7 @@ def _add_evaluation(page: Page, run: TrainedRun) -> None:
     right, wrong = samples_to_show(said)
     page.heading('Samples', level=3)
     if len(right):
-        page.pictures(_pictures(found, right), 'Surest of the right ones, the surest of each class first')
+        page.pictures(_pictures(found, right), 'Surest of the right ones, of as many classes as there are')
     if len(wrong):
         page.pictures(_pictures(found, wrong), 'Surest of the wrong ones')
 

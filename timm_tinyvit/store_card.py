@@ -30,6 +30,7 @@ from .provenance import hub_repo_of
 from .replay import ViewRecipe
 from .sparse import SparseTargets
 from .store import LogitStore
+from .store_pictures import in_turn
 from .store_statistics import label_mismatch, store_statistics
 
 __all__ = [
@@ -50,6 +51,7 @@ STATISTICS_SAMPLES = 10_000
 COLUMN_FLAGS = {'image_key': '--input-key', 'label_key': '--target-key'}
 
 PICTURE_COLUMNS, PICTURE_ROWS, PICTURE_CLASSES = 4, 3, 3
+PICTURE_CANDIDATES = 1000
 MAX_PICTURE_BYTES = 300_000
 TILE_SIZES = (176, 144, 112, 80, 56)
 # Names of the classes of the two ImageNets, by the last words of a timm tag and the number of classes.
@@ -76,6 +78,11 @@ class LabelledViews:
     labels: np.ndarray
     class_names: list[str] | None
     columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any row has a label."""
+        return bool((self.labels >= 0).any())
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,9 @@ def draw_views(store: LogitStore, epochs: Sequence[int], data: LabelledViews) ->
     """
     dataset = data.views
     count = PICTURE_COLUMNS if len(epochs) > 1 else PICTURE_COLUMNS * PICTURE_ROWS
-    positions = _evenly(len(dataset), count).tolist()
+    # Of other classes, as far as there are labels.
+    positions = _evenly(len(dataset), PICTURE_CANDIDATES)
+    positions = np.sort(in_turn(positions, data.labels)[:count]).tolist()
     shown = [epochs[place] for place in _evenly(len(epochs), PICTURE_ROWS)]
     # Sorted by epoch, as a store reads best.
     samples = dataset.__getitems__([(epoch, position) for epoch in shown for position in positions])
@@ -222,7 +231,7 @@ def _draw_tiles(
             draw.rectangle((left, top + 1, left + width - 1, top + line - 3), '#eeeeee')
             draw.rectangle((left, top + 1, left + round(prob * (width - 1)), top + line - 3),
                            '#a8dcb5' if is_label else '#bcd2f0')
-            share = f'{100 * prob:.0f}%'
+            share = f'{100 * prob:.0f}%' if 0.005 <= prob < 0.995 else '<1%' if prob < 0.5 else '>99%'
             end = left + width - 3 - font.getlength(share)
             draw.text((end, top + 1), share, '#111111', font)
             draw.text((left + 3, top + 1), _shortened(name, font, end - left - 7), '#111111', font)
@@ -319,16 +328,26 @@ def render_card(
         kept_size=readable_bytes(min(2, manifest.epochs) * size / manifest.epochs),
         size=readable_bytes(size), first_epoch=manifest.first_epoch, statistics=statistics, statistics_words=words,
         picture=PICTURE if has_picture else '',
-        picture_words='Some views, each with its label and the most probable classes; the label\'s is green.'
+        picture_words=(
+            'Some views, each with its label and the most probable classes; the label\'s is green.'
+            if data is None or data.has_labels else 'Some views, each with the most probable classes.')
         + (' A column is an image, a row an epoch.' if manifest.epochs > 1 else ''),
         split=data.split if data is not None else 'train',
-        sample_rows=f'{len(sample):,}', sample_labels='label' in sample.column_names,
+        sample_rows=f'{len(sample):,}', sample_labels=_label_columns(sample),
+        keeps_all=manifest.k >= manifest.num_classes,
         sample_names='names' in sample.column_names,
         most_listed=min(manifest.k, SAMPLE_CLASSES), is_on_hub=data is not None and data.on_hub,
         recipe=yaml.safe_dump(manifest.recipe, default_flow_style=None, sort_keys=False).strip(),
         versions=', '.join(f'{name} {version}' for name, version in manifest.versions.items()), k=manifest.k,
         citation=CITATION)
     return str(card)
+
+
+def _label_columns(sample: pa.Table) -> str:
+    """The columns of labels of a sample, in words; empty where there are no labels."""
+    columns = [name for name in ('label', 'label_name')
+               if name in sample.column_names and sample[name].null_count < len(sample)]
+    return ' and '.join(f'`{name}`' for name in columns)
 
 
 def with_license(card: str, licence: str) -> str:

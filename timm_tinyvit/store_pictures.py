@@ -99,7 +99,7 @@ def choose_samples(statistics: StoreStatistics) -> dict[str, np.ndarray]:
     classes = statistics.labels if statistics.has_labels else statistics.majority()[0]
     mixed = np.random.Generator(np.random.PCG64(0)).permutation(len(classes))
     return {
-        'varied': _in_turn(mixed, classes)[:NUM_VARIED], 'easiest': _in_turn(order, classes)[:NUM_CHOSEN],
+        'varied': in_turn(mixed, classes)[:NUM_VARIED], 'easiest': in_turn(order, classes)[:NUM_CHOSEN],
         'hardest': order[::-1][:NUM_CHOSEN], 'disputed': statistics.compared[disputed[:NUM_CHOSEN]]}
 
 
@@ -219,7 +219,7 @@ def _add_views(
         sample.views.append(ShownView(epoch, view['view'], bars, mixture))
 
 
-def _in_turn(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def in_turn(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """The same places, int64 [n]: first the first one of each class, in their order, then the second ones."""
     turns, seen = [], Counter()
     for name in classes[places].tolist():
@@ -248,7 +248,9 @@ def _bars(targets: SparseTargets, row: int, labels: list[int], names: Sequence[s
     for label in labels:
         shown.setdefault(label, float(label_probability(targets, np.full(len(targets), label))[row]))
     bars = [Bar(names[number], share, 'label' if number in labels else '') for number, share in shown.items()]
-    return [*bars, Bar('all others', max(0., 1 - sum(bar.share for bar in bars)), 'rest')]
+    rest = 1 - sum(bar.share for bar in bars)
+    # What is left of shares that add up to 1 is their rounding.
+    return [*bars, Bar('all others', rest if rest > 1e-6 else 0., 'rest')]
 
 
 def _paste(canvas: Image.Image, pixels: np.ndarray, left: int, top: int) -> None:

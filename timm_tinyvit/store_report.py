@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .calibration import NUM_BINS
-from .estimate import readable_bytes
+from .estimate import counted, readable_bytes
 from .hub_store import HubStore
 from .page import Page
 from .run_figures import can_plot
@@ -28,9 +28,9 @@ NUM_CONFUSIONS = 12
 PLOTS_MISSING = "plots are left out, as matplotlib is not installed: pip install 'timm_tinyvit[plots]'"
 # Kinds of samples that are shown: heading, and what they are.
 KINDS = {
-    'varied': ('One image, several epochs', 'An image, and the views of it that the teacher saw and a student sees.'),
-    'easiest': ('The easiest samples', 'One of each class, by their {measure} over the epochs.'),
-    'hardest': ('The hardest samples', 'By their {measure} over the epochs.{hint}'),
+    'varied': ('Some samples', 'Images, and the views of them that the teacher saw and a student sees.'),
+    'easiest': ('The easiest samples', 'Of as many classes as there is room for, by their {measure}.'),
+    'hardest': ('The hardest samples', 'By their {measure}.{hint}'),
     'disputed': ('The most disputed samples', 'What the teacher says of them changes most from view to view: the '
                                               'KL divergence from their mean target is the largest.'),
 }
@@ -75,8 +75,8 @@ def store_facts(store: LogitStore) -> dict[str, str]:
         'store': str(store.path),
         'teacher': f'{teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, {teacher["device"]}, '
                    f'input {teacher["input_size"][-2]}x{teacher["input_size"][-1]})',
-        'samples': f'{manifest.num_samples:,} of {manifest.num_classes:,} classes, {manifest.epochs} epochs, '
-                   f'seed {manifest.seed}',
+        'samples': f'{manifest.num_samples:,} of {manifest.num_classes:,} classes, '
+                   f'{counted(manifest.epochs, "epoch")}, seed {manifest.seed}',
         'targets': f'{manifest.sparsifier}, k = {manifest.k}{kept}, remainder {manifest.remainder}',
         'codec': f'{manifest.codec}, records of {manifest.record_width} bytes per view{most}',
         'shards': shards_on_disk(store),
@@ -107,7 +107,7 @@ def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]
         views = 'mixed views, by either label,' if statistics.is_mixed else 'views'
         scored = accuracy[np.isfinite(accuracy)]
         figures['teacher accuracy'] = (
-            f'{100 * found["accuracy"]:.2f}% top-1 on the {views} of {_count(len(scored), "epoch")}, '
+            f'{100 * found["accuracy"]:.2f}% top-1 on the {views} of {counted(len(scored), "epoch")}, '
             f'{scored.min():.2f} to {scored.max():.2f}{most_drawn}')
         if found['majority_accuracy'] is not None and len(scored) > 1:
             figures['by majority'] = f'{100 * found["majority_accuracy"]:.2f}% top-1 where the epochs vote'
@@ -202,7 +202,8 @@ def store_page(
     if not isinstance(store, HubStore):
         # A page may be shown to others, and a path names people and machines.
         facts['store'] = store.path.resolve().name
-    page = Page(f'Logit store {facts["store"].rpartition("/")[2]}', facts['teacher'])
+    # Of one on the Hub without the commit, which stands below.
+    page = Page(f'Logit store {facts["store"].rpartition("/")[2].partition("@")[0]}', facts['teacher'])
     for note in notes:
         page.warning(_sentence(note))
     page.heading('The store')
@@ -244,10 +245,6 @@ def _add_plots(page: Page, *plots: Callable[[StoreStatistics], Iterable[Plot]], 
     for plot in plots if can_plot() else ():
         for figure, alt, caption in plot(statistics):
             page.figure(figure, alt, caption)
-
-
-def _count(number: int, what: str) -> str:
-    return f'{number:,} {what}' if number == 1 else f'{number:,} {what}s'
 
 
 def _percents(shares: np.ndarray) -> list[str]:

@@ -50,6 +50,7 @@ class SparseLogitStream(IterableDataset):
         rank: This rank.
         world_size: Number of ranks.
         store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
+        num_epochs: Training epochs, after which none comes next.
 
     Raises:
         InputError: There is no such column, no column of keys is named, or the store has no keys. While iterating: a
@@ -69,6 +70,7 @@ class SparseLogitStream(IterableDataset):
             rank: int = 0,
             world_size: int = 1,
             store_epochs: Sequence[int] | None = None,
+            num_epochs: int | None = None,
     ):
         if store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position, which a stream does not have; '
@@ -79,6 +81,7 @@ class SparseLogitStream(IterableDataset):
         self.label_key = find_column(stream, label_key, is_image=False)
         self.key = find_key(stream, key or (store.manifest.key if store else ''))
         self.store_epochs = store_epochs
+        self.num_epochs = num_epochs
         self.keys = store.open_keys() if store else None
         self.checked = stored_samples(store) if store else {}
         if buffer_size:
@@ -97,7 +100,8 @@ class SparseLogitStream(IterableDataset):
         self.stream.set_epoch(epoch)
         self._skipped.fill_(skipped)
         if self.store is not None:
-            self.store.begin([self._stored(epoch)], [self._stored(epoch + 1)])
+            is_last = self.num_epochs is not None and epoch + 1 >= self.num_epochs
+            self.store.begin([self._stored(epoch)], [] if is_last else [self._stored(epoch + 1)])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self._stored(self.stream.epoch)
