@@ -38,7 +38,7 @@ from timm_tinyvit.arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
     parse_arguments, view_arguments,
 )
-from timm_tinyvit.aside import write_aside
+from timm_tinyvit.aside import remove_stale, write_aside
 from timm_tinyvit.checkpoint import (
     is_finite, last_checkpoint, random_state, save_checkpoint, set_random_state, what_changes,
 )
@@ -61,14 +61,16 @@ from timm_tinyvit.launch import (
 )
 from timm_tinyvit.metrics import METRICS
 from timm_tinyvit.mixing import mixed_cross_entropy
-from timm_tinyvit.optimization import clip_gradients, create_optimizer, create_schedule, learning_rates
+from timm_tinyvit.optimization import (
+    clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
+)
 from timm_tinyvit.predictions import Recorder, keep_evaluation
 from timm_tinyvit.provenance import record_run
 from timm_tinyvit.publish import check_push_arguments, prepare_push, push_finished_run
 from timm_tinyvit.replay import Replay, ViewRecipe
 from timm_tinyvit.report import plot_metrics
 from timm_tinyvit.run_report import best_effort, write_run_report
-from timm_tinyvit.save_logits import create_store, create_teacher, open_stores, views_to_fill
+from timm_tinyvit.save_logits import check_store_flags, create_store, create_teacher, open_stores, views_to_fill
 from timm_tinyvit.sharding import ModelEma, load_whole_state, prepare_student, whole_state
 from timm_tinyvit.sources import class_names, find_column, load_split
 from timm_tinyvit.store import LogitStore
@@ -153,11 +155,14 @@ def create_parser() -> ArgumentParser:
     group.add_argument('--min-lr', type=float, default=5e-6, metavar='LR', help='learning rate at the end')
     group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='additional epochs at --min-lr')
     group.add_argument('--decay-epochs', type=float, default=30, metavar='N', help='step schedule: epochs per decay')
+    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
+                       help='multistep schedule: epochs of the decays')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='R', help='step schedule: factor per decay')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing of the label loss')
     group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'),
                        help='pair: views mixed as in a store; batch, elem: timm\'s Mixup, one lambda per batch or view '
                             '(default: pair with --logits, else batch)')
+    group.add_argument('--amp', action='store_true', help='as --amp-dtype float16, unless that says otherwise')
     group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast the student')
     group.add_argument('--deterministic', action='store_true', help='bit-identical runs on GPUs too; slower')
     group.add_argument('--seed', type=int, default=42, metavar='S',
@@ -229,6 +234,15 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
                          f'{args.views_per_image}; without the last of them not every image is shown as often')
     if args.streaming and args.views_per_image > 1:
         raise InputError('--views-per-image wants the images in any order, which a stream does not give; leave it out')
+    if not args.logits:
+        idle = [f'--{name.replace("_", "-")}' for name, usual in (
+            ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None),
+            ('keep_epochs', None), ('store_cache', None)) if getattr(args, name) != usual]
+        if idle and args.eval is None:
+            warn(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
+    if args.amp and args.amp_dtype is None:
+        args.amp_dtype = 'float16'
+    del args.amp
     if args.mixup_mode is None:
         args.mixup_mode = 'pair' if args.logits else 'batch'
     if args.logits and args.mixup_mode != 'pair':
@@ -263,6 +277,7 @@ def prepare_store(
     else:
         paths = pin_stores(args.logits, accelerator)
         store, replay = open_stores(paths, view_arguments(args), log, args.keep_epochs, args.store_cache)
+        check_store_flags(store, args)
     missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:
         raise InputError(
@@ -311,6 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
+    if show:
+        remove_stale(folder)
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
@@ -357,7 +374,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator.init_trackers('timm_tinyvit', plain, {
             'wandb': dict(name=folder.name, dir=str(folder)), 'trackio': dict(name=folder.name)})
     if state is None and show:
-        write_aside(folder / 'args.yaml', yaml.safe_dump(vars(args), default_flow_style=None).encode())
+        # As a recipe for --config.
+        given = {key: value for key, value in vars(args).items() if key != 'config' and value not in (None, [], {})}
+        write_aside(folder / 'args.yaml', yaml.safe_dump(given, default_flow_style=None).encode())
 
     # Student.
     label_key = find_column(train_set, args.target_key, is_image=False)
@@ -415,6 +434,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = learning_rates(args, images_per_update)
     optimizer = create_optimizer(args, student, rates['lr'])
     scheduler, num_epochs = create_schedule(args, optimizer, rates, num_updates)
+    for name in ('warmup_lr', 'min_lr'):
+        if rates[name] > rates['lr']:
+            warn(f'--{name.replace("_", "-")} is {rates[name]:g} and above the learning rate of {rates["lr"]:g}; lower '
+                 f'it')
     if args.warmup_epochs >= args.epochs:
         warn(f'all of {args.epochs} epochs are warm-up: the learning rate never reaches its peak; lower '
              f'--warmup-epochs')
@@ -450,10 +473,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         changes = what_changes(state, world_size, images_per_update, accelerator.is_fsdp2)
         if changes:
             warn(changes)
+        if args.streaming and (state['world_size'], state['workers']) != (world_size, args.workers):
+            warn('a stream is shared out over another number of processes or --workers than before: the order of '
+                 'images is another one, and some are seen twice or not at all in this epoch')
         if state['world_size'] == world_size:
             scheduler.load_state_dict(state['scheduler'])
             sums = state['sums'][rank].to(device)
-            set_random_state(state['random'][rank], device)
+            set_random_state(dict(enumerate(state['random'])).get(rank, {}), device)
         else:
             # Means over updates, of which there are others now.
             share = state['images_per_update'] / images_per_update
@@ -467,7 +493,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         randoms, all_sums = gather_object([random_state(device)]), gather_object([sums.cpu()])
         state = {
             'epoch': epoch, 'samples': update * images_per_update, 'best': best, 'history': history,
-            'sums': all_sums, 'random': randoms, 'world_size': world_size, 'images_per_update': images_per_update,
+            'sums': all_sums, 'random': randoms, 'world_size': world_size, 'workers': args.workers,
+            'images_per_update': images_per_update,
             'model': whole_state(student), 'ema': None if ema is None else whole_state(ema.module),
             'is_sharded': accelerator.is_fsdp2, 'optimizer': whole_state(optimizer),
             'scheduler': scheduler.state_dict(), 'settings': decisive,
@@ -517,8 +544,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The loop.
     num_params = sum(p.numel() for p in student.parameters())
+    source = 'labels' if store is None else f'the store {store.path}' + (' and labels' if alpha < 1 else '')
     log(f'{args.model}: {num_params / 1e6:.1f} M parameters, views {size[0]}x{size[1]}, {num_samples:,} images, '
-        f'{num_updates} steps of {images_per_update} an epoch, {world_size} process(es) on {device.type}')
+        f'{num_updates} steps of {images_per_update} an epoch, {world_size} process(es) on {device.type}, learning '
+        f'from {source}')
     with stop_requests() as stopped:
         for epoch in range(first_epoch, num_epochs):
             model.train()
@@ -568,9 +597,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     ema.update(student, step=epoch * num_updates + update + 1)
                 sums += torch.cat([parts, norm.nan_to_num(0., 0., 0.).reshape(1)])
                 if update % args.log_interval == 0:
-                    shown = dict(loss=parts[0].item(), lr=optimizer.param_groups[0]['lr'], grad_norm=norm.item())
+                    shown = dict(loss=parts[0].item(), lr=peak_rate(optimizer), grad_norm=norm.item())
                     bar.set_postfix({name: f'{value:.3g}' for name, value in shown.items()})
-                    accelerator.log(shown, step=epoch * num_updates + update)
+                    # Beside the means of the epoch, which have the plain names.
+                    accelerator.log(
+                        {f'update/{name}': value for name, value in shown.items()}, step=epoch * num_updates + update)
                 is_due = args.recovery_interval and (update + 1) % args.recovery_interval == 0
                 if stopping or is_due and update + 1 < num_updates:
                     checkpoint(epoch, update + 1)
@@ -582,7 +613,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds = time.time() - start
             means = accelerator.reduce(sums / num_updates, 'mean').tolist()
             row = {
-                'epoch': epoch, 'lr': optimizer.param_groups[0]['lr'], 'loss': means[0], 'label_loss': means[1],
+                'epoch': epoch, 'lr': peak_rate(optimizer), 'loss': means[0], 'label_loss': means[1],
                 'distill_loss': means[2], 'grad_norm': means[3], 'seconds': seconds, 'data_wait': waited / seconds,
                 'images_per_second': (num_updates - first_update) * images_per_update / seconds,
             }

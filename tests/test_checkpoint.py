@@ -365,6 +365,9 @@ def test_what_a_checkpoint_refuses(tmp_path, capsys):
     state = torch.load(last, weights_only=True)
     torch.save({**state, 'random': [{**state['random'][0], 'torch': torch.zeros(3, dtype=torch.uint8)}]}, last)
     assert 'the random state of the checkpoint cannot be restored' in message_of(capsys, tmp_path, '--epochs', '1')
+    for states in ([], [{}], [{'device': 'cpu'}]):
+        torch.save({**state, 'random': states}, last)
+        assert 'the random state of the checkpoint cannot be restored' in message_of(capsys, tmp_path, '--epochs', '1')
     torch.save({**state, 'random': [{**state['random'][0], 'device': 'cuda'}]}, last)
     assert 'random state of a cuda device, this one is cpu' in message_of(capsys, tmp_path, '--epochs', '1')
     torch.save({**state, 'code': print}, last)

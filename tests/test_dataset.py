@@ -39,6 +39,30 @@ def make_dataset(contents, labels=None):
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
+def test_an_evaluation_prepares_its_own_split_alone(fashion, tmp_path, monkeypatch):
+    cache = tmp_path / 'cache'
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', cache)
+    (tmp_path / 'data').mkdir()
+    for split, rows in (('train', range(40)), ('test', range(40, 60))):
+        fashion.select(rows).to_parquet(tmp_path / 'data' / f'{split}.parquet')
+
+    def prepared():
+        return {name.name.rpartition('-')[2] for name in cache.rglob('*.arrow')}
+
+    part = load_split(str(tmp_path / 'data'), 'test[:10]', is_training=False)
+    assert len(part) == 10 and part.split == 'test[:10]' and prepared() == {'test.arrow'}
+    assert part.features == fashion.features and part['label'] == fashion.select(range(40, 50))['label']
+    assert len(load_split(str(tmp_path / 'data'), None, is_training=False)) == 20 and prepared() == {'test.arrow'}
+    with pytest.raises(InputError, match='has no split valid, only train, test'):
+        load_split(str(tmp_path / 'data'), 'valid', is_training=False)
+    # Once all of it is prepared, as for training, nothing is prepared twice.
+    before = len(list(cache.rglob('*.arrow')))
+    assert len(load_split(str(tmp_path / 'data'), None, is_training=True)) == 40
+    files = len(list(cache.rglob('*.arrow')))
+    assert len(load_split(str(tmp_path / 'data'), 'test', is_training=False)) == 20
+    assert len(list(cache.rglob('*.arrow'))) == files >= before
+
+
 @pytest.fixture(scope='module')
 def real(fashion):
     """A hundred real images with labels."""

@@ -1,8 +1,9 @@
 """`--eval` against the run that made the weights, and against timm's own transform and model."""
 
+import argparse
 import csv
-import shutil
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 import train_distill
-from timm_tinyvit.evaluate import is_imagenet1k
+from timm_tinyvit.evaluate import eval_config, is_imagenet1k
 from timm_tinyvit.hub import export_model
 from timm_tinyvit.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from timm_tinyvit.tiny_vit import rename_official
@@ -93,6 +94,16 @@ def test_eval_prepares_images_as_timm_does(run, capsys):
     for k in (1, 5):
         hits = (logits.topk(k).indices == labels[:, None]).any(1)
         assert found[f'top{k}'] == pytest.approx(100 * hits.double().mean().item(), abs=1e-2)
+
+
+def test_size_and_crop_for_tests_are_those_of_timms_validation():
+    model = timm.create_model('resnet10t', num_classes=10)
+    args = argparse.Namespace(crop_pct=None, crop_mode=None, interpolation=None)
+    assert [model.pretrained_cfg[name][-1] for name in ('input_size', 'test_input_size')] == [176, 224]
+    for use_test_size in (True, False):
+        assert eval_config(args, model, use_test_size=use_test_size) == resolve_data_config(
+            {}, model=model, use_test_size=use_test_size)
+    assert eval_config(args, model, (64, 64), use_test_size=True)['input_size'] == (3, 64, 64)
 
 
 @pytest.mark.parametrize('largest, num_names, expected', [

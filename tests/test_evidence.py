@@ -63,7 +63,7 @@ def test_every_committed_run_is_of_a_command_of_its_grid():
     assert sum(file.stat().st_size for file in COMMITTED.rglob('*.json')) < 300_000
 
 
-@pytest.mark.parametrize('grid', ['full', 'reduced'])
+@pytest.mark.parametrize('grid', ['full', 'reduced', 'whole'])
 def test_all_students_of_a_grid_have_the_same_budget(grid):
     """And differ from the row that they are compared to in what their group says alone."""
     found = {row.name: (row, vars(args)) for row, args in students(grid)}

@@ -522,7 +522,7 @@ def test_a_card_of_a_store_names_data_teacher_and_kind(views, monkeypatch):
     assert card.data.get('source_datasets') == ['org/images']
     assert card.text.count("--dataset org/images --train-split 'train[:120]' --model tiny_vit_21m_224 \\\n") == 2
     assert card.text.count('    --epochs 4 --logits ') == 2
-    assert "load_dataset('org/images', split='train[:120]')" in card.text
+    assert "load_split('org/images', 'train[:120]', is_training=True)" in card.text
     assert '\n## The sample\n\n`sample.parquet`' in card.text
     assert 'mixed in pairs' not in card.text and 'random draws' not in card.text
     # In a folder: another name serves.

@@ -370,7 +370,7 @@ def test_without_data_nothing_is_said_of_labels(filled_store, tmp_path, capsys):
 def test_the_page_shows_the_replayed_views_with_what_the_teacher_said(filled_store, labels, tmp_path, capsys):
     run(filled_store, *DATA, '--html', tmp_path / 'page.html', '--max-samples', '30')
     page = check_self_contained((tmp_path / 'page.html').read_text())
-    for heading in ('One image, several epochs', 'The easiest samples', 'The hardest samples',
+    for heading in ('Some samples', 'The easiest samples', 'The hardest samples',
                     'The most disputed samples', 'The most frequent mistakes', 'store.json'):
         assert heading in page.text
     data, store = open_data(filled_store), LogitStore.open(filled_store)

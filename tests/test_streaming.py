@@ -227,6 +227,21 @@ def test_a_student_learns_from_a_stream_as_long_as_from_rows(folders, stores, tm
     assert '--streaming needs a store with keys' in capsys.readouterr().err
 
 
+def test_a_stream_that_is_shared_out_otherwise_after_a_resumption_is_told(folders, stores, tmp_path, capsys):
+    run = tmp_path / 'run'
+    argv = ['--dataset', str(folders / 'cls'), '--val-dataset', str(folders / 'parquet'), '--val-split', 'train[:10]',
+            '--streaming', '--logits', str(stores / 'cls'), '--model', 'test_resnet', '--epochs', '1', '-b', '10',
+            '--warmup-epochs', '0', '--recovery-interval', '4', '--output', str(tmp_path), '--experiment', 'run']
+    train_distill.main([*argv, '-j', '0'])
+    sorted(run.glob('checkpoint-*.pt'))[-1].unlink()
+    capsys.readouterr()
+    train_distill.main([*argv, '-j', '0'])
+    assert 'shared out' not in capsys.readouterr().err
+    sorted(run.glob('checkpoint-*.pt'))[-1].unlink()
+    train_distill.main([*argv, '-j', '1'])
+    assert 'a stream is shared out over another number of processes or --workers' in capsys.readouterr().err
+
+
 def test_a_student_learns_from_the_labels_of_a_stream_too(folders, stores, tmp_path, capsys):
     command = [
         '--dataset', str(folders / 'cls'), '--streaming', '--val-dataset', str(folders / 'parquet'), '--val-split',

@@ -22,6 +22,7 @@ from timm.utils import dispatch_clip_grad
 import train_distill
 from timm_tinyvit.launch import create_accelerator
 from timm_tinyvit.optimization import clip_gradients
+from timm_tinyvit.process import machine_name
 from timm_tinyvit.sources import load_split
 from timm_tinyvit.store import LogitStore
 
@@ -64,6 +65,46 @@ def message_of(argv, capsys) -> str:
     errors = [line for line in lines if line.startswith('error: ')]
     assert len(errors) == 1 and lines[-1] == errors[0]
     return errors[0]
+
+
+def test_the_arguments_of_a_run_are_a_recipe_for_the_same_run(distilled, tmp_path):
+    run, store = distilled
+    before = train_distill.settings(['--config', str(run / 'args.yaml')])
+    assert before.logits == [str(store)] and before.scale == [0.6, 1.0] and before.config
+    assert vars(train_distill.settings(['--config', str(run / 'args.yaml'), '--lr', '0.1'])) == {
+        **vars(before), 'lr': 0.1}
+    (tmp_path / 'pairs.yaml').write_text('dataset: x\nmodel_kwargs: {img_size: 32, depths: [1, 1]}\nlog: []\n')
+    args = train_distill.settings(['--config', str(tmp_path / 'pairs.yaml'), '--amp'])
+    assert args.model_kwargs == {'img_size': 32, 'depths': [1, 1]} and args.amp_dtype == 'float16'
+
+
+def test_what_a_run_learns_from_is_said_and_flags_that_do_nothing_are_told(distilled, tmp_path, capsys):
+    _, store = distilled
+    small = [*SMALL, '--train-split', 'train[:32]', '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path)]
+    train_distill.main([*small, '--experiment', 'plain', '--alpha', '0.5', '--temperature', '2', '--min-lr', '0.1'])
+    said = capsys.readouterr()
+    assert 'learning from labels\n' in said.out
+    assert 'from labels alone, and --alpha, --temperature changes nothing' in said.err
+    assert '--min-lr is 0.1 and above the learning rate of 0.001' in said.err
+    here = [*SMALL, '--epochs', '1', '--warmup-epochs', '0', '--output', tmp_path, '--logits', store]
+    for flags, words in ((['--topk', '100'], '--topk 3, and 100'), (['--codec', 'float16'], '--codec compact, and'),
+                         (['--sparsifier', 'sample'], '--sparsifier topk'), (['--store-seed', '5'], '--store-seed 0')):
+        assert words in message_of([*here, *flags], capsys)
+    train_distill.main([str(word) for word in (*here, '--topk', '3', '--alpha', '0.5', '--experiment', 'both')])
+    assert f'learning from the store {store} and labels\n' in capsys.readouterr().out
+
+
+def test_what_a_killed_writer_left_in_the_folder_goes(distilled, tmp_path):
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    left = tmp_path / 'run' / f'.checkpoint-000000-000000000016.pt.{machine_name()}.{ended.pid}.tmp'
+    left.parent.mkdir()
+    left.write_bytes(b'half a checkpoint')
+    train_distill.main([*SMALL, '--train-split', 'train[:32]', '--epochs', '1', '--warmup-epochs', '0', '--output',
+                        str(tmp_path), '--experiment', 'run', '--layer-decay', '0.5', '--sched', 'constant'])
+    assert not left.exists()
+    # The rate that was asked for, and not that of the first layers.
+    assert float(next(csv.DictReader(open(tmp_path / 'run' / 'metrics.csv')))['lr']) == pytest.approx(1e-3)
 
 
 def test_a_run_leaves_its_arguments_metrics_plot_and_models(distilled):
@@ -336,7 +377,7 @@ def test_a_tracker_gets_every_epoch(tmp_path):
 def test_a_tracker_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('timm_tinyvit.launch.get_available_trackers', list)
     said = message_of([*SMALL, '--output', tmp_path, '--log', 'trackio'], capsys)
-    assert 'the tracker trackio is not installed' in said and '`tracking`' in said
+    assert 'the tracker trackio is not installed' in said and 'pip install trackio' in said
 
 
 def damaged(store: Path, to: Path, damage) -> Path:

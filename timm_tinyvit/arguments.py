@@ -240,6 +240,7 @@ def _recipe_flags(
             if not isinstance(value, bool):
                 raise InputError(f'the recipe {config} has {key}: {value!r}; expected true or false')
             flags += [flag] if value else []
-        elif value is not None:
-            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+        elif value is not None and value != []:
+            pairs = [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else None
+            flags += [flag, *map(str, pairs or (value if isinstance(value, list) else [value]))]
     return flags

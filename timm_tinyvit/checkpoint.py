@@ -45,7 +45,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     Raises:
         InputError: The state is of another kind of device, or not one.
     """
-    if state['device'] != device.type:
+    if state.get('device', device.type) != device.type:
         raise InputError(
             f'the checkpoint holds the random state of a {state["device"]} device, this one is {device.type}; go on '
             f'where it was written, or start another --experiment with --initial-checkpoint')
@@ -55,9 +55,9 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.set_rng_state(state['torch'])
         if device.type != 'cpu':
             torch.get_device_module(device).set_rng_state(state[device.type], device)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
-            f'the random state of the checkpoint cannot be restored ({error}); delete that checkpoint to go on from '
+            f'the random state of the checkpoint cannot be restored ({error!r}); delete that checkpoint to go on from '
             f'the one before')
 
 

@@ -88,12 +88,24 @@ def is_imagenet1k(dataset: datasets.Dataset, label_key: str) -> bool:
     return (len(names) if names else int(read_labels(dataset, label_key).max()) + 1) == len(imagenet1k_in_22k())
 
 
-def eval_config(args: argparse.Namespace, model: nn.Module, size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """How images are prepared for evaluation: the model's configuration, changed by the flags, at this size."""
+def eval_config(
+        args: argparse.Namespace,
+        model: nn.Module,
+        size: tuple[int, int] | None = None,
+        use_test_size: bool = False,
+) -> dict[str, Any]:
+    """How images are prepared for evaluation.
+
+    Args:
+        args: The flags, which change the configuration.
+        model: The model, whose configuration it is.
+        size: Height and width in place of the configuration's.
+        use_test_size: Take size and crop that the configuration has for tests, where it has some of their own.
+    """
     flags = {'crop_pct': args.crop_pct, 'crop_mode': args.crop_mode, 'interpolation': args.interpolation or ''}
     if size is not None:
         flags['input_size'] = (3, *size)
-    return resolve_data_config(flags, model=model)
+    return resolve_data_config(flags, model=model, use_test_size=use_test_size)
 
 
 def eval_loader(
@@ -191,7 +203,8 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     check_labels(dataset, label_key, model.num_classes, '--val-split')
     if mismatch := class_mismatch(dataset, label_key, model.num_classes):
         warn(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
-    config = eval_config(args, model, size)
+    # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
+    config = eval_config(args, model, size, use_test_size=not beside)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
     prepare = ModelInput(config['mean'], config['std']).to(accelerator.device)
     return evaluate(model, prepare, loader, accelerator, is_imagenet1k(dataset, label_key))

@@ -66,7 +66,7 @@ def create_accelerator(
     installed = {str(tracker) for tracker in get_available_trackers()}
     for tracker in trackers:
         if tracker not in installed:
-            raise InputError(f'the tracker {tracker} is not installed; install it, or the extra `tracking`')
+            raise InputError(f'the tracker {tracker} is not installed; pip install {tracker}')
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if precision not in ('no', PRECISIONS[amp_dtype]):
         warn(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '

@@ -18,7 +18,7 @@ from torch import nn
 from .errors import InputError
 from .sharding import whole
 
-__all__ = ['clip_gradients', 'create_optimizer', 'create_schedule', 'learning_rates']
+__all__ = ['clip_gradients', 'create_optimizer', 'create_schedule', 'learning_rates', 'peak_rate']
 
 
 def learning_rates(args: argparse.Namespace, images_per_update: int) -> dict[str, float]:
@@ -74,6 +74,11 @@ def create_schedule(
     if epochs != args.epochs + args.cooldown_epochs:
         raise InputError(f'the schedule {args.sched} has no cooldown; leave --cooldown-epochs out')
     return schedule, epochs
+
+
+def peak_rate(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate without layer decay: the largest of all parameter groups."""
+    return max(group['lr'] for group in optimizer.param_groups)
 
 
 def _reason(error: Exception) -> str:

@@ -45,7 +45,7 @@ from .teacher import Teacher, create_pretrained
 from .terminal import log, progress, result, speak, warn
 
 __all__ = [
-    'check_store', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'open_stores',
+    'check_store', 'check_store_flags', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'open_stores',
     'views_to_fill',
 ]
 
@@ -136,6 +136,25 @@ def open_stores(
     opened = [open_store(path, given_view, log, keep_epochs, cache_dir) for path in paths]
     stores = [store for store, _ in opened]
     return stores[0] if len(stores) == 1 else Ensemble(stores), opened[0][1]
+
+
+def check_store_flags(store: LogitStore | Ensemble, args: argparse.Namespace) -> None:
+    """Refuse flags that ask for other targets than a store has.
+
+    Raises:
+        InputError: They do.
+    """
+    for part in store.stores if isinstance(store, Ensemble) else [store]:
+        manifest = part.manifest
+        there = dict(sparsifier=manifest.sparsifier, topk=manifest.k, codec=manifest.codec, store_seed=manifest.seed)
+        if manifest.sparsifier == 'nucleus':
+            there['top_p'] = manifest.top_p
+        for name, value in there.items():
+            given = getattr(args, name)
+            if given not in (None, value):
+                flag = f'--{name.replace("_", "-")}'
+                raise InputError(f'the store {part.path} has {flag} {value}, and {given} is asked for; leave {flag} '
+                                 f'out, or where a recipe has it give {flag} {value}, or name another store')
 
 
 def create_store(

@@ -5,8 +5,10 @@ A source is a Hub name, a folder of parquet files, of images or of webdataset's 
 structures, as in `json.label`.
 """
 
+import re
 from pathlib import Path
 from typing import Any
+from collections.abc import Container
 
 import datasets
 import numpy as np
@@ -19,6 +21,11 @@ __all__ = ['class_names', 'column', 'find_column', 'find_key', 'labels_of', 'loa
 
 IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp', 'jpeg')
 LABEL_KEYS = ('label', 'labels', 'cls', 'fine_label', 'target', 'json.label', 'json.cls')
+
+# Kinds of files whose splits do not depend on each other, as the numbers of classes do in folders of images.
+FILE_KINDS = ('arrow', 'parquet', 'webdataset')
+# The splits that `train[:10%]+validation` is made of.
+SPLIT_NAMES = re.compile(r'(?:^|\+)\s*(\w[\w.-]*)')
 
 Source = datasets.Dataset | datasets.IterableDataset
 
@@ -51,24 +58,21 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
             if streaming:
                 splits = {key: rows.to_iterable_dataset() for key, rows in splits.items()}
         elif local.is_dir():
-            # One call knows the splits and keeps the cache of the files.
-            splits = datasets.load_dataset(str(local), streaming=streaming)
+            splits = _load(str(local), split, is_training, streaming)
         elif local.exists():
             raise InputError(f'{name} is a file; give a folder of parquet files or images, or a Hub name')
         elif name.startswith(('.', '/', '~')):
             raise InputError(f'there is no folder {name}; give a folder of parquet files or images, or a Hub name')
         else:
             where = f'there is no folder {name} here, and the data set of that name on the Hub'
-            splits = datasets.load_dataset(name, streaming=streaming)
+            splits = _load(name, split, is_training, streaming)
     except InputError:
         raise
     except Exception as error:
         # The loaders raise whatever their backend raises; all of it is about the name that was given.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f'{where} cannot be loaded: {reason}')
-    if split is None:
-        usual = ('train',) if is_training else ('validation', 'val', 'test')
-        split = next((name for name in usual if name in splits), usual[0])
+    split = split or _usual_split(splits, is_training)
     flag = f'--{"train" if is_training else "val"}-split'
     if streaming:
         if split not in splits:
@@ -86,6 +90,28 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
     ]
     # Tables know the split that they once were, or none.
     return datasets.concatenate_datasets(chosen, split=datasets.NamedSplit(split))
+
+
+def _usual_split(names: Container[str], is_training: bool) -> str:
+    usual = ('train',) if is_training else ('validation', 'val', 'test')
+    return next((name for name in usual if name in names), usual[0])
+
+
+def _load(path: str, split: str | None, is_training: bool, streaming: bool) -> dict[str, Source]:
+    """The splits of a data set; of one that nothing is prepared of yet, for evaluation, those alone that are asked for.
+
+    The library prepares all splits at once: of ImageNet-1k 150 GB, for the 7 of its validation.
+    """
+    if not (is_training or streaming):
+        builder = datasets.load_dataset_builder(path)
+        kind, files = type(builder).__module__.rpartition('.')[2], builder.config.data_files
+        if kind in FILE_KINDS and files and not Path(builder.cache_dir).exists():
+            wanted = SPLIT_NAMES.findall(split or _usual_split(files, is_training))
+            if wanted and set(wanted) < set(files):
+                chosen = {name: list(files[name]) for name in wanted}
+                return datasets.load_dataset(kind, data_files=chosen, features=builder.info.features)
+    # One call knows the splits and keeps the cache of the files.
+    return datasets.load_dataset(path, streaming=streaming)
 
 
 def find_column(dataset: Source, key: str | None, is_image: bool) -> str | None:
