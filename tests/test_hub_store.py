@@ -1,5 +1,6 @@
 """Stores that are read from the Hub: the real client against a server of its interface, in processes of their own."""
 
+import io
 import json
 import math
 import signal
@@ -476,6 +477,23 @@ for flags in ('--describe', '--verify', '--verify --epochs 1:3 --store-cache {tm
     copied, there = tree(tmp_path / 'copy'), tree(filled_store)
     assert len(copied) == 13 and all(copied[name] == there[name] for name in copied if name != 'store.json')
     assert list((tmp_path / 'cache' / 'timm_tinyvit' / 'org--logits').iterdir())
+
+
+def test_an_evaluation_fetches_its_own_split_alone(hub, hub_children, fashion, tmp_path):
+    files = {}
+    for split, rows in (('train', range(40)), ('test', range(40, 60))):
+        buffer = io.BytesIO()
+        fashion.select(rows).to_parquet(buffer)
+        files[f'data/{split}-00000-of-00001.parquet'] = buffer.getvalue()
+    hub.add_commit('org/images', files, repo_type='dataset')
+    ended = hub_children.run('''
+from timm_tinyvit.sources import load_split
+rows = load_split('org/images', None, is_training=False)
+print(len(rows), rows.split, rows.features['label'].names[0], sum(rows['label']))
+''', hub.environment(tmp_path / 'home'))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f'20 test T-shirt/top {sum(fashion[40:60]["label"])}\n'
+    assert hub.seen('GET .*test-00000') and not hub.seen('GET .*train-00000')
 
 
 @pytest.mark.parametrize('program, flags, words', [
