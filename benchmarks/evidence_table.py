@@ -96,8 +96,8 @@ def setting(runs: Sequence[dict[str, Any]], records: dict[str, dict[str, Any]]) 
         views = max(record['store']['views'] for record in stores)
         filled = [record['wall_seconds'] for record in stores if record['store']['views'] == views]
         trained = [record['train_seconds'] for record in runs]
-        words.append(f'A student sees {views:,} views and trained for {min(trained):.0f} to {max(trained):.0f} s; a '
-                     f'store of as many took {min(filled):.0f} to {max(filled):.0f} s to fill.')
+        words.append(f'A student sees {views:,} views and trained for {extent(trained)} s; a store of as many took '
+                     f'{extent(filled)} s to fill.')
     machines = [record['machine'] for record in records.values()]
     devices = dict.fromkeys(f'{machine["device"]}, {machine["cores"]} cores' for machine in machines)
     versions = dict.fromkeys(f'torch {record["versions"]["torch"]}' for record in records.values())
@@ -107,6 +107,11 @@ def setting(runs: Sequence[dict[str, Any]], records: dict[str, dict[str, Any]]) 
         busy = f', with other work on the machine (load {min(loads):.0f} to {max(loads):.0f})'
     words.append(f'{" and ".join(devices)}, {" and ".join(versions)}{busy}.')
     return ' '.join(words)
+
+
+def extent(values: Sequence[float]) -> str:
+    """The smallest and the largest of some values, or the one that there is."""
+    return ' to '.join(dict.fromkeys(f'{value:.0f}' for value in (min(values), max(values))))
 
 
 def digest(records: dict[str, dict[str, Any]]) -> str:
