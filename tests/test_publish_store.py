@@ -528,7 +528,7 @@ def test_a_card_of_a_store_names_data_teacher_and_kind(views, monkeypatch):
     # In a folder: another name serves.
     card = card_of(views, monkeypatch, dict(split='train'))
     assert card.data.get('source_datasets') is None and '--dataset DATA --model' in card.text
-    assert "load_dataset('DATA', split='train')" in card.text
+    assert "load_split('DATA', 'train', is_training=True)" in card.text
     # Nothing is asked of who has no data at hand.
     assert '--dataset DATA --model' in card_of(views, monkeypatch).text
 

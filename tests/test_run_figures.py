@@ -140,7 +140,7 @@ def test_samples_are_shown_surest_first_with_what_the_label_has(write_run):
     page = write_run_report(write_run()).read_text()
     right, wrong = (
         re.findall(r'>([a-f] #\d)<', part)
-        for part in re.split('Surest of the (?:right ones, the surest of each class first|wrong ones)<', page)[1:])
+        for part in re.split('Surest of the (?:right ones, of as many classes as there are|wrong ones)<', page)[1:])
     assert right == ['d #7', 'd #8', 'a #0', 'a #1', 'b #5', 'd #9']
     assert wrong == ['a #2', 'c #6', 'a #3', 'b #4']
     bars = re.findall('<li class="(.*?)" style="--share:(.*?)" title="(.*?)">', page[page.index('c #6'):])[:5]

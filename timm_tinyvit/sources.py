@@ -72,7 +72,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         # The loaders raise whatever their backend raises; all of it is about the name that was given.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f'{where} cannot be loaded: {reason}')
-    split = split or _usual_split(splits, is_training)
+    split = _usual_split(splits, is_training) if split is None else split
     flag = f'--{"train" if is_training else "val"}-split'
     if streaming:
         if split not in splits:
@@ -106,7 +106,7 @@ def _load(path: str, split: str | None, is_training: bool, streaming: bool) -> d
         builder = datasets.load_dataset_builder(path)
         kind, files = type(builder).__module__.rpartition('.')[2], builder.config.data_files
         if kind in FILE_KINDS and files and not Path(builder.cache_dir).exists():
-            wanted = SPLIT_NAMES.findall(split or _usual_split(files, is_training))
+            wanted = SPLIT_NAMES.findall(_usual_split(files, is_training) if split is None else split)
             if wanted and set(wanted) < set(files):
                 chosen = {name: list(files[name]) for name in wanted}
                 return datasets.load_dataset(kind, data_files=chosen, features=builder.info.features)
