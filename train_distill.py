@@ -92,6 +92,9 @@ FREE_SETTINGS = {
 
 DEFAULT_MODEL = 'tiny_vit_5m_224'
 
+# Least seconds between two reports of a run that goes on: one that is killed leaves the last of them.
+REPORT_SECONDS = 60.
+
 # A gradient scaler halves its scale where gradients overflow; below this they would not fit at any.
 MIN_SCALE = 1e-6
 
@@ -548,6 +551,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     log(f'{args.model}: {num_params / 1e6:.1f} M parameters, views {size[0]}x{size[1]}, {num_samples:,} images, '
         f'{num_updates} steps of {images_per_update} an epoch, {world_size} process(es) on {device.type}, learning '
         f'from {source}')
+    reported = time.time()
     with stop_requests() as stopped:
         for epoch in range(first_epoch, num_epochs):
             model.train()
@@ -657,6 +661,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 + (f', averaged {row["eval_top1_ema"]:.2f}%' if 'eval_top1_ema' in row else '')
                 + f', {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data')
             checkpoint(epoch + 1, 0)
+            if 'eval_top1' in row and time.time() - reported >= REPORT_SECONDS:
+                report()
+                reported = time.time()
             if total(accelerator, stopped() is not None)[0]:
                 report()
                 raise stopped() or Terminated

@@ -94,6 +94,18 @@ def test_what_a_run_learns_from_is_said_and_flags_that_do_nothing_are_told(disti
     assert f'learning from the store {store} and labels\n' in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_has_a_report_now_and_then(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(train_distill, 'write_run_report', lambda folder: made.append(
+        len((folder / 'metrics.csv').read_text().splitlines()) - 1))
+    small = [*SMALL, '--train-split', 'train[:32]', '--epochs', '4', '--val-interval', '2']
+    train_distill.main([*small, '--output', str(tmp_path / 'quick')])
+    assert made == [4]
+    monkeypatch.setattr(train_distill, 'REPORT_SECONDS', 0)
+    train_distill.main([*small, '--output', str(tmp_path / 'long')])
+    assert made == [4, 2, 4, 4]
+
+
 def test_what_a_killed_writer_left_in_the_folder_goes(distilled, tmp_path):
     ended = subprocess.Popen(['true'])
     ended.wait()
