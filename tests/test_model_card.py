@@ -214,7 +214,7 @@ def test_a_teacher_that_anybody_can_have_is_named_and_each_store_has_its_own(run
 def test_no_command_is_told_of_a_store_that_none_makes(filled_store):
     store = LogitStore.open(filled_store)
     assert provenance._store_flags(store.manifest)
-    for change in (dict(first_epoch=1), dict(first_sample=10), dict(sparsifier='mine')):
+    for change in (dict(first_epoch=1), dict(first_sample=10), dict(sparsifier='mine'), dict(teacher={'name': 'x'})):
         assert provenance._store_flags(replace(store.manifest, **change)) is None
 
 

@@ -16,11 +16,12 @@ import torch
 import yaml
 
 from .errors import InputError
+from .manifest import Manifest
 from .replay import ViewRecipe
 
 __all__ = [
     'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'add_data_arguments', 'add_push_arguments', 'add_store_arguments',
-    'add_view_arguments', 'amp_dtype', 'parse_arguments', 'recipe_names', 'view_arguments',
+    'add_view_arguments', 'amp_dtype', 'parse_arguments', 'recipe_names', 'store_settings', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit') / 'recipes'
@@ -39,6 +40,14 @@ VIEW_FLAGS = {
     'cutmix_minmax': 'cutmix_minmax', 'mixup_prob': 'mixup_prob', 'mixup_switch_prob': 'mixup_switch_prob',
     'decoder': 'decoder',
 }
+
+
+def store_settings(manifest: Manifest) -> dict[str, Any]:
+    """The settings of `STORE_DEFAULTS` as a store has them."""
+    return dict(
+        sparsifier=manifest.sparsifier, topk=manifest.k, top_p=manifest.top_p, codec=manifest.codec, key=manifest.key,
+        shard_size=manifest.shard_size, store_seed=manifest.seed,
+        teacher_batch_size=manifest.teacher.get('batch_size'))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -8,6 +8,7 @@ samples that a report shows lie beside it, so that a report needs neither the da
 import io
 import json
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .sources import class_names
 
 __all__ = [
     'Evaluation', 'Predictions', 'Recorder', 'class_accuracy', 'confused_pairs', 'confusion', 'keep_evaluation',
-    'read_arrays', 'samples_to_show', 'worst_classes', 'write_arrays',
+    'in_turn', 'read_arrays', 'samples_to_show', 'worst_classes', 'write_arrays',
 ]
 
 NUM_KEPT = 5
@@ -193,6 +194,15 @@ def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, nu
     write_arrays(path, about, shown=shown, views=views.numpy(), **vars(predictions))
 
 
+def in_turn(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The same places, int64 [n]: first the first one of each class, in their order, then the second ones."""
+    turns, seen = [], Counter()
+    for name in classes[places].tolist():
+        turns.append(seen[name])
+        seen[name] += 1
+    return places[np.argsort(turns, kind='stable')]
+
+
 def samples_to_show(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
     """The samples whose pictures tell most: those of which the model is surest, rightly and wrongly.
 
@@ -201,12 +211,7 @@ def samples_to_show(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
     """
     order = np.argsort(-predictions.confidence, kind='stable')
     right, wrong = order[predictions.right[order]], order[~predictions.right[order]]
-    # The surest of each class come before the second of any.
-    turns = np.zeros(len(right), dtype=np.int64)
-    seen: dict[int, int] = {}
-    for place, label in enumerate(predictions.labels[right].tolist()):
-        turns[place] = seen[label] = seen.get(label, -1) + 1
-    right = right[np.argsort(turns, kind='stable')[:NUM_SHOWN]]
+    right = in_turn(right, predictions.labels)[:NUM_SHOWN]
     return right[np.argsort(-predictions.confidence[right], kind='stable')], wrong[:NUM_SHOWN]
 
 

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .arguments import STORE_DEFAULTS, VIEW_FLAGS
+from .arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
 from .aside import write_aside
 from .ensemble import Ensemble
 from .errors import InputError
@@ -257,9 +257,12 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
     """The flags of save_logits, but for teacher and data, that make a store with such records.
 
     Returns:
-        None where no flags do: of a part of a larger store, and of a sparsifier that this package does not know.
+        None where no flags do: of a part of a larger store, of a sparsifier that this package does not know, and where
+        the manifest, of another program, says less of the teacher.
     """
     if manifest.first_epoch or manifest.first_sample or manifest.sparsifier not in sparsifiers():
+        return None
+    if not {'batch_size', 'dtype'} <= manifest.teacher.keys():
         return None
     plain = ViewRecipe().to_dict()
     found: dict[str, Any] = {'epochs': manifest.epochs}
@@ -267,11 +270,9 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
         found['img_size'] = manifest.recipe['input_size'][-1]
     found |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
               if manifest.recipe[entry] != plain[entry]}
-    settings = dict(
-        sparsifier=manifest.sparsifier, topk=manifest.k, codec=manifest.codec, key=manifest.key,
-        shard_size=manifest.shard_size, store_seed=manifest.seed, teacher_batch_size=manifest.teacher['batch_size'])
-    if manifest.sparsifier == 'nucleus':
-        settings['top_p'] = manifest.top_p
+    settings = store_settings(manifest)
+    if manifest.sparsifier != 'nucleus':
+        del settings['top_p']
     usual = {**STORE_DEFAULTS, 'codec': sparsifiers()[manifest.sparsifier].default_codec}
     found |= {flag: value for flag, value in settings.items() if value != usual[flag]}
     if manifest.teacher['dtype'] != 'float32':

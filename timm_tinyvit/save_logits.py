@@ -17,7 +17,7 @@ import torch
 
 from .arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
-    amp_dtype, parse_arguments, view_arguments,
+    amp_dtype, parse_arguments, store_settings, view_arguments,
 )
 from .codec import create_codec
 from .dataset import SparseLogitDataset, collate, refuse_keys
@@ -145,12 +145,10 @@ def check_store_flags(store: LogitStore | Ensemble, args: argparse.Namespace) ->
         InputError: They do.
     """
     for part in store.stores if isinstance(store, Ensemble) else [store]:
-        manifest = part.manifest
-        there = dict(sparsifier=manifest.sparsifier, topk=manifest.k, codec=manifest.codec, store_seed=manifest.seed)
-        if manifest.sparsifier == 'nucleus':
-            there['top_p'] = manifest.top_p
-        for name, value in there.items():
-            given = getattr(args, name)
+        there = store_settings(part.manifest)
+        names = ['sparsifier', 'topk', 'codec', 'store_seed'] + ['top_p'] * (part.manifest.sparsifier == 'nucleus')
+        for name in names:
+            given, value = getattr(args, name), there[name]
             if given not in (None, value):
                 flag = f'--{name.replace("_", "-")}'
                 raise InputError(f'the store {part.path} has {flag} {value}, and {given} is asked for; leave {flag} '
@@ -186,10 +184,7 @@ def create_store(
         there, replay = open_store(path, view_arguments(args), log)
         manifest = there.manifest
         first_epoch, first_sample = manifest.first_epoch, manifest.first_sample
-        settings = dict(
-            sparsifier=manifest.sparsifier, topk=manifest.k, top_p=manifest.top_p, codec=manifest.codec,
-            key=manifest.key, shard_size=manifest.shard_size, store_seed=manifest.seed,
-            teacher_batch_size=manifest.teacher['batch_size'])
+        settings = store_settings(manifest)
     settings.update({key: getattr(args, key) for key in settings if getattr(args, key) is not None})
     if there is None:
         replay = Replay(ViewRecipe(**view_arguments(args)), settings['store_seed'])

@@ -26,11 +26,11 @@ from .estimate import counted, readable_bytes
 from .imagenet22k import NUM_CLASSES_22K
 from .manifest import Manifest
 from .model_card import CITATION, card_metadata, kept_metadata
+from .predictions import in_turn
 from .provenance import hub_repo_of
 from .replay import ViewRecipe
 from .sparse import SparseTargets
 from .store import LogitStore
-from .store_pictures import in_turn
 from .store_statistics import label_mismatch, store_statistics
 
 __all__ = [

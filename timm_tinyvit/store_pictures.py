@@ -4,7 +4,6 @@ Views are replayed from the images of the data set, as in training. They are rea
 Hub wants it.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from .dataset import SparseLogitDataset, decode_source
 from .page import Bar, Picture
+from .predictions import in_turn
 from .sources import class_names, column, labels_of
 from .sparse import SparseTargets
 from .store_statistics import StoreStatistics, label_probability
@@ -217,15 +217,6 @@ def _add_views(
             mixture = f'{share}% {names[labels[0]]}, {100 - share}% {names[labels[1]]}'
         bars = _bars(targets, row, sorted({label for label in labels if label >= 0}), names)
         sample.views.append(ShownView(epoch, view['view'], bars, mixture))
-
-
-def in_turn(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """The same places, int64 [n]: first the first one of each class, in their order, then the second ones."""
-    turns, seen = [], Counter()
-    for name in classes[places].tolist():
-        turns.append(seen[name])
-        seen[name] += 1
-    return places[np.argsort(turns, kind='stable')]
 
 
 def _note(kind: str, statistics: StoreStatistics, place: int) -> str:
