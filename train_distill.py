@@ -34,52 +34,52 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import timm_tinyvit  # noqa: F401  registers the models
-from timm_tinyvit.arguments import (
-    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
-    parse_arguments, view_arguments,
-)
-from timm_tinyvit.aside import remove_stale, write_aside
-from timm_tinyvit.checkpoint import (
-    is_finite, last_checkpoint, random_state, save_checkpoint, set_random_state, what_changes,
-)
-from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate
-from timm_tinyvit.ensemble import Ensemble, ensemble_loss
-from timm_tinyvit.environment import record_environment
-from timm_tinyvit.errors import InputError, Terminated, reports_input_errors
-from timm_tinyvit.evaluate import (
-    check_label_values, check_labels, class_mismatch, config_beside, eval_config, eval_loader, evaluate,
-    evaluate_checkpoint, is_imagenet1k,
-)
-from timm_tinyvit.fill import fill_store
-from timm_tinyvit.fingerprint import dataset_fingerprint
-from timm_tinyvit.hub import export_model
-from timm_tinyvit.hub_client import is_hub_url
-from timm_tinyvit.hub_store import check_content, content_of, pin_stores
-from timm_tinyvit.launch import (
+from timm_tinyvit.base.console import colored, log, progress, result, speak, warn
+from timm_tinyvit.base.errors import InputError, Terminated, reports_input_errors
+from timm_tinyvit.base.files import remove_stale, write_aside
+from timm_tinyvit.base.hub_client import is_hub_url
+from timm_tinyvit.base.launch import (
     TRACKERS, create_accelerator, make_deterministic, quiet_worker, stop_requests, stop_with_launcher,
     total,
 )
-from timm_tinyvit.metrics import METRICS
-from timm_tinyvit.mixing import mixed_cross_entropy
-from timm_tinyvit.optimization import (
+from timm_tinyvit.config.arguments import (
+    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
+    parse_arguments, view_arguments,
+)
+from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.fingerprint import dataset_fingerprint
+from timm_tinyvit.data.pairing import mixed_cross_entropy
+from timm_tinyvit.data.sources import class_names, find_column, load_split
+from timm_tinyvit.data.streaming import SparseLogitStream, StreamLoader
+from timm_tinyvit.data.views import Replay, ViewRecipe
+from timm_tinyvit.hub.push_model import check_push_arguments, prepare_push, push_finished_run
+from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.report.__main__ import plot_metrics
+from timm_tinyvit.report.run import best_effort, write_run_report
+from timm_tinyvit.report.run_folder import PREDICTIONS, STORED_VIEWS
+from timm_tinyvit.save_logits import check_store_flags, create_store, create_teacher, open_stores, views_to_fill
+from timm_tinyvit.store.ensemble import Ensemble, ensemble_loss
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.remote import check_content, content_of, pin_stores
+from timm_tinyvit.teacher.fill import fill_store
+from timm_tinyvit.teacher.teacher import ModelInput
+from timm_tinyvit.train.checkpoint import (
+    is_finite, last_checkpoint, random_state, save_checkpoint, set_random_state, what_changes,
+)
+from timm_tinyvit.train.environment import record_environment
+from timm_tinyvit.train.evaluate import (
+    check_label_values, check_labels, class_mismatch, config_beside, eval_config, eval_loader, evaluate,
+    evaluate_checkpoint, is_imagenet1k,
+)
+from timm_tinyvit.train.metrics import METRICS
+from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
 )
-from timm_tinyvit.predictions import Recorder, keep_evaluation
-from timm_tinyvit.provenance import record_run
-from timm_tinyvit.publish import check_push_arguments, prepare_push, push_finished_run
-from timm_tinyvit.replay import Replay, ViewRecipe
-from timm_tinyvit.report import plot_metrics
-from timm_tinyvit.run_report import best_effort, write_run_report
-from timm_tinyvit.save_logits import check_store_flags, create_store, create_teacher, open_stores, views_to_fill
-from timm_tinyvit.sharding import ModelEma, load_whole_state, prepare_student, whole_state
-from timm_tinyvit.sources import class_names, find_column, load_split
-from timm_tinyvit.store import LogitStore
-from timm_tinyvit.stored_views import look_at_stored_views
-from timm_tinyvit.streaming import SparseLogitStream, StreamLoader
-from timm_tinyvit.student import create_student, freeze_batch_norm
-from timm_tinyvit.teacher import ModelInput
-from timm_tinyvit.terminal import colored, log, progress, result, speak, warn
-from timm_tinyvit.trained_run import PREDICTIONS, STORED_VIEWS
+from timm_tinyvit.train.predictions import Recorder, keep_evaluation
+from timm_tinyvit.train.record import record_run
+from timm_tinyvit.train.sharding import ModelEma, load_whole_state, prepare_student, whole_state
+from timm_tinyvit.train.student import create_student, freeze_batch_norm
+from timm_tinyvit.train.teacher_comparison import look_at_stored_views
 
 # What may change between a run and its resumption: nothing of it has a hand in the weights. Data and store may move;
 # it is their content that is compared.

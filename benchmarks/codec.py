@@ -35,12 +35,12 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 
-from timm_tinyvit.codec import Codec, Float16Codec, create_codec
-from timm_tinyvit.compact import CompactCodec, SmallCompactCodec
-from timm_tinyvit.draws import DrawsCodec
-from timm_tinyvit.fields import FieldReader
-from timm_tinyvit.sparse import SparseTargets
-from timm_tinyvit.sparsifier import create_sparsifier
+from timm_tinyvit.targets.bitfields import FieldReader
+from timm_tinyvit.targets.codec import Codec, Float16Codec, create_codec
+from timm_tinyvit.targets.compact import CompactCodec, SmallCompactCodec
+from timm_tinyvit.targets.draws import DrawsCodec
+from timm_tinyvit.targets.sparse import SparseTargets
+from timm_tinyvit.targets.sparsifier import create_sparsifier
 
 CODECS = (Float16Codec, CompactCodec, SmallCompactCodec)
 OFFSET_BYTES = 4  # of a record of variable length
@@ -70,7 +70,7 @@ def make_logits(photos: str, teacher_weights: str, epochs: int) -> np.ndarray:
     import datasets
     import timm
 
-    from timm_tinyvit.replay import Replay, ViewRecipe, decode_image
+    from timm_tinyvit.data.views import Replay, ViewRecipe, decode_image
 
     column = datasets.Dataset.from_parquet(photos).cast_column('image', datasets.Image(decode=False))['image']
     images = [decode_image(image['bytes']) for image in column]

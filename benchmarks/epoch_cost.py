@@ -50,16 +50,16 @@ from torch import nn
 from torch.utils.data import DataLoader, get_worker_info
 
 import timm_tinyvit  # noqa: F401  registers the models
-from timm_tinyvit.codec import create_codec
-from timm_tinyvit.dataset import EpochBatchSampler, SparseLogitDataset, collate, read_records
-from timm_tinyvit.errors import reports_input_errors
-from timm_tinyvit.fingerprint import dataset_fingerprint
-from timm_tinyvit.replay import Replay, ViewRecipe, library_versions
-from timm_tinyvit.sources import load_split
-from timm_tinyvit.sparse import SparseTargets, sparse_soft_target_cross_entropy
-from timm_tinyvit.store import LogitStore, Manifest
-from timm_tinyvit.student import set_image_size
-from timm_tinyvit.teacher import ModelInput
+from timm_tinyvit.base.errors import reports_input_errors
+from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate, read_records
+from timm_tinyvit.data.fingerprint import dataset_fingerprint
+from timm_tinyvit.data.sources import load_split
+from timm_tinyvit.data.views import Replay, ViewRecipe, library_versions
+from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
+from timm_tinyvit.teacher.teacher import ModelInput
+from timm_tinyvit.train.student import set_image_size
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'train_distill.py'
 RAND_AUGMENT, ERASING = 'rand-m9-mstd0.5-inc1', 0.25

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from evidence_runs import ROOT, Experiment
 from evidence_table import plot, read_records, summaries, table
-from timm_tinyvit.aside import write_aside
-from timm_tinyvit.errors import InputError, reports_input_errors
+from timm_tinyvit.base.errors import InputError, reports_input_errors
+from timm_tinyvit.base.files import write_aside
 
 # Grey images of clothes: no colours to jitter, and crops that keep most of the object.
 VIEWS = '--img-size 32 --scale 0.6 1.0 --color-jitter 0 --reprob 0.25'

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 import yaml
 
-from timm_tinyvit.aside import write_aside
-from timm_tinyvit.claims import exclusive
-from timm_tinyvit.errors import InputError
-from timm_tinyvit.replay import library_versions
-from timm_tinyvit.store import LogitStore
+from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.base.files import write_aside
+from timm_tinyvit.base.leases import exclusive
+from timm_tinyvit.data.views import library_versions
+from timm_tinyvit.store.local import LogitStore
 
 __all__ = ['ROOT', 'Experiment']
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from timm_tinyvit.errors import InputError
+from timm_tinyvit.base.errors import InputError
 
 __all__ = ['plot', 'read_records', 'summaries', 'table']
 

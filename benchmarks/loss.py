@@ -24,7 +24,7 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch.profiler import ProfilerActivity, profile
 
-from timm_tinyvit.sparse import SparseTargets, sparse_soft_target_cross_entropy
+from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

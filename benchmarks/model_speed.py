@@ -32,7 +32,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_tinyvit.tiny_vit import Attention
+from timm_tinyvit.models.tiny_vit import Attention
 
 MODELS = ('tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}

@@ -37,9 +37,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from timm_tinyvit.codec import create_codec
-from timm_tinyvit.sparse import SparseTargets
-from timm_tinyvit.store import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.sparse import SparseTargets
 
 BATCH = 256
 WRITE_BATCH = 1024

@@ -19,10 +19,10 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from timm_tinyvit.dataset import ImageDataset, collate
-from timm_tinyvit.sources import load_split
-from timm_tinyvit.store import LogitStore
-from timm_tinyvit.teacher import Teacher, create_pretrained
+from timm_tinyvit.data.dataset import ImageDataset, collate
+from timm_tinyvit.data.sources import load_split
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.teacher.teacher import Teacher, create_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'examples' / 'fashion_mnist'

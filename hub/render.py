@@ -2,7 +2,7 @@
 
     python hub/render.py [--output FOLDER]
 
-`cards/TAG.md` is the card that `python -m timm_tinyvit.convert` leaves beside the weights of an official checkpoint;
+`cards/TAG.md` is the card that `python -m timm_tinyvit.hub.convert` leaves beside an official checkpoint's weights;
 ORG/NAME in it stands for the repo, whose name `publish` puts in. `demo/README.md` is the card of the student that
 `make demo` distils, from files of that run in the same folder.
 """
@@ -14,12 +14,12 @@ from tempfile import TemporaryDirectory
 
 import timm
 
-from timm_tinyvit.convert import TEACHER, TEACHER_IN_TIMM, official_config
-from timm_tinyvit.hub import export_config
-from timm_tinyvit.imagenet22k import NUM_CLASSES_22K
-from timm_tinyvit.model_card import CARD, NO_REPO, recipe_yaml, run_card
-from timm_tinyvit.official import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, converted_card
-from timm_tinyvit.provenance import read_run
+from timm_tinyvit.hub.convert import TEACHER, TEACHER_IN_TIMM, official_config
+from timm_tinyvit.hub.model_card import CARD, NO_REPO, recipe_yaml, run_card
+from timm_tinyvit.hub.official import OFFICIAL_CHECKPOINTS, OfficialCheckpoint, converted_card
+from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K
+from timm_tinyvit.models.saving import export_config
+from timm_tinyvit.train.record import read_run
 
 HUB = Path(__file__).parent
 DEMO = 'ORG/tiny_vit_5m_fashion_mnist'

@@ -19,12 +19,12 @@ import pytest
 import timm
 import torch
 
-from hub_child import Children
-from hub_server import HubServer
+from support.hub_child import Children
+from support.hub_server import HubServer
 
 from timm_tinyvit import save_logits
-from timm_tinyvit.errors import InputError
-from timm_tinyvit.hub import export_model
+from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.models.saving import export_model
 
 EXAMPLES = Path(__file__).parents[1] / 'examples' / 'fashion_mnist'
 

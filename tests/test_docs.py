@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import timm_tinyvit  # noqa: F401  registers the models
-from timm_tinyvit.hub import export_model
+from timm_tinyvit.models.saving import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ['README.md', *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob('docs/*.md'))]
@@ -66,5 +66,6 @@ def test_the_code_of_a_page_runs(page, published, hub, hub_children, tmp_path):
             '2', '--img-size', '32', '--workers', '0'], environment, folder=tmp_path)
         assert found.returncode == 0, found.stderr
     found = hub_children.run(
-        [str(ROOT / 'tests' / 'docs_program.py'), str(ROOT / page)], environment, folder=tmp_path, timeout=300)
+        [str(ROOT / 'tests' / 'support' / 'docs_program.py'), str(ROOT / page)], environment, folder=tmp_path,
+        timeout=300)
     assert found.returncode == 0, found.stdout + found.stderr

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_package_its_recipes_and_the_training_script(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {'train_distill.py', 'timm_tinyvit/probe.jpg', 'timm_tinyvit/recipes/demo.yaml'} <= names
+    assert {'train_distill.py', 'timm_tinyvit/data/probe.jpg', 'timm_tinyvit/config/recipes/demo.yaml'} <= names
     modules = {f'timm_tinyvit/{file.name}' for file in (ROOT / 'timm_tinyvit').glob('*.py')}
     assert modules <= names
     assert not [name for name in names if name.startswith(('tests/', 'examples/', 'benchmarks/'))]

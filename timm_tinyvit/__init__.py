@@ -4,8 +4,8 @@ Importing this package registers the five TinyViT models and the paper's CLIP te
 imported from its own module.
 """
 
-from . import clip_teacher  # noqa: F401  registers the teacher
-from .tiny_vit import TinyVit
+from .models import clip_teacher  # noqa: F401  registers the teacher
+from .models.tiny_vit import TinyVit
 from .version import __version__
 
 __all__ = ['TinyVit', '__version__']

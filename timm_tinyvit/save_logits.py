@@ -15,34 +15,34 @@ import datasets
 import numpy as np
 import torch
 
-from .arguments import (
+from .base.console import log, progress, result, speak, warn
+from .base.errors import InputError, reports_input_errors
+from .base.hub_client import check_license, check_repo_id, is_hub_url
+from .base.launch import create_accelerator, stop_with_launcher
+from .config.arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
     amp_dtype, parse_arguments, store_settings, view_arguments,
 )
-from .codec import create_codec
-from .dataset import SparseLogitDataset, collate, refuse_keys
-from .ensemble import Ensemble
-from .errors import InputError, reports_input_errors
-from .estimate import estimate_store
-from .fill import choose_shards, fill_store
-from .fingerprint import dataset_fingerprint, keyed_fingerprint
-from .hub_client import check_license, check_repo_id, is_hub_url
-from .hub_store import open_store_at
-from .keys import KeyIndex
-from .launch import create_accelerator, stop_with_launcher
-from .provenance import hub_repo_of
-from .publish_store import PublishedStore, check_complete, publish_store
-from .replay import Replay, ViewRecipe, check_probe, library_versions
-from .reuse import copy_epochs, copy_keys, copy_range, merge_stores
-from .sources import Source, class_names, find_column, labels_of, load_split, select_columns
-from .sparsifier import create_sparsifier
-from .store import LogitStore, Manifest
-from .store_card import LabelledViews, data_name
-from .store_report import figures_of, shards_on_disk, store_facts
-from .store_statistics import label_mismatch, rows_of, store_statistics
-from .streaming import StreamedRows
-from .teacher import Teacher, create_pretrained
-from .terminal import log, progress, result, speak, warn
+from .data.dataset import SparseLogitDataset, collate, refuse_keys
+from .data.fingerprint import dataset_fingerprint, keyed_fingerprint
+from .data.sources import Source, class_names, find_column, labels_of, load_split, select_columns
+from .data.streaming import StreamedRows
+from .data.views import Replay, ViewRecipe, check_probe, library_versions
+from .hub.push_store import PublishedStore, check_complete, publish_store
+from .hub.store_card import LabelledViews, data_name
+from .report.statistics import label_mismatch, rows_of, store_statistics
+from .report.store import figures_of, shards_on_disk, store_facts
+from .store.ensemble import Ensemble
+from .store.keys import KeyIndex
+from .store.local import LogitStore, Manifest
+from .store.remote import open_store_at
+from .targets.codec import create_codec
+from .targets.sparsifier import create_sparsifier
+from .teacher.copy import copy_epochs, copy_keys, copy_range, merge_stores
+from .teacher.estimate import estimate_store
+from .teacher.fill import choose_shards, fill_store
+from .teacher.teacher import Teacher, create_pretrained
+from .train.record import hub_repo_of
 
 __all__ = [
     'check_store', 'check_store_flags', 'create_store', 'create_teacher', 'describe_store', 'open_store', 'open_stores',

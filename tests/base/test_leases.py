@@ -1,0 +1,283 @@
+"""Claims: real processes that share a folder, die, sleep and come back."""
+
+import json
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from timm_tinyvit.base import leases as claims_module
+from timm_tinyvit.base.leases import Claims, exclusive
+
+NEVER = 1e9
+PATIENCE = 60
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file that is to be made, in a folder that a claim makes."""
+    return tmp_path / 'epoch-00000' / 'shard-00012.arrow'
+
+
+@pytest.fixture
+def owner(warm_processes, file):
+    """Start a process that claims the file; returns it, and the pipe that tells it to release the claim."""
+    started = []
+
+    def start(beat=0.02):
+        here, there = warm_processes.Pipe()
+        process = warm_processes.Process(target=own, args=(file, beat, there))
+        process.start()
+        there.close()
+        started.append((process, here))
+        assert here.poll(PATIENCE) and here.recv() == 'claimed'
+        return process, here
+
+    yield start
+    for process, _ in started:
+        process.kill()
+        process.join(PATIENCE)
+
+
+def own(file, beat, pipe):
+    with Claims(NEVER, beat) as claims:
+        assert claims.take(file)
+        pipe.send('claimed')
+        pipe.recv()
+    pipe.send('released')
+
+
+def names(file):
+    return sorted(os.listdir(file.parent))
+
+
+def write_claim(file, content):
+    file.parent.mkdir(exist_ok=True)
+    Claims.path(file).write_bytes(content)
+
+
+def elsewhere(beat=1):
+    """What a process of another machine says."""
+    return json.dumps(dict(
+        host='elsewhere', machine='0123456789abcdef', pid=os.getpid(), started='1', token='a', beat=beat)).encode()
+
+
+def wait_for_a_beat(file):
+    before, deadline = Claims.path(file).read_bytes(), time.monotonic() + PATIENCE
+    while Claims.path(file).read_bytes() in (before, b''):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_claim_is_one_small_file_that_goes_with_its_owner(file):
+    with Claims() as claims:
+        assert claims.take(file) and not claims.take(file)
+        assert names(file) == ['.shard-00012.arrow.claim']
+        owner = json.loads(Claims.path(file).read_text())
+        assert owner['pid'] == os.getpid() and set(owner) == {'host', 'machine', 'pid', 'started', 'token', 'beat'}
+        claims.release(file)
+        assert names(file) == []
+        assert claims.take(file)
+    assert names(file) == []
+
+
+def test_claims_are_given_back_when_something_goes_wrong(file):
+    with pytest.raises(ZeroDivisionError), Claims() as claims:
+        assert claims.take(file) and claims.take(file.with_name('shard-00013.arrow'))
+        raise ZeroDivisionError
+    assert names(file) == []
+
+
+def test_a_living_owner_keeps_its_claim_whatever_the_clocks_say(owner, file, monkeypatch):
+    owner()
+    observer = Claims(expire=60)
+    # However long the observer was away by its clock: what it finds is not what it saw.
+    hours = iter(range(0, 100))
+    monkeypatch.setattr(claims_module, 'time', SimpleNamespace(monotonic=lambda: 3600 * next(hours)))
+    for times in ((0, 0), (0, 0), (4e9, 4e9), (4e9, 4e9)):
+        assert not observer.take(file)
+        os.utime(Claims.path(file), times)
+        wait_for_a_beat(file)
+    assert next(hours) == 4
+
+
+def test_a_claim_of_another_machine_expires_by_the_clock_of_the_observer_alone(file):
+    for times in (None, (1, 1), (4e9, 4e9)):
+        write_claim(file, elsewhere())
+        if times:
+            os.utime(Claims.path(file), times)
+        with Claims(expire=NEVER) as patient:
+            assert not patient.take(file) and not patient.take(file)
+        with Claims(expire=0.2) as observer:
+            # However old the file says it is, this observer has seen it just now.
+            assert not observer.take(file)
+            time.sleep(0.3)
+            assert observer.take(file)
+            assert json.loads(Claims.path(file).read_text())['pid'] == os.getpid()
+
+
+def test_every_beat_starts_the_observers_clock_again(file):
+    with Claims(expire=0.2) as observer:
+        for beat in range(3):
+            write_claim(file, elsewhere(beat))
+            assert not observer.take(file)
+            time.sleep(0.3)
+        assert observer.take(file)
+
+
+@pytest.mark.parametrize('is_waited_for', [True, False])
+def test_a_claim_of_a_dead_process_of_this_machine_is_taken_at_once(is_waited_for, owner, file):
+    process, _ = owner()
+    with Claims(expire=NEVER) as observer:
+        assert not observer.take(file)
+        process.kill()
+        if is_waited_for:
+            process.join(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
+        while not observer.take(file):
+            # A killed process takes a moment to end.
+            assert not is_waited_for and time.monotonic() < deadline
+        assert names(file) == ['.shard-00012.arrow.claim']
+    assert names(file) == []
+
+
+def test_a_later_process_of_the_same_id_is_not_the_owner(owner, file):
+    process, _ = owner()
+    content = json.loads(Claims.path(file).read_text())
+    process.kill()
+    process.join(PATIENCE)
+    for owner, is_taken in ((dict(pid=os.getpid()), True), (dict(pid=os.getpid(), machine='another'), False)):
+        write_claim(file, json.dumps({**content, **owner}).encode())
+        with Claims(expire=NEVER) as observer:
+            assert observer.take(file) == is_taken
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'\0' * 100, b'\xff\xfe', b'{}', b'null', b'[1]', b'[' * 4000, b'{"machine": "', b'9' * 10_000,
+    *(json.dumps(dict(json.loads(elsewhere()), machine=machine, pid=pid)).encode()
+      for machine, pid in (('HERE', -1), ('HERE', 0), ('HERE', 1.5), ('HERE', '1'), ('HERE', None), ('', 1), ([], 1))),
+])
+def test_a_claim_that_says_nothing_expires_like_any_other(content, file):
+    write_claim(file, content.replace(b'HERE', claims_module.machine_name().encode()))
+    with Claims(expire=NEVER) as patient:
+        assert not patient.take(file) and not patient.take(file)
+    with Claims(expire=0.01) as observer:
+        assert not observer.take(file)
+        time.sleep(0.02)
+        assert observer.take(file)
+    assert names(file) == []
+
+
+def test_a_pipe_in_place_of_a_claim_stops_nobody(file):
+    file.parent.mkdir()
+    os.mkfifo(Claims.path(file))
+    with Claims(expire=0.01) as observer:
+        assert not observer.take(file)
+        time.sleep(0.02)
+        assert observer.take(file)
+    assert names(file) == []
+
+
+def test_an_owner_that_slept_too_long_leaves_the_claim_to_its_successor(owner, file):
+    process, pipe = owner()
+    os.kill(process.pid, signal.SIGSTOP)
+    with Claims(expire=0.1, beat=NEVER) as successor:
+        deadline = time.monotonic() + PATIENCE
+        while not successor.take(file):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        content = Claims.path(file).read_bytes()
+        os.kill(process.pid, signal.SIGCONT)
+        pipe.send('release')
+        assert pipe.poll(PATIENCE) and pipe.recv() == 'released'
+        assert Claims.path(file).read_bytes() == content
+    assert names(file) == []
+
+
+def race(file, rounds, barrier, results):
+    """Take over one dead claim after the other, at the same moments as the other processes."""
+    wins = []
+    with Claims(expire=NEVER) as observer:
+        for number in range(rounds):
+            target = file.with_name(f'shard-{number:05d}.arrow')
+            barrier.wait(PATIENCE)
+            wins.append(observer.take(target))
+        barrier.wait(PATIENCE)
+    results.put(wins)
+
+
+def test_of_many_observers_of_a_dead_claim_one_wins(owner, warm_processes, file):
+    process, _ = owner()
+    process.kill()
+    process.join(PATIENCE)
+    content = Claims.path(file).read_bytes()
+    rounds, racers = 100, 5
+    for number in range(rounds):
+        write_claim(file.with_name(f'shard-{number:05d}.arrow'), content)
+    barrier, results = warm_processes.Barrier(racers), warm_processes.Queue()
+    racing = [
+        warm_processes.Process(target=race, args=(file, rounds, barrier, results)) for _ in range(racers)]
+    try:
+        for process in racing:
+            process.start()
+        wins = [results.get(timeout=PATIENCE) for _ in racing]
+    finally:
+        for process in racing:
+            process.join(PATIENCE)
+            process.kill()
+    assert [sum(winners) for winners in zip(*wins)] == [1] * rounds
+    assert names(file) == []
+
+
+def test_who_comes_late_to_a_dead_claim_leaves_it_to_who_was_quicker(owner, file, monkeypatch):
+    process, _ = owner()
+    process.kill()
+    process.join(PATIENCE)
+    with Claims(expire=NEVER) as late, Claims(expire=NEVER) as quick:
+        take_over = late._take_over
+
+        def be_overtaken(path, content):
+            assert quick.take(file)
+            return take_over(path, content)
+
+        monkeypatch.setattr(late, '_take_over', be_overtaken)
+        assert not late.take(file)
+        assert names(file) == ['.shard-00012.arrow.claim']
+        assert not Claims(expire=NEVER).take(file)
+    assert names(file) == []
+
+
+def test_claims_on_finished_files_are_cleared_away(file):
+    other = file.with_name('shard-00013.arrow')
+    write_claim(file, elsewhere())
+    write_claim(other, elsewhere())
+    file.write_text('finished')
+    Claims().clear(file.parent)
+    assert names(file) == ['.shard-00013.arrow.claim', 'shard-00012.arrow']
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(file, refused):
+    file.parent.write_text('no folder')
+    with refused('cannot write', str(file)), Claims() as claims:
+        claims.take(file)
+
+
+def test_one_at_a_time_is_inside(file):
+    inside, counts = [], []
+
+    def count():
+        for _ in range(5):
+            with exclusive(file):
+                inside.append(1)
+                counts.append(len(inside))
+                inside.pop()
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert counts == [1] * 20 and names(file) == []

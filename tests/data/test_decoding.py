@@ -1,0 +1,100 @@
+"""The decoder torch: the same pixels, timm's own draws, and a resize that is Pillow's to a rounding."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import timm_tinyvit
+from timm_tinyvit.data import decoding as tensor_images
+from timm_tinyvit.data.dataset import SparseLogitDataset
+from timm_tinyvit.data.decoding import as_tensor, decode_jpeg
+from timm_tinyvit.data.views import Replay, ViewRecipe, decode_image
+
+JPEG = Path(timm_tinyvit.__file__).parent / 'data' / 'probe.jpg'
+SIZE = (3, 96, 80)
+
+
+def make_replay(decoder, **changes):
+    return Replay(ViewRecipe(input_size=SIZE, decoder=decoder, **changes), seed=5)
+
+
+def test_a_decoded_jpeg_has_the_pixels_that_pillow_gives_it():
+    pytest.importorskip('simplejpeg')
+    for source in (JPEG, JPEG.read_bytes(), str(JPEG)):
+        assert torch.equal(decode_jpeg(source), as_tensor(decode_image(source)))
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_jpeg_is_turned_upright_as_pillow_turns_it(orientation, encode_image):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode_image(Image.open(JPEG).resize((40, 30)), 'JPEG', exif=exif)
+    assert torch.equal(make_replay('torch').decode(data), as_tensor(decode_image(data)))
+
+
+def test_views_are_the_same_without_simplejpeg(monkeypatch):
+    replay = make_replay('torch')
+    probe = replay.probe()
+    monkeypatch.setattr(tensor_images, 'simplejpeg', None)
+    assert decode_jpeg(JPEG) is None and replay.probe() == probe
+
+
+@pytest.mark.parametrize('mode, file_format', [
+    ('L', 'JPEG'), ('CMYK', 'JPEG'), ('RGB', 'PNG'), ('RGBA', 'PNG'), ('P', 'PNG'), ('RGB', 'WEBP')])
+def test_every_other_image_is_decoded_by_pillow(mode, file_format, encode_image):
+    data = encode_image(Image.open(JPEG).convert(mode), file_format)
+    assert torch.equal(make_replay('torch').decode(data), as_tensor(decode_image(data)))
+
+
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'random'])
+def test_views_are_cut_from_the_same_places_and_differ_by_a_rounding(interpolation):
+    views = []
+    for decoder in ('pillow', 'torch'):
+        replay = make_replay(decoder, interpolation=interpolation, color_jitter=0., re_prob=0.5)
+        views.append(torch.stack(replay.views([replay.decode(JPEG)] * 40, [(1, index) for index in range(40)])))
+    difference = (views[0].int() - views[1].int()).abs()
+    assert difference.max() <= 2 and (difference > 0).float().mean() < 0.02
+    assert len({view.numpy().tobytes() for view in views[1]}) == 40
+
+
+def test_a_view_is_the_same_in_any_order_and_its_probe_is_its_own():
+    replay = make_replay('torch', auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25)
+    image = replay.decode(JPEG)
+    forth = [replay(image, 3, index) for index in range(6)]
+    back = [replay(image, 3, index) for index in reversed(range(6))]
+    assert all(map(torch.equal, forth, reversed(back)))
+    again = make_replay('torch', auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25)
+    assert replay.probe() == again.probe() != make_replay(
+        'pillow', auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25).probe()
+
+
+def test_the_data_set_decodes_as_the_recipe_says(encode_image):
+    rows = [dict(bytes=JPEG.read_bytes(), path=None), dict(bytes=encode_image(Image.open(JPEG), 'PNG'), path=None)]
+    dataset = datasets.Dataset.from_dict({'image': rows, 'label': [0, 1]}).cast_column('image', datasets.Image())
+    replay = make_replay('torch')
+    samples = SparseLogitDataset(dataset, replay).__getitems__([(2, 1), (2, 0)])
+    for sample, index in zip(samples, (1, 0)):
+        expected = replay(as_tensor(decode_image(rows[index]['bytes'])), 2, index)
+        assert torch.equal(sample['view'], expected) and sample['label'] == index
+
+
+@pytest.mark.parametrize('size', [0, 1, 50, 2000])
+def test_a_jpeg_that_is_cut_short_fails_as_it_does_with_pillow(size):
+    data = JPEG.read_bytes()[:size]
+    results = []
+    for decoder in ('pillow', 'torch'):
+        try:
+            results.append(np.asarray(make_replay(decoder).decode(data)).shape)
+        except OSError as error:
+            results.append(type(error))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize('changes', [dict(no_aug=True), dict(train_crop_mode='rkrc')])
+def test_other_crops_are_refused(changes, refused):
+    with refused('torch', 'rrc', 'pillow'):
+        ViewRecipe(decoder='torch', **changes)

@@ -1,0 +1,113 @@
+"""Exported models compute what the originals compute, for every batch size."""
+
+import importlib.util
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from support.golden_weights import relative_difference
+from timm.models import save_for_hf
+
+from timm_tinyvit.hub.export import export, main
+
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript', 'onnxruntime')),
+    reason='onnx, onnxscript and onnxruntime are not installed: pip install "timm_tinyvit[export]"')
+needs_compiler = pytest.mark.skipif(
+    shutil.which('g++') is None and shutil.which('clang++') is None, reason='AOTInductor needs a C++ compiler')
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    model = timm.create_model('tiny_vit_5m_224', img_size=64, num_classes=10, depths=(1, 1, 2, 1))
+    for _ in range(3):  # gives the batch norms something to fold
+        model.train()(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+def images(batch_size):
+    return torch.randn(batch_size, 3, 64, 64, generator=torch.Generator().manual_seed(batch_size))
+
+
+@pytest.mark.parametrize('batch_size', [1, 5])
+def test_a_torch_program_gives_the_logits(model, batch_size, tmp_path):
+    assert export(model, 'torch', tmp_path / 'model.pt2') <= 1e-5
+    program = torch.export.load(tmp_path / 'model.pt2')
+    with torch.no_grad():
+        assert relative_difference(program.module()(images(batch_size)), model(images(batch_size))) <= 1e-5
+    assert not any('batch_norm' in str(node.target) for node in program.graph.nodes)
+
+
+@needs_onnx
+@pytest.mark.parametrize('batch_size', [1, 5])
+def test_an_onnx_model_gives_the_logits(model, batch_size, tmp_path):
+    import onnxruntime
+
+    assert export(model, 'onnx', tmp_path / 'model.onnx') <= 1e-4
+    assert [path.name for path in tmp_path.iterdir()] == ['model.onnx']
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    assert session.get_inputs()[0].shape[1:] == [3, 64, 64]
+    logits, = session.run(['logits'], {'images': images(batch_size).numpy()})
+    with torch.no_grad():
+        assert relative_difference(torch.from_numpy(logits), model(images(batch_size))) <= 1e-4
+
+
+@needs_compiler
+def test_a_compiled_library_gives_the_logits(model, tmp_path):
+    assert export(model, 'aotinductor', tmp_path / 'model.pt2') <= 1e-4
+
+
+def test_a_full_disk_is_one_sentence(model, tmp_path, refused):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with refused('model.pt2 cannot be written', 'too large'):
+            export(model, 'torch', tmp_path / 'model.pt2')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exporting_leaves_the_model_as_it_was(model, tmp_path):
+    names = list(model.state_dict())
+    model.train()
+    try:
+        export(model, 'torch', tmp_path / 'model.pt2')
+        assert model.training and list(model.state_dict()) == names
+        assert all(param.requires_grad for param in model.parameters())
+    finally:
+        model.eval()
+
+
+def test_a_wrong_ending_is_refused(model, tmp_path, refused):
+    with refused('.onnx', 'torch', '.pt2'):
+        export(model, 'torch', tmp_path / 'model.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_exports_at_another_size(model, tmp_path):
+    save_for_hf(model, tmp_path / 'saved')
+    result = subprocess.run(
+        [sys.executable, '-m', 'timm_tinyvit.hub.export', '--model', str(tmp_path / 'saved'), '--format', 'torch',
+         '--img-size', '48', '80', '--output', str(tmp_path / 'model.pt2')],
+        capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert '[batch, 3, 48, 80]' in result.stdout
+    program = torch.export.load(tmp_path / 'model.pt2')
+    assert program.module()(torch.randn(2, 3, 48, 80)).shape == (2, 10)
+
+
+def test_a_model_of_any_size_takes_any_and_one_with_patches_says_no(tmp_path, capsys):
+    for name in ('test_resnet', 'test_vit'):
+        save_for_hf(timm.create_model(name, num_classes=10), tmp_path / name)
+    command = ['--format', 'torch', '--output', str(tmp_path / 'model.pt2'), '--model']
+    main([*command, str(tmp_path / 'test_resnet'), '--img-size', '64'])
+    assert torch.export.load(tmp_path / 'model.pt2').module()(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+    with pytest.raises(SystemExit, match='2'):
+        main([*command, str(tmp_path / 'test_vit'), '--img-size', '8'])
+    assert 'test_vit cannot take --img-size 8' in capsys.readouterr().err

@@ -1,0 +1,370 @@
+"""Models on the Hub, over the real client and a local server: pushed whole or not at all, and pulled by plain timm."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from support.hub_server import READ_TOKEN, TOKEN
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import train_distill
+from timm_tinyvit.hub import push_model as publish
+from timm_tinyvit.hub.model_card import CARD, NO_REPO, read_weights
+from timm_tinyvit.models.saving import export_model
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = str(ROOT / 'examples' / 'fashion_mnist')
+REPO = 'org/student'
+FILES = {'README.md', 'config.json', 'model.safetensors', 'metrics.csv', 'metrics.png', 'recipe.yaml'}
+FLAGS = ['--dataset', DATA, '--train-split', 'train[:32]', '--val-split', 'test[:40]', '-b', '16', '--lr', '1e-3',
+         '--epochs', '1', '--warmup-epochs', '0', '-j', '0', '--quiet']
+VIT = [*FLAGS, '--img-size', '32', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--model-ema']
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, teacher):
+    """A TinyViT of another size than its own, distilled, and a student of another family."""
+    output = tmp_path_factory.mktemp('runs')
+    train_distill.main([
+        *FLAGS, '--img-size', '64', '--model', 'tiny_vit_5m_224', '--teacher', teacher, '--logits',
+        str(output / 'logits'), '--topk', '3', '--shard-size', '32', '--output', str(output), '--experiment', 'tiny'])
+    train_distill.main([*VIT, '--output', str(output), '--experiment', 'vit'])
+    for name in ('tiny', 'vit'):
+        publish.model_files(output / name, REPO)  # measures the speed, once
+    return output
+
+
+@pytest.fixture
+def vit(runs, tmp_path):
+    return shutil.copytree(runs / 'vit', tmp_path / 'vit')
+
+
+def push(hub, hub_children, folder, home, *flags, token=''):
+    return hub_children.run(
+        ['-m', 'timm_tinyvit.hub.push_model', folder, '--repo', REPO, *flags], hub.environment(home, token))
+
+
+def sentence_of(result, one_sentence, *words):
+    """The one line in which a program said why it failed."""
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith('error: ') and 'Traceback' not in result.stderr
+    one_sentence(last, *words)
+    return last
+
+
+def test_a_run_is_pushed_in_one_commit_and_unchanged_in_none(hub, hub_children, vit, tmp_path):
+    hub.require_parent = True
+    result = push(hub, hub_children, vit, tmp_path, '--private', '--license', 'apache-2.0')
+    assert result.returncode == 0, result.stderr
+    assert f'published: {hub.endpoint}/{REPO}' in result.stdout
+    files, commits = hub.files(REPO), hub.commits(REPO)
+    assert set(files) == FILES and len(commits) == 2
+    chosen = read_weights(vit)[0].name
+    assert chosen.startswith('best') and f'**`{chosen}`, published here**' in files[CARD].decode()
+    for name in ('config.json', 'model.safetensors'):
+        assert files[name] == (vit / chosen / name).read_bytes()
+    assert files['metrics.png'] == (vit / 'metrics.png').read_bytes()
+    assert ModelCard(files['README.md'].decode()).data.license == 'apache-2.0'
+    assert hub.repos['model', REPO].private
+
+    again = push(hub, hub_children, vit, tmp_path)
+    assert again.returncode == 0 and 'had all of it already' in again.stdout
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_what_others_put_in_the_repo_stays_and_what_a_push_no_longer_has_goes(hub, hub_children, vit, tmp_path):
+    assert push(hub, hub_children, vit, tmp_path).returncode == 0
+    card = hub.files(REPO)[CARD].decode().replace('library_name: timm\n', 'library_name: timm\nlicense: cc-by-4.0\n')
+    hub.add_commit(REPO, {'LICENSE': b'terms', CARD: card.encode()})
+    (vit / 'metrics.png').unlink()
+    result = push(hub, hub_children, vit, tmp_path)
+    assert result.returncode == 0, result.stderr
+    files = hub.files(REPO)
+    assert set(files) == (FILES | {'LICENSE'}) - {'metrics.png'}
+    assert ModelCard(files[CARD].decode()).data.license == 'cc-by-4.0'
+    assert 'metrics.png' not in files[CARD].decode()
+
+
+BLOCK = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Block(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name.partition('.')[0] in ('timm_tinyvit', 'train_distill'):
+            raise ImportError(f'{name} is blocked')
+
+sys.meta_path.insert(0, Block())
+try:
+    import timm_tinyvit
+except ImportError:
+    pass
+else:
+    raise SystemExit('timm_tinyvit is not blocked')
+"""
+PULL = """
+import json, timm, torch
+from safetensors.torch import save_file
+
+model = timm.create_model('hf-hub:org/student', pretrained=True).eval()
+data = timm.data.resolve_model_data_config(model)
+images = torch.linspace(-1, 1, 2 * data['input_size'][1] ** 2 * 3).view(2, *data['input_size'])
+with torch.inference_mode():
+    logits = model(images)
+save_file({**model.state_dict(), 'images': images, 'logits': logits}, 'pulled.safetensors')
+print(json.dumps(dict(module=type(model).__module__, data=data, names=model.pretrained_cfg['label_names'])))
+"""
+
+
+@pytest.mark.parametrize('name, size', [('tiny', 64), ('vit', 32)])
+def test_a_pushed_model_is_pulled_with_its_tensors_logits_labels_and_preprocessing(
+        hub, hub_children, runs, tmp_path, name, size):
+    result = push(hub, hub_children, runs / name, tmp_path / 'pusher', '--which', 'last')
+    assert result.returncode == 0, result.stderr
+    model = timm.create_model(f'local-dir:{runs / name / "last"}', pretrained=True).eval()
+    expected, data = load_file(runs / name / 'last' / 'model.safetensors'), timm.data.resolve_model_data_config(model)
+    for start, package in ((BLOCK, 'timm'), ('import timm_tinyvit\n', 'timm_tinyvit' if name == 'tiny' else 'timm')):
+        pulled = hub_children.run(start + PULL, hub.environment(tmp_path / package, token=None), folder=tmp_path)
+        assert pulled.returncode == 0, pulled.stderr
+        said, tensors = json.loads(pulled.stdout), load_file(tmp_path / 'pulled.safetensors')
+        assert said['module'].partition('.')[0] == package
+        images, logits = tensors.pop('images'), tensors.pop('logits')
+        assert set(tensors) == set(expected)
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+        with torch.no_grad():
+            assert (model(images) - logits).abs().max() <= 1e-4
+        assert said['data'] == json.loads(json.dumps(data)) and said['data']['input_size'] == [3, size, size]
+        assert said['names'][0] == 'T-shirt/top' and len(said['names']) == 10
+
+
+def test_the_card_of_a_pushed_model_does_what_it_says(hub, hub_children, runs, tmp_path):
+    """Its first example in plain timm, and its evaluation command, which gives the accuracy of its table."""
+    assert push(hub, hub_children, runs / 'tiny', tmp_path).returncode == 0
+    card = ModelCard(hub.files(REPO)[CARD].decode())
+    blocks = card.text.split('```')
+    example = next(block.removeprefix('python\n') for block in blocks if block.startswith('python\nimport timm'))
+    from PIL import Image
+    Image.effect_noise((80, 60), 50).save(tmp_path / 'image.jpg')
+    shown = hub_children.run(BLOCK + example, hub.environment(tmp_path, token=None), folder=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert len(shown.stdout.splitlines()) == 5 and '% ' in shown.stdout
+
+    command = next(block for block in blocks if block.startswith('\npython -m train_distill --eval'))
+    words = shlex.split(command.replace('\\\n', ''))[1:]
+    measured = hub_children.run(
+        [*words, '-j', '0'], hub.environment(tmp_path, token=None), folder=ROOT / 'examples')
+    assert measured.returncode == 0, measured.stderr
+    assert f'top1 {100 * card.data.eval_results[0].metric_value:.3f}' in measured.stdout
+
+
+def test_a_converted_folder_is_pushed_with_the_name_of_its_repo_in_its_card(hub, hub_children, tmp_path, refused):
+    export_model(tmp_path / 'converted', timm.create_model('test_resnet', num_classes=3))
+    (tmp_path / 'converted' / CARD).write_text(f'---\nlicense: mit\n---\nhf-hub:{NO_REPO}\n')
+    for action in (publish.model_files, publish.publish):  # of which the second asks the Hub for nothing
+        with refused('has no tag timm_tinyvit', 'add it to the tags'):
+            action(tmp_path / 'converted', REPO)
+    (tmp_path / 'converted' / CARD).write_text(f'---\nlicense: mit\ntags: [timm_tinyvit]\n---\nhf-hub:{NO_REPO}\n')
+    assert push(hub, hub_children, tmp_path / 'converted', tmp_path).returncode == 0
+    files = hub.files(REPO)
+    assert set(files) == {CARD, 'config.json', 'model.safetensors'}
+    assert f'hf-hub:{REPO}\n' in files[CARD].decode()
+
+
+@pytest.mark.parametrize('match, how, options, words', [
+    (r'POST /api/models/org/student/commit/', '500', dict(times=99), 'in trouble (HTTP 500)'),
+    (r'PUT /storage/upload/', 'cut', dict(times=99), 'cannot push to the model repo org/student'),
+    (r'PUT /storage/upload/', '500', dict(times=99), 'in trouble'),
+    (r'POST /api/models/org/student/preupload/', '503', dict(times=99), 'in trouble'),
+    (r'POST /api/models/org/student/commit/', '412', dict(times=99), 'org/student'),
+    (r'POST /api/models/org/student/commit/', 'commit-between', dict(files={'config.json': b'{}'}),
+     'somebody else has just changed config.json'),
+], ids=['commit 500', 'upload cut', 'upload 500', 'preupload 503', 'commit 412', 'commit between'])
+def test_a_push_that_breaks_leaves_the_repo_as_it_was(
+        hub, hub_children, vit, tmp_path, one_sentence, match, how, options, words):
+    before = {'config.json': b'{"architecture": "another"}', 'model.safetensors': b'other weights', 'LICENSE': b'terms',
+              CARD: b'---\ntags: [timm_tinyvit]\n---\n# A student\n'}
+    hub.add_commit(REPO, before)
+    hub.fail(match, how, **options)
+    result = push(hub, hub_children, vit, tmp_path)
+    sentence_of(result, one_sentence, words)
+    # Nor the signatures of addresses, where huggingface_hub says what it tries again.
+    assert not leaks(vit, tmp_path, {}, result) and 'Signature' not in result.stderr
+    assert hub.files(REPO) == {**before, **options.get('files', {})}
+    assert len(hub.commits(REPO)) == 2 + (how == 'commit-between')
+
+
+@pytest.mark.parametrize('files, found', [
+    ({CARD: b'---\ntags: [timm]\n---\n# My model\n'}, 'README.md'),
+    ({CARD: b'---\ntags: not_timm_tinyvit\n---\n', 'weights.h5': b'weights'}, 'weights.h5'),
+    ({CARD: b'---\ntags: 5\ndate: 2024-02-30\n---\n', 'config.json': b'{}'}, 'config.json'),
+    ({'metrics.csv': b'epoch'}, 'metrics.csv'),
+    ({CARD: b'# My model\n'}, 'README.md'),
+    ({'pytorch_model.bin': b'pickle'}, 'pytorch_model.bin'),
+    ({CARD: b'---\nlicense: mit\n---\n', 'model.safetensors': b'weights'}, 'model.safetensors'),
+], ids=['another card', 'another tag', 'odd head', 'metrics', 'no metadata', 'no card', 'no text'])
+def test_the_model_of_somebody_else_is_left_alone(hub, hub_children, vit, tmp_path, one_sentence, files, found):
+    hub.add_commit(REPO, files)
+    result = push(hub, hub_children, vit, tmp_path)
+    sentence_of(result, one_sentence, f'org/student holds something else, {found}', 'name another repo')
+    assert hub.files(REPO) == files
+
+
+def test_nothing_is_trained_for_the_repo_of_somebody_else(hub, hub_children, tmp_path, one_sentence):
+    hub.add_commit(REPO, {CARD: b'# My model\n'})
+    trained = hub_children.run(
+        ['-m', 'train_distill', *VIT, '--output', tmp_path, '--experiment', 'new', '--push-to-hub', REPO],
+        hub.environment(tmp_path))
+    sentence_of(trained, one_sentence, 'holds something else, README.md', 'or leave --push-to-hub out')
+    assert hub.files(REPO) == {CARD: b'# My model\n'} and not (tmp_path / 'new' / 'metrics.csv').exists()
+
+
+def test_a_repo_that_its_owner_has_only_opened_is_pushed_to(hub, hub_children, vit, tmp_path):
+    """As the Hub makes it, with a card that is a head alone, and a licence of the owner's."""
+    hub.add_commit(REPO, {CARD: b'\xef\xbb\xbf\n---\nlicense: other\nlicense_name: mine\n---\n', 'LICENSE': b'terms',
+                          '.gitattributes': b''})
+    assert push(hub, hub_children, vit, tmp_path, '--license', 'other').returncode == 0
+    data = ModelCard(hub.files(REPO)[CARD].decode()).data
+    assert (data.license, data.license_name) == ('other', 'mine')
+    assert hub.files(REPO)['LICENSE'] == b'terms'
+
+
+def test_a_licence_that_the_hub_does_not_know_is_found_out_first(hub, hub_children, vit, tmp_path, one_sentence):
+    result = push(hub, hub_children, vit, tmp_path, '--license', 'apache2')
+    sentence_of(result, one_sentence, "'apache2' is no licence that the Hub knows", 'or write other')
+    trained = hub_children.run(
+        ['-m', 'train_distill', *VIT, '--output', tmp_path, '--experiment', 'new', '--push-to-hub', REPO,
+         '--hub-license', 'apache2'], hub.environment(tmp_path))
+    sentence_of(trained, one_sentence, "'apache2' is no licence", 'or leave --push-to-hub out')
+    assert ('model', REPO) not in hub.repos and not (tmp_path / 'new' / 'metrics.csv').exists()
+
+
+def test_no_repo_is_made_for_data_that_are_not_there(hub, hub_children, tmp_path, one_sentence):
+    trained = hub_children.run(
+        ['-m', 'train_distill', *VIT, '--val-split', 'validation', '--output', tmp_path, '--push-to-hub', REPO],
+        hub.environment(tmp_path))
+    sentence_of(trained, one_sentence, 'has no split validation')
+    assert ('model', REPO) not in hub.repos
+
+
+@pytest.mark.parametrize('match, how', [
+    (r'POST /api/models/org/student/commit/', '500'), (r'POST /api/models/org/student/commit/', 'lost'),
+    (r'PUT /storage/upload/', 'cut'), (r'POST /api/models/org/student/preupload/', '429'),
+])
+def test_what_passes_by_itself_is_tried_again_and_ends_in_one_commit(hub, hub_children, vit, tmp_path, match, how):
+    hub.fail(match, how)
+    result = push(hub, hub_children, vit, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert set(hub.files(REPO)) == FILES and len(hub.commits(REPO)) == 2
+
+
+@pytest.mark.parametrize('token, words', [
+    (None, 'log in with `hf auth login`'), ('hf_wrong', 'your token is wrong or expired'),
+    (READ_TOKEN, 'take one with write access'),
+], ids=['none', 'wrong', 'read-only'])
+def test_a_token_that_may_not_push_is_found_out_before_anything_is_trained(
+        hub, hub_children, tmp_path, one_sentence, token, words):
+    hub.add_repo(REPO)
+    trained = hub_children.run(
+        ['-m', 'train_distill', *VIT, '--output', tmp_path, '--experiment', 'new', '--push-to-hub', REPO],
+        hub.environment(tmp_path, token))
+    sentence = sentence_of(trained, one_sentence, words, 'or leave --push-to-hub out')
+    assert token is None or token not in sentence
+    assert not list((tmp_path / 'new').iterdir())
+    assert len(hub.commits(REPO)) == 1
+
+
+def test_a_training_run_ends_with_its_model_on_the_hub_and_its_token_nowhere(hub, hub_children, teacher, tmp_path):
+    """The token once from the environment, once from the file where huggingface_hub keeps it."""
+    pytest.importorskip('tensorboard')
+    for number, token in enumerate(('', None)):
+        home, folder = tmp_path / f'home{number}', tmp_path / f'out{number}'
+        repo = f'org/run{number}'
+        home.mkdir()
+        if token is None:
+            (home / 'token').write_text(TOKEN)
+        result = hub_children.run(
+            ['-m', 'train_distill', *VIT, '--teacher', teacher, '--logits', folder / 'logits', '--topk', '3',
+             '--shard-size', '32', '--output', folder, '--experiment', 'run', '--log', 'tensorboard',
+             '--recovery-interval', '1', '--push-to-hub', repo, '--hub-license', 'mit'],
+            hub.environment(home, token))
+        assert result.returncode == 0, result.stderr
+        assert f'published: {hub.endpoint}/{repo}' in result.stdout
+        assert set(hub.files(repo)) == FILES and len(hub.commits(repo)) == 2
+        assert not leaks(folder, home, hub.files(repo), result)
+        made = {file.name for file in folder.rglob('*')}
+        assert {'args.yaml', 'run.json', 'store.json', 'shard-00000.arrow'} <= made
+        assert any(name.startswith('events.out') for name in made) and any(name.endswith('.pt') for name in made)
+        assert f'push_to_hub: {repo}' in (folder / 'run' / 'args.yaml').read_text()
+
+
+def leaks(folder, home, files, *results):
+    """Where the token is found outside the file that huggingface_hub keeps it in."""
+    found = [str(file) for root in (folder, home) for file in root.rglob('*')
+             if file.is_file() and file != home / 'token' and TOKEN.encode() in file.read_bytes()]
+    found += [name for name, content in files.items() if TOKEN.encode() in content]
+    return found + [text for result in results for text in (result.stdout, result.stderr) if TOKEN in text]
+
+
+def test_a_push_that_fails_at_the_end_leaves_the_models_and_says_how_to_push_them(
+        hub, hub_children, tmp_path, one_sentence):
+    home, folder = tmp_path / 'home', tmp_path / 'out'
+    command = ['-m', 'train_distill', *VIT, '--output', folder, '--experiment', 'run', '--push-to-hub', REPO,
+               '--hub-license', 'mit']
+    hub.fail(r'POST /api/models/org/student/commit/', '500', times=99)
+    result = hub_children.run(command, hub.environment(home))
+    again = f'python -m timm_tinyvit.hub.push_model {folder / "run"} --repo {REPO} --license mit'
+    sentence = sentence_of(result, one_sentence, 'the run is finished', again)
+    assert 'finished:' in result.stdout and len(hub.commits(REPO)) == 1
+    assert all((folder / 'run' / name / 'model.safetensors').is_file() for name in ('best', 'last', 'best_ema'))
+    hub.fail(r'POST /api/models/org/student/commit/', 'cut', times=99)
+    second = hub_children.run(command, hub.environment(home))
+    sentence_of(second, one_sentence, 'nothing was pushed')
+    assert not leaks(folder, home, hub.files(REPO), result, second)
+
+    hub.forget()
+    done = hub_children.run(shlex.split(sentence.partition('to push them: python ')[2]), hub.environment(home))
+    assert done.returncode == 0, done.stderr
+    assert set(hub.files(REPO)) == FILES
+    assert ModelCard(hub.files(REPO)[CARD].decode()).data.license == 'mit'
+
+
+def test_the_flags_of_a_push_do_not_hinder_a_resume():
+    assert {'push_to_hub', 'hub_private', 'hub_license'} <= train_distill.FREE_SETTINGS
+
+
+def test_a_dry_run_writes_what_would_be_pushed(vit, tmp_path, capsys):
+    (tmp_path / 'notes.md').write_text('Seen on a Tuesday.')
+    publish.main([str(vit / 'last'), '--repo', REPO, '--dry-run', str(tmp_path / 'dry'), '--notes',
+                  str(tmp_path / 'notes.md')])
+    assert {file.name for file in (tmp_path / 'dry').iterdir()} == FILES
+    card = (tmp_path / 'dry' / CARD).read_text()
+    assert '**`last`, published here**' in card and 'Seen on a Tuesday.' in card
+    assert 'Inference: ' in card and json.loads((vit / 'speed.json').read_text())['batch_size'] > 0
+    publish.main([str(vit / 'last'), '--repo', REPO, '--dry-run', str(tmp_path / 'again'), '--notes',
+                  str(tmp_path / 'notes.md')])
+    assert (tmp_path / 'again' / CARD).read_text() == card
+
+
+def test_bad_input_gets_one_clear_sentence(vit, tmp_path, refused, capsys):
+    with pytest.raises(SystemExit) as stop:
+        publish.main([str(vit), '--repo', REPO, '--notes', str(tmp_path / 'none.md')])
+    assert stop.value.code == 2 and 'none.md cannot be read' in capsys.readouterr().err
+    with refused('is neither a run'):
+        publish.model_files(tmp_path, REPO)
+    with refused("'student' is no name of a repo"):
+        publish.model_files(vit, 'student')
+    shutil.rmtree(vit / 'best_ema')
+    with refused('has no weights best_ema, only best, last'):
+        publish.model_files(vit, REPO, 'best_ema')
+    for flags, words in (
+        (['--push-to-hub', 'student'], "'student' is no name of a repo"),
+        (['--hub-private'], 'need a repo'), (['--push-to-hub', REPO, '--eval'], '--eval trains nothing'),
+    ):
+        with refused(words):
+            train_distill.settings([*VIT, *flags])

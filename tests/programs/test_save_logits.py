@@ -1,0 +1,263 @@
+"""The program that fills, checks and describes a store, with a real timm model over real images."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+
+from timm_tinyvit import save_logits
+from timm_tinyvit.base import console as terminal
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
+from timm_tinyvit.data.sources import load_split
+from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.targets.sparse import SparseTargets
+from timm_tinyvit.teacher.teacher import Teacher
+
+DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
+VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--aa', 'rand-m9-mstd0.5-inc1']
+COMMON = ['--dataset', DATA, '--train-split', 'train[:100]', *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3',
+          '--codec', 'float16']
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('teacher')
+    export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 64, 64)})
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory, teacher) -> Path:
+    path = tmp_path_factory.mktemp('stores') / 'logits'
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
+    return path
+
+
+def tree(path: Path) -> dict:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()}
+
+
+def refusal(argv, capsys) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        save_logits.main([str(argument) for argument in argv])
+    assert exit.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith('error: ')
+    return last
+
+
+def test_what_is_stored_is_what_the_teacher_says_of_the_replayed_view(store, teacher):
+    opened, replay = save_logits.open_store(store, {})
+    model = timm.create_model(f'local-dir:{teacher}', pretrained=True).eval()
+    data = SparseLogitDataset(load_split(DATA, 'train[:100]', True), replay, opened)
+    batch = collate(data.__getitems__([(1, index) for index in (3, 99, 40)]))
+    # The teacher takes 64 pixels and sees the 32-pixel view resized.
+    views = torch.nn.functional.interpolate(batch['view'].float(), (64, 64), mode='bicubic', antialias=True) / 255
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    with torch.no_grad():
+        expected = SparseTargets.from_logits(model((views - mean) / std), 3)
+    stored = opened.codec.decode(batch['record'])
+    assert torch.equal(stored.ids, expected.ids)
+    assert torch.allclose(stored.log_probs, expected.log_probs, atol=2e-3)
+    assert torch.allclose(stored.log_rest, expected.log_rest, atol=1e-4)
+
+
+def test_the_manifest_says_how_everything_was_made(store):
+    manifest = json.loads((store / 'store.json').read_text())
+    assert (manifest['num_samples'], manifest['num_classes'], manifest['k'], manifest['epochs']) == (100, 10, 3, 2)
+    assert set(manifest['teacher']) >= {
+        'name', 'weights', 'mean', 'std', 'input_size', 'dtype', 'batch_size', 'device'}
+    assert manifest['recipe']['auto_augment'] == 'rand-m9-mstd0.5-inc1'
+    assert set(manifest['versions']) == {
+        'timm', 'torchvision', 'torch', 'pillow', 'libjpeg', 'numpy', 'datasets', 'python'}
+    assert str(Path.home()) not in json.dumps(manifest) and '/' not in manifest['teacher']['name']
+
+
+def test_the_same_command_fills_just_what_is_missing(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    kept = path / 'epoch-00000' / 'shard-00001.arrow'
+    before = kept.stat().st_mtime_ns
+    (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
+    assert tree(path) == tree(store) and kept.stat().st_mtime_ns == before
+
+
+def test_epochs_can_be_filled_in_pieces_and_the_store_grows(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    for epochs in ('0:1', '1:2'):
+        save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', epochs])
+    assert tree(path) == tree(store)
+
+
+def test_shards_can_be_filled_in_pieces(store, teacher, tmp_path, capsys):
+    path = tmp_path / 'logits'
+    for shards in ('0:1', '3:9', '1:3'):
+        fill = [*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2', '--shards', shards]
+        save_logits.main(fill)
+    assert tree(path) == tree(store)
+    assert 'the store' not in refusal([*fill, '--shards', '4:5'], capsys)
+
+
+def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(terminal, 'LINE_SECONDS', 0.)
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
+    capsys.readouterr()
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
+    said = capsys.readouterr()
+    bars = re.findall(r'(\d+) of (\d+)', said.err)
+    # The last shard has the rest, four views.
+    assert bars[0] == ('196', '200') and bars[-1] == ('200', '200') and 'kB' in said.err
+    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said.out
+
+
+def test_verify_finds_every_damage_without_data_or_teacher(store, tmp_path, capsys):
+    save_logits.main(['--logits', str(store), '--verify'])
+    assert '8 shards, every byte as it was written' in capsys.readouterr().out
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
+    damaged = path / 'epoch-00001' / 'shard-00001.arrow'
+    content = bytearray(damaged.read_bytes())
+    content[-100] ^= 1
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        save_logits.main(['--logits', str(path), '--verify'])
+    said = capsys.readouterr()
+    problems = said.out.strip().splitlines()
+    assert exit.value.code == 2 and '2 problem(s)' in said.err.strip().splitlines()[-1]
+    assert len(problems) == 2 and 'lacks 1 of the 4 shards of epoch 1' in problems[0] and str(damaged) in problems[1]
+    save_logits.main(['--logits', str(path), '--verify', '--epochs', '1'])
+    assert '4 shards, every byte' in capsys.readouterr().out
+    assert 'the store' in refusal(['--logits', path, '--verify', '--epochs', '1:3'], capsys)
+
+
+def test_a_moved_teacher_is_still_the_same_teacher(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    shutil.copytree(store, path)
+    shutil.copytree(teacher, tmp_path / 'elsewhere')
+    (path / 'epoch-00000' / 'shard-00000.arrow').unlink()
+    save_logits.main([*COMMON, '--teacher', str(tmp_path / 'elsewhere'), '--logits', str(path), '--epochs', '2'])
+    assert tree(path) == tree(store)
+
+
+def test_a_checkpoint_of_a_named_model_is_a_teacher_too(store, teacher, tmp_path):
+    path = tmp_path / 'logits'
+    save_logits.main([
+        *COMMON, '--teacher', 'test_resnet', '--teacher-checkpoint', f'{teacher}/model.safetensors',
+        '--teacher-num-classes', '10', '--logits', str(path), '--epochs', '1'])
+    manifests = [LogitStore.open(folder).manifest for folder in (path, store)]
+    assert manifests[0].teacher['weights'] == manifests[1].teacher['weights']
+
+
+def test_check_finds_the_stored_targets_again(store, teacher, capsys):
+    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(store), '--check'])
+    said = capsys.readouterr().out
+    found = re.search(
+        r'(\d+) views: (\d+) come out .*, ([\d.]+)% other ids, .* by (\S+) in the mean, (\S+) at most, ', said)
+    # Alone in its batch a view may be rounded in another way.
+    assert int(found[1]) == 200 and int(found[2]) > 190 and float(found[3]) == 0 and float(found[5]) < 5e-3
+    assert found.string.strip().endswith('of the codec float16')
+
+
+@pytest.mark.parametrize('there, said', [
+    ('bca', '3 classes have other numbers for the teacher than in the data, as a: 2 and 0;'),
+    ('dcb', '2 classes have other numbers for the teacher than in the data, as b: 2 and 1;'),
+    ('ab', None), ('xyz', None), ('abc', None), ('', None),
+])
+def test_classes_with_other_numbers_in_the_teacher_are_told(there, said, capsys):
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.pretrained_cfg['label_names'] = list(there)
+    features = datasets.Features({'label': datasets.ClassLabel(names=list('abc'))})
+    data = datasets.Dataset.from_dict({'label': [0]}, features=features)
+    save_logits.warn_of_other_numbers(Teacher(model, 'teacher', torch.device('cpu')), data, None)
+    printed = capsys.readouterr().err
+    assert said in printed if said else not printed
+
+
+def test_describe_prints_completeness_size_and_accuracy(store, capsys):
+    save_logits.main(['--logits', str(store), '--describe', '--dataset', DATA, '--train-split', 'train[:100]'])
+    said = capsys.readouterr().out
+    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said
+    assert '20 bytes per view' in said and 'topk, k = 3' in said
+    labels = np.array(load_split(DATA, 'train[:100]', True)['label'])
+    opened = LogitStore.open(store)
+    accuracy = []
+    for epoch in range(2):
+        first = opened.codec.decode(torch.from_numpy(opened.read(epoch, np.arange(100)))).ids[:, 0]
+        accuracy.append(100 * (first.numpy() == labels).mean())
+    assert f'{np.mean(accuracy):.2f}% top-1' in said
+
+
+def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
+    fill = [*COMMON, '--teacher', teacher, '--epochs', '1', '--logits']
+    cases = [
+        (['--logits', store], '--dataset is missing'),
+        ([*COMMON, '--logits', store, '--epochs', '1'], '--teacher is missing'),
+        ([*COMMON, '--teacher', teacher], '--logits is missing'),
+        ([*COMMON, '--teacher', teacher, '--logits', store], '--epochs is missing'),
+        ([*fill, store, '--epochs', '5:2'], "'5:2' is no range"),
+        ([*fill, tmp_path / 'new', '--topk', '11'], 'k = 11 does not fit 10 classes'),
+        ([*fill, tmp_path / 'new', '--codec', 'zip'], "there is no codec 'zip'"),
+        ([*fill, tmp_path / 'new', '--teacher', tmp_path], 'cannot be had'),
+        ([*fill, tmp_path / 'new', '--aa', 'rand-q1-m9'], 'timm cannot make the transform'),
+        ([*fill, tmp_path / 'new', '--aa', 'rand-m9-foo'], "has a part 'foo' without a number"),
+        ([*fill, tmp_path / 'new', '--remode', 'none'], "the erasing mode is 'none'"),
+        ([*fill, store, '--store-seed', '1'], 'seed: 0, 1'),
+        ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, 99'),
+        ([*fill, store, '--hflip', '0'], 'hflip 0.0 instead of 0.5'),
+        ([*fill, tmp_path / 'new', '-j', '-1'], '--workers is -1'),
+        ([*fill, tmp_path / 'new', '--shards', '4:9'], 'only shards 0:4'),
+        ([*fill, store, '--samples', '0:5'], 'give --copy-to too'),
+        (['--logits', tmp_path / 'new', '--merge-from', store, '--epochs', '1'], 'leave --copy-to and --epochs out'),
+        (['--describe', '--logits', tmp_path], 'there is no logit store at'),
+        ([*fill, teacher], 'is not a logit store; give --logits a new folder'),
+    ]
+    for argv, expected in cases:
+        assert expected in refusal(argv, capsys)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_teacher_that_says_nan_is_refused(teacher, tmp_path, capsys):
+    model = timm.create_model(f'local-dir:{teacher}', pretrained=True)
+    torch.nn.init.constant_(model.get_classifier().bias, float('nan'))
+    export_model(tmp_path / 'broken', model)
+    said = refusal([*COMMON, '--teacher', tmp_path / 'broken', '--logits', tmp_path / 'new', '--epochs', '1'], capsys)
+    assert 'epoch 0, shard 0: 32 of 32 rows of teacher logits hold NaN or infinity' in said
+
+
+def test_check_refuses_another_teacher(store, tmp_path, capsys):
+    torch.manual_seed(1)
+    export_model(tmp_path / 'other', timm.create_model('test_resnet', num_classes=10))
+    said = refusal([*COMMON, '--teacher', tmp_path / 'other', '--logits', store, '--check'], capsys)
+    assert 'is not the teacher of the store' in said
+
+
+def test_a_recipe_of_the_trainer_says_how_to_fill_and_its_other_keys_are_passed_over(store, tmp_path, capsys):
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text('epochs: 2\nlr: 0.001\nmodel: tiny_vit_5m_224\ntopk: 3\n')
+    save_logits.main(['--describe', '--logits', str(store), '--config', str(recipe)])
+    # A store of some kilobytes is not one of 0.0 MB.
+    assert re.search(r'size +[1-9][0-9.]* kB on disk', capsys.readouterr().out)
+    recipe.write_text('lr: 0.001\nlearning: 2\n')
+    assert "unknown key 'learning'" in refusal(['--describe', '--logits', store, '--config', recipe], capsys)
+
+
+def test_a_file_in_the_place_of_an_epoch_is_called_one(store, tmp_path, capsys):
+    copy = shutil.copytree(store, tmp_path / 'copy')
+    shutil.rmtree(copy / 'epoch-00001')
+    (copy / 'epoch-00001').write_text('not a folder')
+    said = refusal(['--describe', '--logits', copy], capsys)
+    assert 'epoch-00001 is a file where the folder of epoch 1 should be' in said

@@ -1,0 +1,709 @@
+"""Stores that are read from the Hub: the real client against a server of its interface, in processes of their own."""
+
+import io
+import json
+import math
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import train_distill
+from conftest import EXAMPLES
+from support.hub_server import TOKEN
+from timm_tinyvit import save_logits
+from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.base.hub_client import HubUrl
+from timm_tinyvit.base.leases import Claims
+from timm_tinyvit.base.machine import machine_name
+from timm_tinyvit.store import cache as hub_cache
+from timm_tinyvit.store import remote as hub_store
+from timm_tinyvit.store.cache import HeldEpochs, HubCache, HubCommit
+from timm_tinyvit.store.local import LogitStore
+
+URL = 'hf://datasets/org/logits'
+# What every child begins with: LOCAL is the store in a folder.
+HEAD = '''
+import os, sys, time
+import numpy as np
+from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.store import cache as hub_cache
+from timm_tinyvit.store import remote as hub_store
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.remote import open_store_at
+hub_cache.MAX_PAUSE = 0.1
+local = LogitStore.open(os.environ['LOCAL'])
+ALL = range(local.manifest.num_samples)
+
+def same(store, *epochs):
+    return all((store.read(epoch, ALL) == local.read(epoch, ALL)).all() for epoch in epochs)
+
+def refusal(action):
+    try:
+        action()
+    except InputError as error:
+        return str(error)
+    raise AssertionError('nothing was refused')
+
+def on_disk(store):
+    folder = store.shard_path(0, 0).parents[1]
+    return {int(path.name[6:]): len(list(path.glob('shard-*'))) for path in folder.glob('epoch-*')}
+
+def deleted_maps(process):
+    return sum('.arrow' in line and line.rstrip().endswith('(deleted)') for line in open(f'/proc/{process}/maps'))
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+'''
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob('[!.]*') if file.is_file()}
+
+
+@pytest.fixture
+def run(hub, hub_children, filled_store, tmp_path):
+    """`run(code)` runs it after `HEAD` in a process whose Hub is the server, and returns what it printed."""
+
+    def run(code, start=False, **environment):
+        found = hub.environment(tmp_path / 'home', LOCAL=str(filled_store), **environment)
+        if start:
+            return hub_children.start(HEAD + code, found)
+        result = hub_children.run(HEAD + code, found)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture
+def pushed(hub, filled_store) -> str:
+    """The store on the Hub; the commit that brought it."""
+    hub.add_repo('org/logits', 'dataset', private=True)
+    return hub.add_commit('org/logits', tree(filled_store), repo_type='dataset')
+
+
+def shards_fetched(hub) -> list[str]:
+    return [request.path.partition('/epoch-')[2] for request in hub.seen(r'^GET /storage/.*arrow') if
+            request.status == 200]
+
+
+def test_a_student_learns_the_same_from_the_hub_with_two_epochs_on_disk(
+        hub, hub_children, pushed, filled_store, tmp_path):
+    flags = [
+        '--dataset', EXAMPLES, '--train-split', 'train[:120]', '--val-split', 'test[:20]', '--model', 'test_resnet',
+        '--epochs', '4', '--val-interval', '4', '--batch-size', '30', '--workers', '1', '--warmup-epochs', '0',
+        '--output', tmp_path / 'runs', '--experiment']
+    train_distill.main([str(word) for word in (*flags, 'local', '--logits', filled_store)])
+    ended = hub_children.run(
+        ['-m', 'train_distill', *flags, 'hub', '--logits', URL], hub.environment(tmp_path / 'home'))
+    assert ended.returncode == 0, ended.stderr
+    weights = [(tmp_path / 'runs' / name / 'last' / 'model.safetensors').read_bytes() for name in ('hub', 'local')]
+    assert weights[0] == weights[1]
+    # Every shard came once, and no epoch for what would follow the last one.
+    fetched = shards_fetched(hub)
+    assert len(fetched) == len(set(fetched)) == 24
+    folder, = (tmp_path / 'home' / 'assets' / 'timm_tinyvit' / 'org--logits').glob('*')
+    assert folder.name == pushed
+    assert {path.name for path in folder.iterdir()} <= {'store.json', 'shards.json', 'epoch-00003'}
+    secrets = [path for path in tmp_path.rglob('*') if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert not secrets
+
+
+def test_any_epoch_is_read_and_two_are_kept_without_being_told(run, pushed):
+    assert run(f'''
+store = open_store_at('{URL}')
+assert store.manifest == local.manifest and store.path == '{URL}@{pushed}'
+assert store.missing(range(5)) == [(4, shard) for shard in range(6)] and store.size() == local.size()
+for epoch in (2, 0, 3, 1, 0):
+    assert same(store, epoch)
+    assert len(on_disk(store)) <= 2 and on_disk(store)[epoch] == 6
+    # Whole epochs were read, so that their maps would keep the disk from being free.
+    assert deleted_maps('self') == 0
+assert list(store.verify(range(4))) == [] and len(on_disk(store)) == 2
+store = open_store_at('{URL}', keep_epochs=1)
+assert same(store, 3, 2) and list(on_disk(store)) == [2]
+print('fine')
+''') == 'fine\n'
+
+
+def test_told_epochs_come_in_time_and_the_disk_of_used_ones_is_free_in_every_process(run, hub, pushed):
+    assert run(f'''
+from torch.utils.data import DataLoader, Dataset
+from timm_tinyvit.data.dataset import EpochBatchSampler
+
+class Records(Dataset):
+    def __init__(self, store):
+        self.store = store
+    def __getitems__(self, keys):
+        return [self.store.read(epoch, [row])[0] for epoch, row in keys] + [os.getpid()]
+
+store = open_store_at('{URL}')
+sampler = EpochBatchSampler(120, 20, 0, store_epochs=store.manifest.stored_epochs, store=store)
+loader = DataLoader(Records(store), batch_sampler=sampler, num_workers=2, collate_fn=list, persistent_workers=True,
+                    prefetch_factor=1)
+for epoch in range(6):
+    sampler.set_epoch(epoch)
+    assert store.wait()
+    assert on_disk(store)[epoch % 4] == 6
+    workers = set()
+    for count, batch in enumerate(loader):
+        workers.add(batch.pop())
+        if count == 0:
+            # The next one comes meanwhile, and nothing else is left.
+            wait_until(lambda: on_disk(store) == {{epoch % 4: 6, (epoch + 1) % 4: 6}})
+    assert len(workers) == 2
+    for process in [*workers, os.getpid()]:
+        assert deleted_maps(process) == 0
+print('fine')
+''') == 'fine\n'
+    # Seven epochs began or were about to: nothing was fetched twice while it was there.
+    assert len(shards_fetched(hub)) == 7 * 6
+
+
+def test_views_of_several_epochs_are_kept_together(run, pushed):
+    assert run(f'''
+from timm_tinyvit.data.dataset import EpochBatchSampler
+store = open_store_at('{URL}', keep_epochs=3)
+sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), views_per_image=2, store=store)
+sampler.set_epoch(3)
+assert store.wait()
+keys = next(iter(sampler))
+assert {{epoch for epoch, _ in keys}} == {{2, 3}}
+wait_until(lambda: on_disk(store) == {{2: 6, 3: 6, 0: 6}})
+for epoch in (2, 3):
+    assert same(store, epoch)
+# And of several teachers.
+from timm_tinyvit.store.ensemble import Ensemble
+both = Ensemble([local, store])
+sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), store=both)
+sampler.set_epoch(1)
+assert both.wait() and on_disk(store)[1] == 6
+assert (both.read(1, [7])[0] == np.tile(local.read(1, [7])[0], 2)).all()
+print('fine')
+''') == 'fine\n'
+
+
+def test_samples_are_found_by_key_and_streamed(run, hub, keyed_store):
+    data, path = keyed_store
+    hub.add_commit('org/keyed', tree(path), repo_type='dataset')
+    hub.fail('GET /storage/.*keys.arrow', 'wrong-bytes', times=2)
+    assert run(f'''
+from timm_tinyvit.data.sources import load_split
+from timm_tinyvit.data.streaming import SparseLogitStream, StreamLoader
+from timm_tinyvit.save_logits import open_store
+store, replay = open_store('hf://datasets/org/keyed', {{}})
+local = LogitStore.open('{path}')
+assert (store.open_keys().hashes == local.open_keys().hashes).all()
+stream = SparseLogitStream(
+    load_split('{data}', None, True, streaming=True), replay, store, store_epochs=store.manifest.stored_epochs)
+loader = StreamLoader(stream, 4, batch_size=10)
+loader.set_epoch(4)
+assert store.wait() and on_disk(store)[1] == 4
+for batch in loader:
+    rows = store.open_keys().find(batch['index'].numpy().astype('uint64'))
+    assert (batch['record'].numpy() == local.read(1, rows)).all()
+wait_until(lambda: on_disk(store) == {{1: 4, 2: 4}})
+print('fine')
+''') == 'fine\n'
+
+
+def test_what_goes_wrong_on_the_way_is_tried_again(run, hub, pushed):
+    hub.fail('GET .*/resolve/.*store.json', '503')
+    hub.fail('GET .*/resolve/.*store.json', 'wrong-bytes', times=2)
+    hub.fail('GET .*/tree/', '500')
+    hub.fail('GET /storage/.*epoch-00000/shard-00001', 'cut', times=2)
+    hub.fail('GET /storage/.*epoch-00000/shard-00003', 'wrong-bytes')
+    hub.fail('GET /datasets/.*epoch-00000/shard-00002', '500', times=2)
+    hub.fail('GET /datasets/.*epoch-00000/shard-00005', '429', retry_after=0)
+    hub.fail('GET /storage/.*epoch-00001/shard-00000', 'short')
+    hub.fail('GET /storage/.*epoch-00001/shard-00004', '503', times=3)
+    hub.fail('GET /storage/.*epoch-00001/shard-00005', 'wrong-bytes')
+    assert run(f'''
+store = open_store_at('{URL}')
+assert same(store, 0)
+store.begin([1])
+assert store.wait()
+# Nothing wrong was there, not for a moment.
+for shard in range(6):
+    assert store.shard_path(1, shard).read_bytes() == local.shard_path(1, shard).read_bytes()
+print('fine')
+''') == 'fine\n'
+    assert not hub.faults or all(fault.times == 0 for fault in hub.faults)
+
+
+def test_what_stays_wrong_is_one_sentence(run, hub, pushed, filled_store, one_sentence):
+    files = tree(filled_store)
+    partial = {path: data for path, data in files.items() if not path.startswith('epoch-00002')}
+    hub.add_commit('org/partial', partial, repo_type='dataset')
+    hub.add_commit('org/shards', {path: data for path, data in files.items() if path != 'store.json'},
+                   repo_type='dataset')
+    hub.add_commit('org/damaged', files | {'store.json': files['store.json'][:200]}, repo_type='dataset')
+    hub.add_repo('org/private', 'dataset', private=True)
+    hub.fail('GET /storage/.*epoch-00003/shard-00002', 'wrong-bytes', times=99)
+    said = run(f'''
+hub_cache.PATIENCE = 1.
+store = open_store_at('{URL}')
+print(refusal(lambda: same(store, 3)))
+assert on_disk(store)[3] == 5
+print(list(store.verify([3]))[0])
+store.begin([3])
+print(refusal(store.wait))
+assert store.read(3, [0, 119]).shape == (2, 5)
+partial = open_store_at('hf://datasets/org/partial')
+assert partial.missing(range(4)) == [(2, shard) for shard in range(6)]
+print(refusal(lambda: partial.read(2, [0])))
+partial.begin([2])
+print(refusal(partial.wait))
+print(refusal(lambda: open_store_at('hf://datasets/org/shards')))
+print(refusal(lambda: open_store_at('hf://datasets/org/damaged')))
+print(refusal(lambda: open_store_at('{URL}@v9')))
+print(refusal(lambda: open_store_at('{URL}@' + 40 * 'a')))
+print(refusal(lambda: open_store_at('hf://datasets/org/nothing')))
+print(refusal(lambda: open_store_at('hf://org/logits')))
+print(refusal(lambda: open_store_at('{URL}/below')))
+print(refusal(lambda: store.write_shard(0, 0, None)))
+print(refusal(lambda: store.extend(9)))
+print(refusal(lambda: store.read(1, [120])))
+''').splitlines()
+    words = [
+        ['epoch-00003/shard-00002', 'fetched 3 times'], ['fetched 3 times'], ['fetched 3 times'],
+        ['no epoch 2 yet', '--push-to-hub'], ['no epoch 2 yet'], ['no store.json', 'not pushed to its end'],
+        ['not readable as JSON'], ['no such revision'], ['no such revision'], ['no such repo'], ['hf://datasets/ORG/NAME'],
+        ['hf://datasets/ORG/NAME'], ['only be read', '--push-to-hub'], ['only be read'], ['120']]
+    assert len(said) == len(words)
+    for sentence, expected in zip(said, words):
+        one_sentence(sentence, *expected)
+    said = run('print(refusal(lambda: open_store_at("hf://datasets/org/private")))', HF_TOKEN='hf_another0123456789')
+    one_sentence(said.strip(), 'private')
+    assert 'hf_another' not in said
+    said = run(f'print(refusal(lambda: open_store_at("{URL}")))', HF_HUB_OFFLINE='1')
+    one_sentence(said.strip(), 'HF_HUB_OFFLINE')
+    with_folder = run(f'''
+open("file", "w").close()
+print(refusal(lambda: open_store_at("{URL}", cache_dir=os.path.abspath("file"))))
+os.unlink("file")''')
+    one_sentence(with_folder.strip(), '--store-cache')
+
+
+def wait_for(condition, seconds=60.):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_lost_connection_is_outlived_and_said_once(run, hub, pushed, tmp_path):
+    child = run(f'''
+store = open_store_at('{URL}')
+store.begin([0], [1])
+assert store.wait()
+wait_until(lambda: os.path.exists('{tmp_path}/lost'))
+assert same(store, 0, 1)
+store.begin([2], [3])
+# A signal would end the waiting.
+assert not store.wait(lambda: os.path.exists('{tmp_path}/stop'))
+print('stopped', flush=True)
+assert store.wait() and same(store, 2)
+print('fine')
+''', start=True)
+    wait_for(lambda: len(shards_fetched(hub)) == 12)
+    hub.fail('GET', '503', times=10 ** 6)
+    (tmp_path / 'lost').touch()
+    wait_for(lambda: 'is late' in child.read('stderr'))
+    (tmp_path / 'stop').touch()
+    wait_for(lambda: 'stopped' in child.read('stdout'))
+    hub.forget()
+    result = child.wait()
+    assert result.returncode == 0 and result.stdout.endswith('fine\n'), result.stderr
+    assert result.stderr.count('is late') == 1 and 'trouble (HTTP 503' in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+def test_a_connection_that_stays_lost_is_one_sentence_in_the_end(run, hub, pushed, one_sentence):
+    said = run(f'''
+store = open_store_at('{URL}')
+hub_cache.PATIENCE = 0.5
+os.environ['HTTP_PROXY'] = 'http://127.0.0.1:1'
+from huggingface_hub import close_session
+close_session()
+print(refusal(lambda: store.read(0, [0])))
+''')
+    one_sentence(said.strip(), 'cannot fetch epoch 0', 'no connection')
+
+
+def test_a_killed_training_leaves_no_half_file_and_no_process(run, hub, pushed, tmp_path):
+    hub.fail('GET /storage/.*epoch-00000/shard-00002', 'hang', seconds=60)
+    child = run(f'''
+store = open_store_at('{URL}')
+store.begin([0], [1])
+print(store._fetcher.process.pid, flush=True)
+store.wait()
+''', start=True)
+    cache = tmp_path / 'home' / 'assets' / 'timm_tinyvit'
+    wait_for(lambda: hub.seen('GET /storage/.*epoch-00000/shard-00002') and child.read('stdout').endswith('\n')
+             and list(cache.rglob('shard-00000.arrow')))
+    fetcher = Path('/proc', child.read('stdout').strip())
+    assert fetcher.exists()
+    child.kill(signal.SIGKILL)
+    assert child.wait().returncode == -signal.SIGKILL
+    wait_for(lambda: not fetcher.exists())
+    assert not list(cache.rglob('epoch-00000/shard-00002*'))
+    # As if it had been killed a moment later, or between a shard and the claim on it.
+    epoch = next(cache.rglob('epoch-00000'))
+    (epoch / f'.shard-00002.arrow.{machine_name()}.{fetcher.name}.tmp').write_bytes(b'half a file')
+    Claims.path(epoch / 'shard-00000.arrow').write_bytes(b'')
+    hub.forget()
+    # What was left aside goes, what was claimed is free, what is there is not fetched again.
+    there = len(list(cache.rglob('shard-*')))
+    assert run(f'''
+store = open_store_at('{URL}')
+store.begin([0], [1])
+assert store.wait() and same(store, 0, 1)
+print('fine')
+''') == 'fine\n'
+    assert len(shards_fetched(hub)) == 12 - there
+    assert not [path for path in cache.rglob('.*') if 'reader' not in path.name]
+
+
+def test_processes_share_out_the_fetching_and_nobody_loses_an_epoch_that_it_reads(run, hub, pushed, tmp_path):
+    code = f'''
+store = open_store_at('{URL}')
+for epoch in EPOCHS:
+    store.begin([epoch], [epoch + 1])
+    assert store.wait()
+    # Records that were never read before come from disk, whatever the others did meanwhile.
+    assert same(store, epoch)
+    open(f'{tmp_path}/{{NAME}}-{{epoch}}', 'w').close()
+    while not os.path.exists(f'{tmp_path}/{{OTHER}}-{{OTHERS[epoch]}}'):
+        time.sleep(0.02)
+    store._forget(epoch)
+    assert on_disk(store)[epoch] == 6 and same(store, epoch)
+print('fine')
+'''
+    ranks = [run(f'NAME, OTHER, EPOCHS, OTHERS = {name!r}, {other!r}, range(3), range(3)' + code, start=True,
+                 LOCAL_WORLD_SIZE='2', LOCAL_RANK=rank)
+             for rank, (name, other) in enumerate([('one', 'two'), ('two', 'one')]) for rank in [str(rank)]]
+    for rank in ranks:
+        result = rank.wait()
+        assert result.returncode == 0 and result.stdout == 'fine\n', result.stderr
+    # Both ranks needed all of it, and every shard came once.
+    assert len(shards_fetched(hub)) == len(set(shards_fetched(hub))) == 24
+
+
+def test_trainings_that_are_at_different_epochs_leave_each_other_theirs(run, hub, pushed):
+    assert run(f'''
+first, second = open_store_at('{URL}'), open_store_at('{URL}')
+first.begin([0])
+assert first.wait()
+second.begin([2], [3])
+assert second.wait()
+wait_until(lambda: on_disk(second) == {{0: 6, 2: 6, 3: 6}})
+first.begin([1])
+assert first.wait()
+assert set(on_disk(first)) == {{1, 2, 3}}
+# Who has ended holds nothing, however it ended.
+os.kill(second._fetcher.process.pid, 9)
+second._fetcher.process.join()
+first.begin([0])
+assert first.wait()
+assert set(on_disk(first)) == {{0}}
+print('fine')
+''') == 'fine\n'
+
+
+def test_an_epoch_that_another_training_removed_or_the_disk_damaged_is_fetched_again(run, hub, pushed):
+    assert run(f'''
+store = open_store_at('{URL}')
+store.begin([0])
+assert store.wait() and same(store, 0)
+path = store.shard_path(0, 3)
+content = bytearray(path.read_bytes())
+content[700] ^= 1
+path.unlink()
+path.write_bytes(content)
+store._forget(0)
+assert same(store, 0)
+for path in path.parent.glob('shard-*'):
+    path.unlink()
+assert same(store, 0)
+# What this process knows of the Hub is damaged on disk.
+for name in ('store.json', 'shards.json'):
+    (path.parents[1] / name).write_text('half of')
+store = open_store_at('{URL}')
+store.begin([0])
+assert store.wait() and same(store, 0)
+# A fetcher that is killed, as where memory runs out, is replaced.
+os.kill(store._fetcher.process.pid, 9)
+store.begin([1])
+assert store.wait() and same(store, 1)
+print('fine')
+''') == 'fine\n'
+
+
+def test_a_store_that_has_changed_is_noticed_when_a_run_is_resumed(run, hub, pushed, filled_store, one_sentence):
+    files = tree(filled_store)
+    card = hub.add_commit('org/logits', {'README.md': b'words'}, repo_type='dataset')
+    shorter = files['store.json'].replace(b'"epochs": 4', b'"epochs": 3')
+    fewer = hub.add_commit('org/logits', {'store.json': shorter}, repo_type='dataset')
+    other = hub.add_commit('org/logits', {'store.json': files['store.json'], 'epoch-00001/shard-00002.arrow':
+                                          files['epoch-00001/shard-00003.arrow']}, repo_type='dataset')
+    said = run(f'''
+before = hub_store.content_of(open_store_at('{URL}@{pushed}'))
+for commit, epochs in (('{pushed}', 9), ('{card}', 9), ('{fewer}', 3), ('{other}', 1)):
+    hub_store.check_content(open_store_at('{URL}@' + commit), before, epochs)
+hub_store.check_content(local, before, 9)
+hub_store.check_content(open_store_at('{URL}'), hub_store.content_of(local), 9)
+print(refusal(lambda: hub_store.check_content(open_store_at('{URL}@{fewer}'), before, 4)))
+print(refusal(lambda: hub_store.check_content(open_store_at('{URL}'), before, 2)))
+''').splitlines()
+    one_sentence(said[0], '0:4', '0:3', f'--logits {URL}@{pushed}')
+    one_sentence(said[1], '1 of its shards', 'epoch-00001/shard-00002.arrow', f'--logits {URL}@{pushed}')
+
+
+def test_the_programs_take_a_store_on_the_hub(hub, run, pushed, filled_store, tmp_path):
+    said = run(f'''
+from timm_tinyvit import save_logits
+for flags in ('--describe', '--verify', '--verify --epochs 1:3 --store-cache {tmp_path}/cache',
+              '--copy-to {tmp_path}/copy --epochs 1:3'):
+    save_logits.main(['--logits', '{URL}', *flags.split()])
+''')
+    assert f'{URL}@{pushed}' in said and '24 of 24' in said and 'on the Hub' in said
+    assert '24 shards, every byte' in said and '12 shards, every byte' in said
+    copied, there = tree(tmp_path / 'copy'), tree(filled_store)
+    assert len(copied) == 13 and all(copied[name] == there[name] for name in copied if name != 'store.json')
+    assert list((tmp_path / 'cache' / 'timm_tinyvit' / 'org--logits').iterdir())
+
+
+def test_an_evaluation_fetches_its_own_split_alone(hub, hub_children, fashion, tmp_path):
+    files = {}
+    for split, rows in (('train', range(40)), ('test', range(40, 60))):
+        buffer = io.BytesIO()
+        fashion.select(rows).to_parquet(buffer)
+        files[f'data/{split}-00000-of-00001.parquet'] = buffer.getvalue()
+    hub.add_commit('org/images', files, repo_type='dataset')
+    ended = hub_children.run('''
+from timm_tinyvit.data.sources import load_split
+rows = load_split('org/images', None, is_training=False)
+print(len(rows), rows.split, rows.features['label'].names[0], sum(rows['label']))
+''', hub.environment(tmp_path / 'home'))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == f'20 test T-shirt/top {sum(fashion[40:60]["label"])}\n'
+    assert hub.seen('GET .*test-00000') and not hub.seen('GET .*train-00000')
+
+
+@pytest.mark.parametrize('program, flags, words', [
+    (save_logits, ['--dataset', 'x', '--teacher', 't', '--epochs', '1', '--logits', URL], ['only read', '--push-to']),
+    (save_logits, ['--logits', 'here', '--copy-to', URL], ['only read']),
+    (save_logits, ['--logits', 'here', '--describe', '--keep-epochs', '0'], ['--keep-epochs']),
+    (train_distill, ['--dataset', 'x', '--teacher', 't', '--logits', URL], ['--teacher', 'folder']),
+])
+def test_what_cannot_be_done_with_one_is_refused_before_anything_is_loaded(program, flags, words, capsys, one_sentence):
+    with pytest.raises(SystemExit) as stopped:
+        program.main(flags)
+    assert stopped.value.code == 2
+    one_sentence(capsys.readouterr().err.strip(), *words)
+
+
+def held_epochs(folder, expire=0.05):
+    """`HeldEpochs` of a folder whose claims expire soon; those of other machines alone wait for that."""
+    held = HeldEpochs(SimpleNamespace(folder=folder, epoch_folder=lambda epoch: folder / f'epoch-{epoch:05d}'))
+    held._claims = Claims(expire)
+    return held
+
+
+def leave_epoch(folder, epoch, readers):
+    """An epoch on disk with claims of readers on machines that are no more, or were started anew."""
+    place = folder / f'epoch-{epoch:05d}'
+    place.mkdir(parents=True)
+    (place / 'shard-00000.arrow').write_bytes(b'records')
+    for reader in range(readers):
+        Claims.path(place / f'reader-{reader}').write_text('{"machine": "another", "pid": 5, "started": "1"}')
+    return place
+
+
+def test_readers_that_died_on_another_boot_keep_nothing_after_the_first_boundary(tmp_path):
+    kept, other = (leave_epoch(tmp_path / 'commit', epoch, readers=8) for epoch in (0, 1))
+    held = held_epochs(tmp_path / 'commit')
+    held.set([0])
+    assert kept.exists() and other.exists()
+    time.sleep(0.1)
+    # All of them were looked at, those on the epoch that this one keeps too, and its own was left alone.
+    assert Claims.path(kept / held._name).exists()
+    held.set([2])
+    assert not kept.exists() and not other.exists()
+    held.release()
+
+
+def test_what_a_dead_fetcher_had_claimed_does_not_keep_the_folder_of_a_used_epoch(tmp_path):
+    place = leave_epoch(tmp_path / 'commit', 0, readers=0)
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    claim = {'machine': machine_name(), 'pid': ended.pid, 'started': '1'}
+    for shard in (0, 1):  # one that was there already, and one that was on its way
+        Claims.path(place / f'shard-0000{shard}.arrow').write_text(json.dumps(claim))
+    held = held_epochs(tmp_path / 'commit')
+    held.set([1])
+    assert not place.exists()
+    # One who lives goes on.
+    place = leave_epoch(tmp_path / 'commit', 0, readers=0)
+    with Claims() as claims:
+        claims.take(place / 'shard-00001.arrow')
+        held.set([2])
+        assert [path.name for path in place.iterdir()] == ['.shard-00001.arrow.claim']
+    held.release()
+
+
+def test_other_commits_of_the_repo_go_when_nobody_reads_them(tmp_path):
+    folder, old, read = (tmp_path / name for name in ('new', 'old', 'read'))
+    for place in (old, read):
+        leave_epoch(place, 3, readers=0)
+        (place / 'store.json').write_text('{}')
+    (tmp_path / 'notes').mkdir()
+    folder.mkdir()
+    reader, held = held_epochs(read), held_epochs(folder)
+    reader._claims.take(read / 'epoch-00003' / 'reader-x')
+    held.set([0])
+    assert not old.exists() and (tmp_path / 'notes').exists()
+    assert (read / 'epoch-00003' / 'shard-00000.arrow').exists() and (read / 'store.json').exists()
+    for each in (reader, held):
+        each.release()
+
+
+@pytest.fixture
+def cache(filled_store, tmp_path) -> HubCache:
+    """A cache whose Hub lists the shards of the store and has nothing more."""
+    store = LogitStore.open(filled_store)
+    files = {path.relative_to(filled_store).as_posix(): SimpleNamespace(size=path.stat().st_size)
+             for path in filled_store.rglob('shard-*.arrow')}
+    return HubCache(SimpleNamespace(files=lambda: files), tmp_path / 'cache', store._format)
+
+
+def test_a_shard_that_does_not_end_is_not_taken_in(cache, monkeypatch):
+    taken = []
+
+    def endless():
+        for _ in range(20):
+            taken.append(1 << 20)
+            yield bytes(1 << 20)
+
+    @contextmanager
+    def stream(name):
+        yield endless()
+
+    cache.source.stream = stream
+    monkeypatch.setattr(hub_cache, 'time', SimpleNamespace(sleep=lambda seconds: None))
+    with pytest.raises(hub_cache._Damaged):
+        cache._download(0, 0)
+    assert len(taken) == hub_cache.MAX_ATTEMPTS
+
+
+def test_the_wait_that_the_hub_asks_for_is_kept_between_shards(cache, monkeypatch):
+    clock, calls = [0.], []
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    def download(epoch, shard):
+        calls.append(clock[0])
+        if len(calls) == 1:
+            raise hub_cache._Unavailable('the Hub limits how often you may ask', 7.)
+        path = cache.shard_path(epoch, shard)
+        path.write_bytes(b'shard')
+
+    monkeypatch.setattr(hub_cache, 'time', SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0]))
+    monkeypatch.setattr(cache, '_download', download)
+    assert cache.fetch(0, [0])
+    assert len(calls) == 2 and calls[1] - calls[0] >= 7
+
+
+def test_a_manifest_that_is_too_large_is_not_fetched(tmp_path, monkeypatch, refused):
+    source = HubCommit('org/logits', 'a' * 40)
+    size = hub_store.MAX_MANIFEST_SIZE + 1
+    monkeypatch.setattr(HubCommit, 'metadata', lambda self, path: SimpleNamespace(size=size, etag=''))
+    monkeypatch.setattr(HubCommit, 'stream', lambda self, path: 1 / 0)
+    with refused('store.json', f'{size} bytes', 'at most'):
+        hub_store._manifest(source, tmp_path / 'store.json')
+    size -= 1
+    with pytest.raises(ZeroDivisionError):
+        hub_store._manifest(source, tmp_path / 'store.json')
+
+
+@pytest.mark.parametrize('ranks, threads', [(1, 8), (4, 2), (16, 1)])
+def test_ranks_of_a_machine_share_out_its_downloads(ranks, threads, monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(ranks))
+    used, said = [], []
+    cache = SimpleNamespace(
+        lacking=lambda epoch: [0], fetch=lambda epoch, shards, threads, **options: used.append(
+            (epoch, threads, options.get('patience'))) or True)
+    hub_store._carry_out(
+        hub_store._Command([1], [2], [1, 2]), cache, SimpleNamespace(set=lambda epochs: None),
+        SimpleNamespace(send=said.append, poll=bool), SimpleNamespace(value=0))
+    assert used == [(1, threads, None), (2, threads, math.inf)] and said[0][1] == 'ready'
+
+
+def test_a_fetcher_that_is_killed_again_and_again_is_given_up(monkeypatch, refused):
+    def start(self):
+        self.num_starts += 1
+        self.process = SimpleNamespace(is_alive=bool, exitcode=-9)
+        self.connection = SimpleNamespace(poll=lambda seconds=0: False, send=lambda command: None)
+        self.stop = lambda: None
+
+    monkeypatch.setattr(hub_store._Fetcher, '_start', start)
+    fetcher = hub_store._Fetcher(SimpleNamespace(source='hf://datasets/org/logits', sizes={}))
+    fetcher.order([0], [], [0])
+    with refused('was ended 6 times', 'status -9', 'memory'):
+        while fetcher.num_starts < 50:
+            fetcher._next()
+
+
+def test_all_processes_of_a_launch_read_the_commit_that_the_first_one_found(monkeypatch, refused):
+    """Two ranks in one process; what is sent from the first to the second is what accelerate would send."""
+    asked, sent = [], []
+
+    def resolve(url: HubUrl, file):
+        asked.append(url.repo_id)
+        if url.repo_id == 'org/none':
+            raise InputError('there is no such repo')
+        return HubCommit(url.repo_id, f'{len(asked):040x}')
+
+    def broadcast(objects):
+        if rank:
+            objects[:] = sent
+        else:
+            sent[:] = objects
+
+    monkeypatch.setattr(HubCommit, 'resolve', resolve)
+    monkeypatch.setattr(hub_store, 'broadcast_object_list', broadcast)
+    found = []
+    for rank in (0, 1):
+        found.append(hub_store.pin_stores(
+            ['stores/a', URL, f'{URL}@v1'], SimpleNamespace(is_main_process=not rank)))
+    assert found[0] == found[1] == ['stores/a', f'{URL}@{1:040x}', f'{URL}@{2:040x}'] and len(asked) == 2
+    for place, words in (('hf://datasets/org/none', 'no such repo'), ('hf://org/logits', 'is no store on the Hub')):
+        for rank in (0, 1):
+            with refused(words):
+                hub_store.pin_stores([place], SimpleNamespace(is_main_process=not rank))
+    assert asked[2:] == ['org/none']
+
+
+def test_a_training_opens_the_stores_that_all_of_its_processes_agree_on(monkeypatch):
+    opened = []
+
+    def open_stores(paths, *_):
+        opened.extend(paths)
+        raise InterruptedError
+
+    monkeypatch.setattr(train_distill, 'pin_stores', lambda paths, accelerator: [f'{path}@pinned' for path in paths])
+    monkeypatch.setattr(train_distill, 'open_stores', open_stores)
+    args = train_distill.settings(['--dataset', 'x', '--logits', URL])
+    with pytest.raises(InterruptedError):
+        train_distill.prepare_store(args, None, None, print)
+    assert opened == [f'{URL}@pinned']

@@ -1,0 +1,100 @@
+"""Files that are there whole or not at all: written aside, synced and renamed.
+
+What a killed writer left aside is told from what a living one is writing by the process, on this machine, and by a
+day, on another; the file system's own clock counts it, whatever the machines' clocks say.
+"""
+
+import errno
+import os
+from pathlib import Path
+from collections.abc import Callable, Iterable
+
+from .errors import InputError
+from .machine import is_dead, machine_name
+
+__all__ = ['cannot_write', 'remove_stale', 'write_aside']
+
+STALE_SECONDS = 24 * 3600
+
+
+def write_aside(
+        path: Path,
+        data: bytes | memoryview | Iterable[bytes],
+        check: Callable[[Path], None] = lambda aside: None,
+) -> None:
+    """Write a file so that it is there whole or not at all, also after a kill or a power cut.
+
+    Args:
+        path: The file.
+        data: Its content, or the parts of it.
+        check: Looks at what was written before it is put into its place, and raises if that is not good.
+
+    Raises:
+        InputError: The disk is full, or may not be written; nothing is left behind.
+    """
+    aside = path.with_name(f'.{path.name}.{machine_name()}.{os.getpid()}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, 'wb') as file:
+            for part in [data] if isinstance(data, (bytes, memoryview)) else data:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        check(aside)
+        os.replace(aside, path)
+        if os.name == 'posix':  # elsewhere a folder cannot be opened
+            # The new name must be on disk too.
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except BaseException as error:
+        try:
+            aside.unlink(missing_ok=True)
+        except OSError:
+            pass
+        if not isinstance(error, OSError):
+            raise
+        raise cannot_write(path, error)
+
+
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """What to tell a user whose disk does not take a file."""
+    hint = {
+        errno.ENOSPC: 'the disk is full, make room',
+        errno.EDQUOT: 'the disk quota is used up, make room',
+        errno.EFBIG: 'the file-size limit is reached, raise it (ulimit -f)',
+        errno.EROFS: 'the disk is read-only, choose another folder',
+        errno.EACCES: 'permission denied, choose another folder',
+    }.get(error.errno, error.strerror)
+    return InputError(
+        f'cannot write {path}: {hint}; what was complete is kept, and the same command goes on from there')
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what killed writers left aside in a folder: of a dead process of this machine, or a day old."""
+    now = None
+    for aside in folder.glob('.*.tmp'):
+        machine, _, pid = aside.name.removesuffix('.tmp').rpartition('.')
+        try:
+            if machine_name() and machine.endswith('.' + machine_name()) and pid.isdigit():
+                stale = is_dead(int(pid))
+            else:
+                now = now or _file_system_time(folder)
+                stale = now - aside.stat().st_mtime > STALE_SECONDS
+            if stale:
+                aside.unlink()
+        except OSError:
+            # Another process has removed it, or nobody may.
+            continue
+
+
+def _file_system_time(folder: Path) -> float:
+    """The time of a file that was made in this folder just now."""
+    probe = folder / f'.now.{machine_name()}.{os.getpid()}.tmp'
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)

@@ -1,0 +1,209 @@
+"""The processes of one launch, as accelerate made them: who works together, and how they end together."""
+
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from .console import warn
+from .errors import InputError, Terminated
+
+__all__ = [
+    'TRACKERS', 'create_accelerator', 'make_deterministic', 'quiet_worker', 'stop_requests', 'stop_with_launcher',
+    'total',
+]
+
+TRACKERS = ('tensorboard', 'wandb', 'trackio')
+
+# A launcher kills half a minute after it has asked to stop.
+STOP_SECONDS = 30
+
+# Kinds of launches, by what accelerate's launcher sets for them.
+UNSUPPORTED_LAUNCHES = {
+    'DeepSpeed': 'ACCELERATE_USE_DEEPSPEED', 'Megatron-LM': 'ACCELERATE_USE_MEGATRON_LM',
+    'a parallelism configuration': 'ACCELERATE_USE_PARALLELISM_CONFIG',
+}
+
+# Settings of FSDP2 that would not train the model that is asked for.
+UNSUPPORTED_SHARDING = {
+    'activation_checkpointing': 'a second forward pass would draw other paths to drop',
+    'ignored_modules': 'their gradients would differ from process to process',
+    'offload_params': 'batch norms have statistics on the device',
+}
+
+PRECISIONS = {None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}
+
+
+def create_accelerator(
+        amp_dtype: str | None = None,
+        trackers: Sequence[str] = (),
+        folder: Path | None = None,
+) -> Accelerator:
+    """An accelerator over all processes that were launched, on the accelerators of this machine or else its CPU.
+
+    Args:
+        amp_dtype: Autocast to `bfloat16` or `float16`.
+        trackers: Names of experiment trackers, of `TRACKERS`.
+        folder: Where trackers that write files write them.
+
+    Raises:
+        InputError: More processes were launched than work together, they are to share out one model in another way
+            than FSDP2's, or a tracker is not installed.
+    """
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in trackers:
+        if tracker not in installed:
+            raise InputError(f'the tracker {tracker} is not installed; pip install {tracker}')
+    precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if precision not in ('no', PRECISIONS[amp_dtype]):
+        warn(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '
+             f'--teacher-amp-dtype of a teacher, that says what is computed in half precision')
+    if amp_dtype == 'float16' and not torch.accelerator.is_available():
+        warn('--amp-dtype float16 needs a GPU: on this CPU all is computed in float32')
+    plugin = _fsdp_plugin()
+    # Without `cpu` accelerate makes no process group on a machine that has no accelerator: every process would take
+    # itself for the only one.
+    # Ranks wait while one downloads the data, or has more shards to fill than the others.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype], kwargs_handlers=[patience],
+        log_with=list(trackers) or None, project_dir=folder, fsdp_plugin=plugin)
+    launched = int(os.environ.get('WORLD_SIZE', '1'))
+    if accelerator.num_processes != launched:
+        raise InputError(
+            f'{launched} processes were launched and {accelerator.num_processes} work together; on a machine without '
+            f'GPUs launch them with `accelerate launch --multi_gpu --num_processes {launched}`, without --cpu')
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards on GPUs alone and would give plain DDP here, without a word; torch shards on CPUs as well.
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    return accelerator
+
+
+def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """How the launch wants the model shared out, None where each process is to hold all of it."""
+
+    def is_set(name: str) -> bool:
+        return os.environ.get(name, 'false').lower() == 'true'
+
+    for kind, name in UNSUPPORTED_LAUNCHES.items():
+        if is_set(name):
+            raise InputError(f'the launch is set up for {kind}, which is not supported here; launch it with '
+                             f'--multi_gpu, or with --use_fsdp --fsdp_version 2')
+    if not is_set('ACCELERATE_USE_FSDP'):
+        return None
+    if os.environ.get('FSDP_VERSION', '1') != '2':
+        raise InputError('the launch is set up for FSDP1, which is not supported here; add --fsdp_version 2, or launch '
+                         'it with --multi_gpu')
+    for flag, reason in UNSUPPORTED_SHARDING.items():
+        if os.environ.get(f'FSDP_{flag.upper()}', 'false').lower() not in ('false', ''):
+            raise InputError(f'the launch sets fsdp_{flag}, which is not supported here: {reason}; leave it out')
+    try:
+        # Autocast decides what is computed in half precision, as under DDP: batch norms want their weights and
+        # statistics of one type. The other setting is meant for models of transformers.
+        return FullyShardedDataParallelPlugin(
+            mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False)
+    except ValueError as error:
+        raise InputError(f'accelerate does not take the settings of FSDP ({error}); correct them')
+
+
+def make_deterministic() -> None:
+    """The same bits from the same numbers on a GPU too, at some cost in speed; to be called before CUDA is used."""
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
+
+
+def stop_with_launcher(seconds: float = 1.) -> None:
+    """Send this process SIGTERM when the `accelerate launch` or `torchrun` that started it is no more.
+
+    The launcher of a single process does not pass SIGTERM on, and no launcher passes on that it was killed; its
+    children would work on unseen. Does nothing in a process that was started without a launcher.
+
+    Args:
+        seconds: Time between two looks at the launcher.
+    """
+    if not {'ACCELERATE_MIXED_PRECISION', 'TORCHELASTIC_RUN_ID'} & set(os.environ):
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name='launcher watch', daemon=True).start()
+
+
+def quiet_worker(worker: int) -> None:
+    """For a DataLoader's `worker_init_fn`: leave what to do at Ctrl-C and SIGTERM to the process that it works for.
+
+    A signal to the whole group would otherwise end the workers first, with a traceback of each, while the process that
+    is about to stop in good order may still need a batch.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # torch, too, ends a worker with SIGTERM where it does not go by itself.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STOP_SECONDS))
+    report = sys.excepthook
+
+    def report_bugs(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # A thread of multiprocessing hands the memory of a batch over, and would print a traceback where the process
+        # that takes it stops half-way.
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            report(kind, error, trace)
+
+    sys.excepthook = report_bugs
+    master = multiprocessing.parent_process()
+
+    def watch() -> None:
+        # torch's workers look at their parent, which is another process where workers are not simply forked.
+        multiprocessing.connection.wait([master.sentinel])
+        os._exit(0)
+
+    threading.Thread(target=watch, name='master watch', daemon=True).start()
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+    """Inside, Ctrl-C and SIGTERM are noted and not raised, so that what has begun can be finished.
+
+    Yields:
+        A function that returns what to raise for the first signal that came, None while none has.
+    """
+    came: list[type[KeyboardInterrupt]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # A shell lets its background jobs ignore Ctrl-C.
+        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: came[0] if came else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def total(accelerator: Accelerator, *values: float) -> list[float]:
+    """The sum of each value over all processes, the same on all of them."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    return accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), 'sum').tolist()

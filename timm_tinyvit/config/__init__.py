@@ -1,0 +1,1 @@
+"""The flags of all programs, and recipes: YAML files of flags."""

@@ -1,0 +1,1 @@
+"""Images and their augmented views: sources, replayable augmentation, data sets, samplers and loaders."""

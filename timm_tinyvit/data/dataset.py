@@ -1,0 +1,390 @@
+"""Views, labels and records of a Hugging Face data set, for filling a store and for training from it.
+
+Every index carries its epoch: a sampler yields (epoch, index) pairs, so that what a loader worker makes depends on
+nothing that was told to it before. The image column is read as it is stored and decoded here, the same way for every
+file format and whatever format the data set was set to.
+"""
+
+from textwrap import shorten
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch.utils.data import BatchSampler, Dataset, default_collate, get_worker_info
+
+from ..base.errors import InputError
+from ..store.ensemble import Ensemble
+from ..store.keys import KeyIndex, hash_keys
+from ..store.local import LogitStore
+from ..store.manifest import stored_epoch
+from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
+from .pairing import Pairing
+from .sources import column, find_column, find_key, labels_of
+from .views import Replay, decode_image
+
+__all__ = [
+    'EpochBatchSampler', 'ImageDataset', 'SparseLogitDataset', 'collate', 'decode_source', 'read_records',
+    'refuse_keys',
+]
+
+Key = tuple[int, int]
+
+MAX_MESSAGE_BYTES = 1 << 16
+
+
+class ImageDataset(Dataset):
+    """Images of a data set as (view, label), read in batches.
+
+    Grey, RGBA, palette, CMYK and EXIF-rotated images all become upright RGB.
+
+    Args:
+        dataset: A map-style Hugging Face data set with an image column.
+        transform: From an RGB image to a uint8 tensor [3, H, W].
+        image_key: Its image column; found by its usual names by default.
+        label_key: Its label column of integers, likewise; without one every label is -1.
+
+    Raises:
+        InputError: A column is missing or of the wrong kind.
+    """
+
+    def __init__(
+            self,
+            dataset: datasets.Dataset,
+            transform: Callable[[Image.Image], torch.Tensor],
+            image_key: str | None = None,
+            label_key: str | None = None,
+    ):
+        self.image_key = find_column(dataset, image_key, is_image=True)
+        self.label_key = find_column(dataset, label_key, is_image=False)
+        # The arrow format hands out the stored bytes and no decoded image, whatever format was set.
+        self.dataset = dataset.with_format('arrow')
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        images, labels = self.decode(self.dataset[indices], indices)
+        return [dict(view=self.transform(image), label=label) for image, label in zip(images, labels)]
+
+    def decode(self, table: pa.Table, indices: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
+        """Decoded RGB images and labels of the rows of a table, which are these samples.
+
+        Raises:
+            InputError: An image cannot be decoded; the message names its sample.
+        """
+        sources = column(table, self.image_key).to_pylist()
+        decode = getattr(self.transform, 'decode', decode_image)
+        images = [decode_source(source, index, decode) for source, index in zip(sources, indices, strict=True)]
+        return images, labels_of(table, self.label_key).tolist()
+
+
+def decode_source(source: dict[str, Any] | None, name: Any, decode: Callable = decode_image) -> Image.Image:
+    """An image as it is stored, as the RGB image that the transforms see.
+
+    Args:
+        source: Its `bytes`, or its `path`.
+        name: What to call the sample where it cannot be decoded.
+        decode: From bytes or a path to the image.
+
+    Raises:
+        InputError: It cannot be decoded.
+    """
+    try:
+        if not source or (source['bytes'] is None and source['path'] is None):
+            raise OSError('it is empty')
+        return decode(source['bytes'] if source['bytes'] is not None else source['path'])
+    except Exception as error:
+        # Pillow's readers of damaged files raise what happens to them: RuntimeError, struct.error, TypeError.
+        path = f' ({source["path"]})' if source and source['path'] else ''
+        raise InputError(
+            f'the image of sample {name}{path} cannot be decoded: {error}; mend or remove it, '
+            f'and make the store again if it was removed')
+
+
+class SparseLogitDataset(ImageDataset):
+    """The views of a store, each with its label and, once the store is filled, its record.
+
+    Indexed by (epoch, position) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
+    `record` uint8 [width]: a codec decodes records where the model is. The index is what the view was drawn by: the
+    sample's position in the data set of the teacher or, with keys, the hash of its key.
+
+    Where the recipe mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share of
+    the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
+
+    Args:
+        dataset: A map-style Hugging Face data set with an image column.
+        replay: Makes the views.
+        store: Where the records come from, an `Ensemble` too; None to fill a store, or to train on labels alone.
+        image_key: The image column.
+        label_key: The label column.
+        key: The column of keys; by default the store's.
+        first_sample: Index of the first row where there are neither store nor keys.
+
+    Attributes:
+        pairing: Who is mixed with whom, where the recipe mixes views.
+
+    Raises:
+        InputError: The data set is not the store's, has no image column or no such column of keys, or has keys where
+            the recipe mixes views.
+    """
+
+    def __init__(
+            self,
+            dataset: datasets.Dataset,
+            replay: Replay,
+            store: LogitStore | Ensemble | None = None,
+            image_key: str | None = None,
+            label_key: str | None = None,
+            key: str | None = None,
+            first_sample: int = 0,
+    ):
+        super().__init__(dataset, replay, image_key, label_key)
+        self.replay = replay
+        self.store = store
+        self.key = key or (store.manifest.key if store else None)
+        self.first_sample = store.manifest.first_sample if store else first_sample
+        self.keys: KeyIndex | None = None
+        if key and store and not store.manifest.key:
+            raise InputError(f'the store {store.path} knows its samples by position; leave --key out')
+        refuse_keys(replay, self.key)
+        self.pairing = Pairing(replay.seed, len(dataset)) if replay.recipe.is_mixed else None
+        if self.key:
+            find_key(dataset, self.key)
+        if store and store.manifest.key:
+            self.keys = store.open_keys()
+            check_keys(store, self.keys, dataset, self.key, self.image_key)
+        elif store:
+            check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
+        return self._samples(keys) if self.pairing is None else self._mixed_samples(keys)
+
+    def _mixed_samples(self, keys: list[Key]) -> list[dict[str, Any]]:
+        epochs, positions = np.array(keys, dtype=np.int64).T
+        mixed = {}
+        for epoch in np.unique(epochs).tolist():
+            numbers = np.unique(self.pairing.pairs_of(epoch, positions[epochs == epoch]))
+            members = self.pairing.members(epoch, numbers).ravel().tolist()
+            samples = self._samples([(epoch, position) for position in members])
+            pairs = list(zip(samples[::2], samples[1::2]))
+            views = self.replay.mix(
+                [(first['view'], second['view']) for first, second in pairs],
+                [(epoch, number) for number in numbers.tolist()])
+            for (first, second), (both, lam) in zip(pairs, views):
+                for sample, partner, view in ((first, second, both[0]), (second, first, both[1])):
+                    mixed[epoch, sample['index']] = {**sample, 'view': view, 'label2': partner['label'], 'lam': lam}
+        return [mixed[key] for key in zip(epochs.tolist(), positions.tolist())]
+
+    def _samples(self, keys: list[Key]) -> list[dict[str, Any]]:
+        epochs, positions = np.array(keys, dtype=np.int64).T
+        # Several views of one image are cut from one decoded image.
+        positions, place = np.unique(positions, return_inverse=True)
+        table = self.dataset[positions]
+        images, labels = self.decode(table, positions)
+        rows, indices = positions, positions + self.first_sample
+        if self.key:
+            names = column(table, self.key)
+            indices = hash_keys(names, positions)
+            if self.keys is not None:
+                rows = self.keys.rows_of(names, indices)
+            indices = indices.astype(np.int64)
+        indices = indices[place].tolist()
+        views = self.replay.views([images[number] for number in place], list(zip(epochs.tolist(), indices)))
+        samples = [
+            dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, place, indices)]
+        if self.store is not None:
+            for sample, record in zip(samples, read_records(self.store, epochs, rows[place])):
+                sample['record'] = record
+        return samples
+
+
+def refuse_keys(replay: Replay, key: str | None) -> None:
+    """Refuse keys where views are mixed: pairs are known by position, and in a part of the samples some are torn.
+
+    Raises:
+        InputError: There are both.
+    """
+    if key and replay.recipe.is_mixed:
+        raise InputError(
+            f'Mixup and CutMix pair samples by their position in the whole data set, but here the column {key!r} names '
+            f'them and partners may be absent; leave --key and --streaming out, or --mixup and --cutmix')
+
+
+def read_records(store: LogitStore | Ensemble, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """Checked records, uint8 [B, width], of rows [B] of a store in epochs [B] of it.
+
+    Raises:
+        InputError: A record is missing or damaged.
+    """
+    records = np.empty((len(rows), store.manifest.record_width), dtype=np.uint8)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        records[here] = store.read(epoch, rows[here])
+    try:
+        store.codec.check(records)
+    except ValueError as error:
+        raise InputError(f'the store {store.path} holds a bad record near sample {rows[0]}: {error}')
+    return torch.from_numpy(records)
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of samples.
+
+    Returns:
+        `view` uint8 [B, 3, H, W], and where there are `label`, `label2` and `index` int64 [B], `lam` float32 [B] and
+        `record` uint8 [B, width].
+
+    Raises:
+        InputError: A loader worker has no shared memory left.
+    """
+    batch = {'view': _stack([sample['view'] for sample in samples])}
+    for name in ('label', 'label2', 'lam', 'index'):
+        if name in samples[0]:
+            batch[name] = torch.tensor([sample[name] for sample in samples])
+    if 'record' in samples[0]:
+        batch['record'] = _stack([sample['record'] for sample in samples])
+    if get_worker_info() is not None:
+        batch = {name: values if values.is_shared() else values.as_subclass(_InMessage)
+                 for name, values in batch.items()}
+    return batch
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """`torch.stack`, in a loader worker into shared memory where that pays."""
+    num_bytes = len(tensors) * tensors[0].nbytes
+    if get_worker_info() is None or num_bytes <= MAX_MESSAGE_BYTES:
+        return torch.stack(tensors)
+    try:
+        # Here and not when the batch is sent: there a lack of memory would lose it, and its receiver wait for ever.
+        return default_collate(tensors)
+    except RuntimeError as error:
+        if '/torch_' not in str(error):  # the name of a piece of shared memory
+            raise
+        raise InputError(f'a loader worker has no shared memory for a batch of {num_bytes / 1e6:.1f} MB '
+                         f'({shorten(str(error), 120)}); give the container or machine more of it '
+                         f'(docker run --shm-size 8g), or choose fewer --workers or smaller batches')
+
+
+class _InMessage(torch.Tensor):
+    """A tensor that a loader worker sends in the message itself; what arrives is a plain tensor.
+
+    Others get a piece of shared memory each, which costs both sides some tenths of a millisecond, however small.
+    """
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Callable, tuple[np.ndarray]]:
+        return torch.from_numpy, (self.numpy(),)
+
+
+class EpochBatchSampler(BatchSampler):
+    """Batches of (epoch, index) pairs for one rank: a seeded permutation per epoch, from any batch on.
+
+    The permutation is cut into batches of all ranks together, so that a rank's share depends on nothing else.
+    An incomplete last batch is dropped. With several views per image, so many epochs share a permutation: each shows
+    another part of the images, and every image the views of all of these epochs, in one batch (after FKD, ECCV 2022).
+    Where views are mixed, the permutation is one of the pairs of the epoch, and both sides stand in one batch.
+
+    Args:
+        num_samples: Rows of the data set.
+        batch_size: Samples per batch of one rank.
+        seed: Seed of the order.
+        rank: This rank.
+        world_size: Number of ranks.
+        store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
+        views_per_image: Views of an image in a batch, which is decoded once for all of them.
+        pairing: The pairs of a data set whose views are mixed, its `pairing`.
+        store: A store that is told which epochs begin and which come next, so that one on the Hub has them on disk.
+        num_epochs: Training epochs, after which none comes next.
+
+    Raises:
+        InputError: The data set is smaller than one batch of all ranks, or a batch is no multiple of the views or
+            pairs; or there are both pairs and several views, or more views than epochs of the store.
+    """
+
+    def __init__(
+            self,
+            num_samples: int,
+            batch_size: int,
+            seed: int,
+            rank: int = 0,
+            world_size: int = 1,
+            store_epochs: Sequence[int] | None = None,
+            views_per_image: int = 1,
+            pairing: Pairing | None = None,
+            store: LogitStore | Ensemble | None = None,
+            num_epochs: int | None = None,
+    ):
+        if batch_size % views_per_image:
+            raise InputError(
+                f'a batch of {batch_size} does not hold {views_per_image} views of each of its images; choose a '
+                f'--batch-size that is a multiple of --views-per-image')
+        if store_epochs is not None and views_per_image > len(store_epochs):
+            raise InputError(
+                f'the store has {len(store_epochs)} epochs, so that {views_per_image} views of an image would show '
+                f'some twice in a batch; choose --views-per-image up to {len(store_epochs)}, or fill more epochs')
+        if pairing is not None and views_per_image > 1:
+            raise InputError('Mixup and CutMix have other pairs in each epoch, so that images share no batch in '
+                             'several; leave --views-per-image out')
+        if pairing is not None and batch_size % 2:
+            raise InputError(f'a batch of {batch_size} does not hold both sides of each of its pairs; choose an even '
+                             f'--batch-size for Mixup and CutMix')
+        if num_samples < batch_size * world_size:
+            raise InputError(
+                f'the data set has {num_samples} samples, fewer than one batch of {batch_size} on {world_size} '
+                f'process(es); choose a smaller --batch-size')
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.store_epochs = store_epochs
+        self.views_per_image = views_per_image
+        self.pairing = pairing
+        self.store = store
+        self.num_epochs = num_epochs
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the training epoch, and the batch to begin with, of the next iteration."""
+        self.epoch = epoch
+        self.start = start
+        if self.store is not None:
+            first_epoch = epoch - epoch % self.views_per_image
+            next_epoch = first_epoch + self.views_per_image
+            is_last = self.num_epochs is not None and next_epoch >= self.num_epochs
+            self.store.begin(self._stored(first_epoch), () if is_last else self._stored(next_epoch))
+
+    def __len__(self) -> int:
+        """Batches of one whole epoch."""
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        part = self.epoch % self.views_per_image
+        first_epoch = self.epoch - part
+        epochs = self._stored(first_epoch)
+        # Images stand alone, or in pairs.
+        group = 1 if self.pairing is None else 2
+        order = np.random.Generator(np.random.PCG64([self.seed, first_epoch])).permutation(self.num_samples // group)
+        num_groups = self.batch_size // (group * self.views_per_image)
+        for batch in range(self.start, len(self)):
+            first = ((part * len(self) + batch) * self.world_size + self.rank) * num_groups
+            indices = order[first:first + num_groups]
+            if self.pairing is not None:
+                indices = self.pairing.members(epochs[0], indices).ravel()
+            yield [(epoch, index) for index in indices.tolist() for epoch in epochs]
+
+    def _stored(self, first_epoch: int) -> Sequence[int]:
+        """Epochs of the store that the training epochs from this one on use together."""
+        return [stored_epoch(self.store_epochs, epoch)
+                for epoch in range(first_epoch, first_epoch + self.views_per_image)]

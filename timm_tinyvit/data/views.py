@@ -1,0 +1,377 @@
+"""timm's training transforms as a pure function of (seed, epoch, index).
+
+The same (seed, epoch, index, image, recipe) gives the same bytes of the view: in any process, worker, order or rank.
+timm's factory makes the transform, timm's `RandomErasing` erases and timm's `FastCollateMixup` mixes the views of a
+pair; nothing is augmented here. All random generators that timm draws from are seeded per view and put back as they
+were found. `probe` hashes the views of made images, so that a machine whose libraries make other views is found out
+before it trains on wrong targets.
+"""
+
+import hashlib
+import io
+import platform
+import random
+import struct
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageOps
+from PIL import features as pillow_features
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, FastCollateMixup, create_transform
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import Compose
+
+from ..base.errors import InputError
+from .decoding import TensorCrop, as_tensor, decode_jpeg
+from .pairing import Pairing
+
+__all__ = [
+    'Replay', 'ViewRecipe', 'check_probe', 'decode_image', 'library_versions', 'preserve_random_state', 'seed_view',
+]
+
+NUM_PROBE_VIEWS = 64
+MAX_NUMBER = 4096
+PROBE_JPEG = Path(__file__).with_name('probe.jpg')
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a value has the type of another, integers among real numbers included."""
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and len(value) == len(example) and all(map(_is_like, value, example))
+    return type(value) is type(example) or type(example) is float and type(value) is int
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """Every argument of timm's `create_transform` and `Mixup` that has a hand in a training view, and the decoder.
+
+    `mean` and `std` belong to the view, not to a model: RandAugment fills with the mean, and erasing writes what is
+    noise of unit variance once normalised with them.
+
+    Raises:
+        InputError: A value that timm's factory does not take.
+    """
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    no_aug: bool = False
+    train_crop_mode: str = 'rrc'
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.
+    color_jitter: float | tuple[float, ...] = 0.4
+    color_jitter_prob: float | None = None
+    grayscale_prob: float = 0.
+    gaussian_blur_prob: float = 0.
+    auto_augment: str | None = None
+    interpolation: str = 'bicubic'
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    re_prob: float = 0.
+    re_mode: str = 'pixel'
+    re_count: int = 1
+    mixup: float = 0.
+    cutmix: float = 0.
+    cutmix_minmax: tuple[float, float] | None = None
+    mixup_prob: float = 1.
+    mixup_switch_prob: float = 0.5
+    decoder: str = 'pillow'
+    exif: str = 'transpose'
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, item.name, value)
+            optional = {'auto_augment': '', 'color_jitter_prob': 0., 'cutmix_minmax': (0., 0.)}
+            example = optional.get(item.name, item.default)
+            if item.name == 'color_jitter' and isinstance(value, tuple):
+                example = (0.,) * len(value)
+            if not _is_like(value, example) and (value, item.default) != (None, None):
+                raise InputError(f'the view recipe has {item.name} = {value!r}; expected values as in {example!r}')
+            numbers = [number for number in (value if isinstance(value, tuple) else (value,))
+                       if isinstance(number, (int, float))]
+            # A manifest may come from anywhere, and a view of this size is made to probe it.
+            if not all(-MAX_NUMBER <= number <= MAX_NUMBER for number in numbers):
+                raise InputError(f'the view recipe has {item.name} = {value!r}; expected {MAX_NUMBER} at most')
+        probabilities = (
+            'hflip', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 're_prob', 'mixup_prob', 'mixup_switch_prob')
+        for name in probabilities:
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected a probability, 0 to 1')
+        for name in ('scale', 'ratio', 're_count'):
+            if not np.min(getattr(self, name)) > 0:
+                raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected more than 0')
+        if self.input_size[0] != 3 or min(self.input_size) < 1:
+            raise InputError(f'the input size of a view is {self.input_size}; expected (3, height, width)')
+        if self.decoder not in ('pillow', 'torch') or self.exif != 'transpose':
+            raise InputError(
+                f'the recipe decodes with {self.decoder!r} and EXIF rule {self.exif!r}; this version of timm_tinyvit '
+                f'knows pillow and torch, and transpose')
+        if self.decoder == 'torch' and (self.no_aug or self.train_crop_mode != 'rrc'):
+            raise InputError('the decoder torch needs the crop mode rrc; give --decoder pillow for the others')
+        if self.re_mode not in ('const', 'rand', 'pixel'):
+            raise InputError(f'the erasing mode is {self.re_mode!r}; use const, rand or pixel')
+        for name in ('mixup', 'cutmix'):
+            if getattr(self, name) < 0:
+                raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected 0 for none, or more')
+        low, high = self.cutmix_minmax or (0., 1.)
+        if not 0 <= low < high <= 1 or any(int(side * low) == int(side * high) for side in self.input_size[1:]):
+            raise InputError(
+                f'the view recipe has cutmix_minmax = {self.cutmix_minmax}; expected two shares of height and '
+                f'width, from 0 to 1 and at least one pixel apart')
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether views are mixed in pairs, by Mixup or CutMix."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> 'ViewRecipe':
+        """The recipe of a manifest.
+
+        Raises:
+            InputError: It has entries that this version does not know, or lacks some.
+        """
+        odd = sorted(set(values) ^ {item.name for item in fields(cls)})
+        if odd:
+            raise InputError(f'the view recipe has unknown or missing entries: {", ".join(odd)}')
+        return cls(**values)
+
+
+def decode_image(data: bytes | str | Path) -> Image.Image:
+    """An encoded image, or the file of one, as the RGB image that the transforms see, turned upright by its EXIF tag.
+
+    Raises:
+        Exception: Pillow cannot decode it; mostly OSError, but what its readers raise is not bounded.
+    """
+    with warnings.catch_warnings():
+        # Files with odd EXIF blocks or palettes are decoded all the same.
+        warnings.simplefilter('ignore')
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+@contextmanager
+def preserve_random_state() -> Iterator[None]:
+    """Leave the global generators of Python, numpy and torch (CPU) as they were found."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def seed_view(seed: int, epoch: int, index: int) -> None:
+    """Seed the global generators of Python, numpy and torch (CPU) for one view."""
+    digest = hashlib.blake2b(struct.pack('<qqq', seed, epoch, index), digest_size=32).digest()
+    random.seed(int.from_bytes(digest[:8], 'little'))
+    np.random.seed(np.frombuffer(digest[8:24], dtype='<u4'))
+    # torch.manual_seed would visit the accelerators too.
+    torch.default_generator.manual_seed(int.from_bytes(digest[24:], 'little') >> 1)
+
+
+class _NormalizedView:
+    """A uint8 view as timm's `RandomErasing` knows images: normalised floats, of which it asks the size and sets some.
+
+    What is set is brought back to the scale of pixels; the others need no conversion there and back.
+    """
+    dtype = torch.float32
+
+    def __init__(self, view: torch.Tensor, mean: torch.Tensor, std: torch.Tensor):
+        self.view, self.mean, self.std = view, mean, std
+        self.size = view.size
+
+    def __setitem__(self, region: tuple[slice, ...], values: torch.Tensor) -> None:
+        self.view[region] = ((values * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+class Replay:
+    """The views of one seed and recipe.
+
+    timm applies random erasing to the normalised float image; a view is uint8. The draws are timm's own, and what was
+    drawn is brought back to the pixel scale: values beyond it, 3.3% in mode `pixel`, are clipped, and all are rounded.
+    Everything else equals timm's pipeline for the same draws, up to its normalisation.
+
+    Args:
+        recipe: How a view is made.
+        seed: The store's seed.
+
+    Raises:
+        InputError: timm's factory refuses the recipe.
+    """
+
+    def __init__(self, recipe: ViewRecipe, seed: int):
+        self.recipe = recipe
+        self.seed = seed
+        arguments = {
+            key: value for key, value in asdict(recipe).items()
+            if not key.startswith(('mixup', 'cutmix')) and key not in (
+                'decoder', 'exif', 're_prob', 're_mode', 're_count')
+        }
+        # timm passes over what it does not know by its letters, and a store would have other views for good.
+        odd = [part for part in (recipe.auto_augment or '').split('-')[1:] if not part.startswith('t')
+               and not any(letter.isdigit() for letter in part)]
+        if odd:
+            raise InputError(f'the policy --aa {recipe.auto_augment} has a part {odd[0]!r} without a number; expected '
+                             f'parts as in rand-m9-mstd0.5-inc1')
+        try:
+            # The factory leaves erasing out where it does not normalise.
+            self._transform = create_transform(**arguments, is_training=True, normalize=False)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f'timm cannot make the transform of this recipe: {error!r}; check --aa, --scale, --ratio, '
+                             f'--train-interpolation and the like')
+        if recipe.decoder == 'torch':
+            first, *others = self._transform.transforms
+            self._transform = Compose([TensorCrop(first), *others])
+        self._erase: Callable | None = None
+        if recipe.re_prob > 0 and not recipe.no_aug:
+            self._erase = RandomErasing(
+                recipe.re_prob, mode=recipe.re_mode, max_count=recipe.re_count, num_splits=0, device='cpu')
+            self._mean = torch.tensor(recipe.mean).view(3, 1, 1)
+            self._std = torch.tensor(recipe.std).view(3, 1, 1)
+        self._mixup: FastCollateMixup | None = None
+        if recipe.is_mixed:
+            # With the labels 0 and 1 of two classes, the mixed target is lambda.
+            self._mixup = FastCollateMixup(
+                recipe.mixup, recipe.cutmix, recipe.cutmix_minmax, recipe.mixup_prob, recipe.mixup_switch_prob,
+                mode='pair', label_smoothing=0., num_classes=2)
+
+    def decode(self, data: bytes | str | Path) -> Image.Image | torch.Tensor:
+        """An encoded image, or the file of one, as the recipe's decoder gives it.
+
+        Raises:
+            Exception: It cannot be decoded, see `decode_image`.
+        """
+        if self.recipe.decoder == 'pillow':
+            return decode_image(data)
+        image = decode_jpeg(data)
+        return as_tensor(decode_image(data)) if image is None else image
+
+    def __call__(self, image: Image.Image | torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        """The view of a sample in an epoch, uint8 [3, H, W], of an image that `decode` made."""
+        with preserve_random_state():
+            return self._view(image, epoch, index)
+
+    def views(
+            self,
+            images: Sequence[Image.Image | torch.Tensor],
+            keys: Sequence[tuple[int, int]],
+    ) -> list[torch.Tensor]:
+        """The views, each uint8 [3, H, W], of images with their (epoch, index): cheaper than one by one."""
+        with preserve_random_state():
+            return [self._view(image, *key) for image, key in zip(images, keys, strict=True)]
+
+    def mix(
+            self,
+            pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+            keys: Sequence[tuple[int, int]],
+    ) -> list[tuple[torch.Tensor, float]]:
+        """Mixup or CutMix of the views of pairs, as the recipe says; whatever is drawn goes for both sides of a pair.
+
+        Args:
+            pairs: Two views each, both uint8 [3, H, W], which may be overwritten.
+            keys: The (epoch, number of the pair) of each, see `Pairing`.
+
+        Returns:
+            Of each pair, both mixed views, uint8 [2, 3, H, W], and lambda: the share of either in its own mixed view.
+        """
+        mixed = []
+        with preserve_random_state():
+            for (first, second), (epoch, pair) in zip(pairs, keys, strict=True):
+                # Samples have no negative position, so that no view has the same draws.
+                seed_view(self.seed, epoch, -1 - pair)
+                views, targets = self._mixup([(first, 0), (second, 1)])
+                mixed.append((views, targets[0, 0].item()))
+        return mixed
+
+    def _view(self, image: Image.Image | torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        seed_view(self.seed, epoch, index)
+        view = self._transform(image).contiguous()
+        if self._erase is not None:
+            self._erase(_NormalizedView(view, self._mean, self._std))
+        return view
+
+    def probe(self) -> str:
+        """Hash of 64 views of made images, one of them a JPEG: equal where the libraries make equal views."""
+        images = [self.decode(PROBE_JPEG), *_probe_images()]
+        if self.recipe.decoder == 'torch':
+            images[1:] = map(as_tensor, images[1:])
+        digest = hashlib.blake2b(digest_size=16)
+        keys = [(number // len(images), number) for number in range(NUM_PROBE_VIEWS)]
+        views = self.views([images[index % len(images)] for _, index in keys], keys)
+        for view in views:
+            digest.update(view.numpy())
+        if self.recipe.is_mixed:
+            numbers = np.arange(NUM_PROBE_VIEWS // 2)
+            pairs = Pairing(self.seed, NUM_PROBE_VIEWS).members(0, numbers).tolist()
+            mixed = self.mix([(views[a], views[b]) for a, b in pairs], [(0, number) for number in numbers.tolist()])
+            for both, lam in mixed:
+                digest.update(both.numpy())
+                digest.update(struct.pack('<d', lam))
+        return digest.hexdigest()
+
+
+def _probe_images() -> list[Image.Image]:
+    """Images from integer arithmetic, the same on every machine."""
+    images = []
+    for width, height in ((500, 375), (320, 333), (97, 64), (28, 28)):
+        y, x = np.mgrid[:height, :width]
+        planes = [(x * a + y * b + (x * y) // c) % 256 for a, b, c in ((1, 2, 7), (3, 1, 11), (5, 7, 3))]
+        images.append(Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8)))
+    return images
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of everything that has a hand in the bytes of a view."""
+    names = ('timm', 'torchvision', 'torch', 'numpy', 'datasets')
+    turbo = pillow_features.version_feature('libjpeg_turbo')
+    return {
+        **{name: version(name) for name in names},
+        'pillow': PIL.__version__,
+        'libjpeg': f'turbo {turbo}' if turbo else str(pillow_features.version_codec('jpg')),
+        'python': platform.python_version(),
+    }
+
+
+def check_probe(replay: Replay, probe: str, versions: dict[str, str]) -> str | None:
+    """Compare this machine's views with those that a store was made from.
+
+    Args:
+        replay: The store's recipe and seed.
+        probe: The store's probe.
+        versions: The versions that the store was made with.
+
+    Returns:
+        A line for the log where versions differ and the views do not, or None.
+
+    Raises:
+        InputError: The views differ: teacher and student would not see the same.
+    """
+    here = library_versions()
+    changed = [
+        f'{name} {versions.get(name, "unknown")} -> {here.get(name, "none")}'
+        for name in {**versions, **here} if versions.get(name) != here.get(name)
+    ]
+    if replay.probe() != probe:
+        raise InputError(
+            f'this machine makes other views than the store was made from ('
+            f'{", ".join(changed) or "with the same versions, so the hardware or a patched library"}); '
+            f'install the store\'s versions, or make a new store here')
+    return f'other versions, same views: {", ".join(changed)}' if changed else None

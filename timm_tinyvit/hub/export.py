@@ -1,0 +1,150 @@
+"""Models for other runtimes: ONNX, a `torch.export` program, or a library compiled by AOTInductor.
+
+    python -m timm_tinyvit.hub.export --model tiny_vit_21m_224 --format onnx --output tiny_vit_21m.onnx
+    python -m timm_tinyvit.hub.export --model local-dir:my_run --format torch --output my_run.pt2
+    python -m timm_tinyvit.hub.export --model tiny_vit_5m_224 --format aotinductor --output tiny_vit_5m.pt2
+
+The model is put in eval mode and its batch norms are folded first. Images go in as float [batch, channels, H, W],
+normalised as the model's config says, logits come out, and the batch may be of any size. What was written is loaded
+again and run on another batch size; the command fails if its logits are not the model's.
+"""
+
+import argparse
+import copy
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.utils import reparameterize_model
+from torch import nn
+
+from ..base.errors import InputError, reports_input_errors
+from ..config.arguments import ArgumentParser
+from ..teacher.teacher import create_pretrained
+from ..train.student import look_at_zeros, set_image_size
+
+__all__ = ['FORMATS', 'export', 'main']
+
+# float32 rounding in another order of summation
+TOLERANCE = 1e-4
+
+Runner = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _export_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+
+
+def export_torch(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
+    # torch's writer of files aborts the process on a full disk.
+    buffer = io.BytesIO()
+    torch.export.save(_export_program(model, images), buffer)
+    path.write_bytes(buffer.getbuffer())
+    return torch.export.load(path).module()
+
+
+def export_aotinductor(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
+    torch._inductor.aoti_compile_and_package(_export_program(model, images), package_path=str(path))
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
+    missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f'ONNX needs {", ".join(missing)}: pip install "timm_tinyvit[export]"')
+    import onnxruntime
+
+    torch.onnx.export(
+        model, (images,), path, dynamo=True, external_data=False, verbose=False, input_names=['images'],
+        output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch')},))
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+
+FORMATS = {
+    'onnx': (export_onnx, '.onnx'),
+    'torch': (export_torch, '.pt2'),
+    'aotinductor': (export_aotinductor, '.pt2'),
+}
+
+
+def export(model: nn.Module, format: str, path: Path) -> float:
+    """Write a model for another runtime, and check that it computes the same there.
+
+    Args:
+        model: A timm model on the CPU; it is left as it is.
+        format: `onnx`, `torch` or `aotinductor`.
+        path: File to write, with the format's ending.
+
+    Returns:
+        Largest difference between the logits of the two, over the largest logit.
+
+    Raises:
+        InputError: The ending is another format's, a package is missing, or the logits differ.
+    """
+    write, suffix = FORMATS[format]
+    if path.suffix != suffix:
+        raise InputError(f'{path} ends in {path.suffix or "nothing"}, but {format} files end in {suffix}')
+    input_size = resolve_model_data_config(model)['input_size']
+    model = reparameterize_model(copy.deepcopy(model).eval().requires_grad_(False), inplace=True)
+    generator = torch.Generator().manual_seed(0)
+    aside = path.with_name(f'.{os.getpid()}.{path.name}')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.no_grad():
+            run = write(model, torch.randn(2, *input_size, generator=generator), aside)
+            images = torch.randn(3, *input_size, generator=generator)
+            expected = model(images)
+            difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCE:
+            raise InputError(f'the {format} model differs from the original by {difference:.1e} of its largest logit')
+        os.replace(aside, path)
+    except OSError as error:
+        raise InputError(f'{path} cannot be written: {error.strerror or error}')
+    finally:
+        aside.unlink(missing_ok=True)
+    return difference
+
+
+def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--model', required=True, help='timm name, hf-hub:ORG/NAME, local-dir:PATH or folder')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights, instead of the pretrained ones of that name')
+    parser.add_argument('--num-classes', type=int, help="classes of the checkpoint's head")
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help='another image size')
+    parser.add_argument('--format', required=True, choices=FORMATS)
+    parser.add_argument('--output', required=True, type=Path, metavar='FILE')
+    return parser.parse_args(argv)
+
+
+def _set_size(model: nn.Module, name: str, img_size: list[int]) -> None:
+    """Have a model take images of another size, [N] or [H, W]."""
+    size = tuple(img_size * 2 if len(img_size) == 1 else img_size)
+    try:
+        set_image_size(model, size)
+        model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], *size)
+        look_at_zeros(model, model.pretrained_cfg['input_size'])
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = f'{type(error).__name__} {error}'.splitlines()[0]
+        raise InputError(f'{name} cannot take --img-size {" ".join(map(str, img_size))}: {reason}')
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parse_args(argv)
+    model = create_pretrained(args.model, args.checkpoint, args.num_classes)
+    if args.img_size is not None:
+        _set_size(model, args.model, args.img_size)
+    difference = export(model, args.format, args.output)
+    config = resolve_model_data_config(model)
+    print(f'{args.output}: input float32 [batch, {", ".join(map(str, config["input_size"]))}], mean {config["mean"]}, '
+          f'std {config["std"]}')
+    print(f'checked against the original: largest difference {difference:.1e} of the largest logit')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,297 @@
+"""Models on the Hub: weights, configuration and card in one commit, or nothing at all.
+
+    python -m timm_tinyvit.hub.push_model output/train/tiny_vit_5m_224 --repo ORG/NAME
+
+takes the folder of a run of train_distill, or one that `timm_tinyvit.hub.convert` made, and `timm.create_model('hf-hub:
+ORG/NAME', pretrained=True)` makes the model anywhere. Pushed again unchanged it makes no second commit: nothing of what
+is pushed depends on when and where that happens. The card is written anew each time; `--notes` adds words of your own.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+from collections.abc import Sequence
+
+import timm
+import torch
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME
+
+from ..base.console import result, speak
+from ..base.errors import InputError, reports_input_errors
+from ..base.files import write_aside
+from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
+from ..config.arguments import ArgumentParser
+from ..train.metrics import METRICS
+from ..train.record import device_name, read_run
+from .model_card import (
+    CARD, NO_REPO, PICTURE, TAG, card_metadata, has_text, read_weights, recipe_yaml, run_card,
+)
+
+__all__ = ['check_push_arguments', 'main', 'model_files', 'prepare_push', 'publish', 'push_finished_run']
+
+SPEED = 'speed.json'
+SPEED_SECONDS = 2.
+MODEL = ('config.json', HF_SAFE_WEIGHTS_NAME)
+# Endings of files with weights, of whatever library.
+WEIGHTS = (
+    '.bin', '.ckpt', '.gguf', '.h5', '.keras', '.msgpack', '.onnx', '.ot', '.pkl', '.pt', '.pth', '.safetensors',
+    '.tflite')
+# What a push may write; of these the repo keeps none that the newest push has not.
+FILES = (CARD, *MODEL, METRICS, PICTURE, 'recipe.yaml')
+
+
+def check_push_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that ask for no push that can be, without asking the Hub.
+
+    Raises:
+        InputError: The repo has no possible name, or there is none, or nothing is trained.
+    """
+    if args.push_to_hub is None:
+        if args.hub_private or args.hub_license:
+            raise InputError('--hub-private and --hub-license need a repo; name it with --push-to-hub ORG/NAME')
+        return
+    check_repo_id(args.push_to_hub)
+    if args.eval is not None:
+        raise InputError('--eval trains nothing that --push-to-hub could push; push a run with python -m '
+                         'timm_tinyvit.hub.push_model')
+
+
+def prepare_push(args: argparse.Namespace) -> None:
+    """Make the repo before a long run, and know that its model can be pushed.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        check_license(args.hub_license)
+        _open_repo(args.push_to_hub, args.hub_private)
+    except InputError as error:
+        raise InputError(f'{error}; or leave --push-to-hub out, and push the run later with python -m '
+                         f'timm_tinyvit.hub.push_model')
+
+
+def push_finished_run(folder: Path, args: argparse.Namespace) -> None:
+    """Push the best model of a run that has ended.
+
+    Raises:
+        InputError: It did not work out; the message says how to do it again.
+    """
+    try:
+        result(publish(folder, args.push_to_hub, private=args.hub_private, license=args.hub_license))
+    except InputError as error:
+        again = f'python -m timm_tinyvit.hub.push_model {folder} --repo {args.push_to_hub}'
+        again += f' --license {args.hub_license}' if args.hub_license else ''
+        again += ' --private' if args.hub_private else ''
+        raise InputError(f'the run is finished and its models are in {folder}, but nothing was pushed: {error}; to '
+                         f'push them: {again}')
+
+
+def publish(
+        folder: Path,
+        repo: str,
+        which: str | None = None,
+        private: bool = False,
+        license: str | None = None,
+        notes: str = '',
+) -> str:
+    """Push a model in one commit.
+
+    Args:
+        folder: What to push, as in `model_files`.
+        repo: ORG/NAME; made unless it is there.
+        which: The weights of a run.
+        private: Make a new repo a private one.
+        license: The licence of the weights, as the Hub spells it.
+        notes: Markdown of the publisher's for the card.
+
+    Returns:
+        A line for the user: what was pushed, and where it is.
+
+    Raises:
+        InputError: Something is missing in the folder, or the push did not work out; the repo is as it was.
+    """
+    model, kind = _find_model(Path(folder), which)
+    if kind is None:
+        _own_card(model, repo, license, notes)
+    check_license(license)
+    files = model_files(folder, repo, which, license, notes, _open_repo(repo, private))
+    commit = push_files(
+        repo, files, f'Push {Path(folder).resolve().name} with timm_tinyvit',
+        delete=[name for name in FILES if name not in files])
+    url = f'{constants.ENDPOINT}/{repo}'
+    return f'published: {url} (commit {commit})' if commit else f'published: {url} had all of it already'
+
+
+def model_files(
+        folder: Path,
+        repo: str,
+        which: str | None = None,
+        license: str | None = None,
+        notes: str = '',
+        before: str = '',
+) -> dict[str, bytes | Path]:
+    """What a push brings to a repo, by path there.
+
+    Args:
+        folder: A run of train_distill, one of the model folders in it, or a folder that `convert` made.
+        repo: ORG/NAME.
+        which: The weights of a run: `best`, `last`, `best_ema` or `last_ema`; by default the most accurate ones.
+        license: The licence of the weights.
+        notes: Markdown for the card.
+        before: The card that is there.
+
+    Raises:
+        InputError: The folder is no such folder, or lacks something.
+    """
+    check_repo_id(repo)
+    folder, which = _find_model(Path(folder), which)
+    if which is None:
+        return {CARD: _own_card(folder, repo, license, notes), **{name: folder / name for name in MODEL}}
+    card = str(run_card(folder, which, repo, license, notes, _speed(folder, folder / which), before))
+    files: dict[str, bytes | Path] = {
+        CARD: card.encode(), **{name: folder / which / name for name in MODEL}, METRICS: folder / METRICS,
+        'recipe.yaml': recipe_yaml(read_run(folder)).encode()}
+    return {**files, PICTURE: folder / PICTURE} if (folder / PICTURE).is_file() else files
+
+
+def _find_model(folder: Path, which: str | None) -> tuple[Path, str | None]:
+    """The folder of a run and the name of its weights, or a folder of a model with a card and None.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if (folder / 'config.json').is_file() and (folder.parent / METRICS).is_file() and which in (None, folder.name):
+        folder, which = folder.parent, folder.name
+    if (folder / METRICS).is_file():
+        read_run(folder)
+        names = [weights.name for weights in read_weights(folder)]
+        if not names or which not in (None, *names):
+            raise InputError(f'{folder} has no weights {which or "yet"}, only {", ".join(names) or METRICS}; choose '
+                             f'others with --which, or let the run end an epoch')
+        return folder, which or names[0]
+    if which is not None or not all((folder / name).is_file() for name in (CARD, *MODEL)):
+        raise InputError(
+            f'{folder} is neither a run of train_distill, with {METRICS}, nor a model with a card, {CARD} beside '
+            f'{" and ".join(MODEL)}, as timm_tinyvit.hub.convert makes them; name a folder that is')
+    return folder, None
+
+
+def _own_card(folder: Path, repo: str, license: str | None, notes: str) -> bytes:
+    """The card of a folder that `convert` made.
+
+    Raises:
+        InputError: It cannot have that licence or those notes, or lacks the tag of this package.
+    """
+    if license or notes:
+        raise InputError(f'{folder} has a card of its own; edit its {CARD} instead of giving --license or --notes')
+    card = (folder / CARD).read_text(encoding='utf-8').replace(NO_REPO, repo)
+    if not _is_ours(card):
+        raise InputError(f'{folder / CARD} has no tag {TAG}, by which the next push knows the repo as its own; add it '
+                         f'to the tags in its head')
+    return card.encode()
+
+
+def _is_ours(card: str) -> bool:
+    tags = card_metadata(card).get('tags')
+    return TAG in (tags if isinstance(tags, list) else [tags])
+
+
+def _open_repo(repo: str, private: bool) -> str:
+    """Make a repo unless it is there, and read its card; empty where it has none.
+
+    Raises:
+        InputError: It cannot be written to, or holds a model of somebody else.
+    """
+    create_repo(repo, private=private or None)
+
+    def download() -> str:
+        with TemporaryDirectory() as folder:
+            try:
+                return Path(hf_hub_download(repo, CARD, local_dir=folder)).read_text(encoding='utf-8', errors='replace')
+            except RemoteEntryNotFoundError:
+                return ''
+
+    card = retried(f'read the card of {repo}', download)
+    if not _is_ours(card):
+        names = retried(f'list the files of {repo}', lambda: HfApi().list_repo_files(repo))
+        foreign = [name for name in names if name != CARD and (name in FILES or name.endswith(WEIGHTS))]
+        foreign += [CARD] if has_text(card) else []
+        if foreign:
+            raise InputError(f'the model repo {repo} holds something else, {foreign[0]}; name another repo, or where '
+                             f'it may be replaced, give its {CARD} the tag {TAG}')
+    return card
+
+
+def _speed(run: Path, model: Path) -> dict[str, Any] | None:
+    """Speed of inference on this machine, measured once and kept, so that the same run has the same card again."""
+    file = run / SPEED
+    try:
+        return json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        pass
+    try:
+        speed = _measure_speed(model)
+        write_aside(file, json.dumps(speed, indent=2).encode())
+        return speed
+    except (InputError, RuntimeError):
+        # No room for the model beside others, or for the file: a card without it.
+        return None
+
+
+@torch.inference_mode()
+def _measure_speed(folder: Path) -> dict[str, Any]:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
+    batch_size = 16 if device.type == 'cpu' else 128
+    images = torch.zeros(batch_size, *timm.data.resolve_model_data_config(model)['input_size'], device=device)
+    seconds: list[float] = []
+    start = time.perf_counter()
+    # The first pass warms up.
+    while len(seconds) < 2 or time.perf_counter() - start < SPEED_SECONDS:
+        tick = time.perf_counter()
+        model(images)
+        if device.type != 'cpu':
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - tick)
+    return {
+        'images_per_second': batch_size / median(seconds[1:]), 'batch_size': batch_size,
+        'device': device_name(device), 'threads': torch.get_num_threads() if device.type == 'cpu' else 0,
+        'torch': torch.__version__}
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = ArgumentParser(prog='publish', description=__doc__.split('\n')[0])
+    parser.add_argument('folder', type=Path, help='a run of train_distill, or a folder of timm_tinyvit.hub.convert')
+    parser.add_argument('--repo', required=True, metavar='ORG/NAME', help='repo on the Hub, created if it is not there')
+    parser.add_argument('--which', choices=('best', 'last', 'best_ema', 'last_ema'),
+                        help='weights of the run (default: the most accurate)')
+    parser.add_argument('--private', action='store_true', help='make a new repo a private one')
+    parser.add_argument('--license', metavar='NAME', help='licence of the weights, as in apache-2.0')
+    parser.add_argument('--notes', type=Path, metavar='FILE', help='Markdown that goes near the top of the card')
+    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the files to this folder and push nothing')
+    args = parser.parse_args(argv)
+    speak(True)
+    notes = ''
+    if args.notes is not None:
+        try:
+            notes = args.notes.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'{args.notes} cannot be read ({error}); give --notes a text file')
+    if args.dry_run is None:
+        result(publish(args.folder, args.repo, args.which, args.private, args.license, notes))
+        return
+    files = model_files(args.folder, args.repo, args.which, args.license, notes)
+    for name, content in files.items():
+        write_aside(args.dry_run / name, content if isinstance(content, bytes) else content.read_bytes())
+    result(f'{args.dry_run}: {", ".join(files)}, as they would be pushed to {args.repo}')
+
+
+if __name__ == '__main__':
+    main()

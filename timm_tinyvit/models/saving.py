@@ -1,0 +1,58 @@
+"""Models as the Hub and timm take them: safetensors and timm's config.json."""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import save
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
+from torch import nn
+
+from ..base.files import write_aside
+
+__all__ = ['export_config', 'export_model']
+
+
+def export_model(
+        folder: Path,
+        model: nn.Module,
+        label_names: list[str] | None = None,
+        data_config: dict[str, Any] | None = None,
+        label_descriptions: dict[str, str] | None = None,
+) -> None:
+    """Write a model so that plain timm loads it: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+
+    Args:
+        folder: Takes model.safetensors and config.json, each replaced as a whole.
+        model: A timm model.
+        label_names: Names of its classes.
+        data_config: How images were prepared when it was evaluated: `input_size`, `crop_pct`, `interpolation` and the
+            like, as in timm; by default what its configuration says.
+        label_descriptions: What the names mean, where they are such as the synsets of ImageNet.
+    """
+    # Channels-last weights must be laid out anew, which timm's save_for_hf does not do.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_aside(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
+    export_config(folder, model, label_names, data_config, label_descriptions)
+
+
+def export_config(
+        folder: Path,
+        model: nn.Module,
+        label_names: list[str] | None = None,
+        data_config: dict[str, Any] | None = None,
+        label_descriptions: dict[str, str] | None = None,
+) -> None:
+    """Write the config.json of `export_model` alone; the model needs no weights."""
+    labels = {'label_names': label_names and list(label_names), 'label_descriptions': label_descriptions}
+    with TemporaryDirectory() as aside:
+        config = Path(aside) / 'config.json'
+        save_config_for_hf(
+            model, str(config), model_config={name: value for name, value in labels.items() if value},
+            data_config=data_config)
+        settings = json.loads(config.read_text())
+    # These speak of the weights that the model's name stands for, not of the ones written here.
+    for key in ('tag', 'license', 'origin_url', 'paper_ids', 'paper_name'):
+        settings['pretrained_cfg'].pop(key, None)
+    write_aside(folder / 'config.json', json.dumps(settings, indent=2).encode())

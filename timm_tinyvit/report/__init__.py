@@ -1,0 +1,1 @@
+"""Reports on stores and runs: statistics, pictures, plots and HTML pages."""

@@ -1,0 +1,295 @@
+"""Runs side by side: figures, curves, settings, and where they were evaluated on the same samples, whose each is.
+
+The first run is what the others are compared with.
+"""
+
+import math
+import warnings
+from collections import Counter
+from pathlib import Path
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..base.errors import InputError
+from ..train.predictions import Predictions, class_accuracy
+from ..version import __version__
+from .figures import INTERVALS, can_plot, curve_figures, reliability_figure
+from .page import Page
+from .run_folder import TrainedRun, without_user
+
+__all__ = ['compare_runs', 'mcnemar']
+
+NUM_CLASSES_SHOWN = 10
+# Settings that say where a run is, and not what it is.
+PLACES = ('experiment', 'output', 'quiet')
+AGREEMENT = ['agree', 'both right', 'only the first', 'only this', 'neither', 'p (McNemar)']
+CHANCE = ('p is how likely two equally good models differ at least so much (McNemar, exact, two-sided), of the samples '
+          'alone; another seed of the same settings may differ by more.')
+NOT_THE_SAME = 'The runs were not evaluated on the same samples, so that these cannot be compared one by one.'
+
+
+def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> str:
+    """Runs side by side as a table, and where it is asked for as a page.
+
+    Args:
+        runs: Folders of two runs or more; the first is what the others are compared with.
+        out: The file of the page.
+
+    Returns:
+        The tables: figures, settings that differ, and how the runs agree sample by sample.
+
+    Raises:
+        InputError: There are fewer than two, one has no metrics, or the file cannot be written.
+    """
+    if len(runs) < 2:
+        raise InputError('one run alone has nothing to be compared with; name two or more')
+    found = _named([TrainedRun.read(folder) for folder in runs])
+    figures, settings, agreements = _figures(found), _settings(found), _agreements(found)
+    if out is not None:
+        _page(found, figures, settings, agreements).write(out)
+    parts = [_text(_figures_header(found), figures), *_other_losses(found).values()]
+    if settings:
+        parts.append(_text(['setting', *found], settings))
+    if agreements:
+        parts.append(_text([f'beside {_weighed(found)[0]}', *AGREEMENT], agreements))
+        parts += [*_left_out(found), CHANCE]
+    else:
+        parts.append(NOT_THE_SAME)
+    return '\n\n'.join(parts)
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """How likely two equally good models differ at least so much: McNemar's exact test, two-sided.
+
+    Args:
+        only_one: Samples that only the one model has right.
+        only_other: Samples that only the other has right.
+    """
+    total, smaller = only_one + only_other, min(only_one, only_other)
+    if not total:
+        return 1.
+    logs = [math.lgamma(total + 1) - math.lgamma(count + 1) - math.lgamma(total - count + 1) - total * math.log(2)
+            for count in range(smaller + 1)]
+    largest = max(logs)
+    return min(1., 2 * math.exp(largest) * sum(math.exp(value - largest) for value in logs))
+
+
+def _page(
+        runs: dict[str, TrainedRun],
+        figures: list[list[str]],
+        settings: list[list[str]],
+        agreements: list[list[str]],
+) -> Page:
+    page = Page(' and '.join(runs) if len(runs) == 2 else f'{len(runs)} runs', 'compared with the first')
+    for run in runs.values():
+        for problem in run.problems:
+            page.warning(without_user(problem))
+    page.heading('Result')
+    page.table(_figures_header(runs), figures)
+    with warnings.catch_warnings():
+        # As in a run's own report.
+        warnings.filterwarnings('ignore', message='Glyph')
+        _add_curves(page, runs)
+        _add_samples(page, runs, agreements)
+    page.heading('Settings that differ')
+    if settings:
+        page.table(['setting', *runs], settings)
+    else:
+        page.paragraph('None does.')
+    page.footer(f'timm_tinyvit {__version__}')
+    return page
+
+
+def _named(runs: Sequence[TrainedRun]) -> dict[str, TrainedRun]:
+    """Runs by their names; those that share one with their folders', and numbered where even that is shared."""
+    names = [run.name for run in runs]
+    times = Counter(names)
+    names = [f'{run.folder.resolve().parent.name}/{name}' if times[name] > 1 else name
+             for name, run in zip(names, runs)]
+    times, seen = Counter(names), Counter()
+    for place, name in enumerate(names):
+        if times[name] > 1:
+            seen[name] += 1
+            names[place] = f'{name} ({seen[name]})'
+    return dict(zip(names, runs))
+
+
+def _weighed(runs: dict[str, TrainedRun]) -> list[str]:
+    """Names of the runs with whose weights their predictions are."""
+    return [f'{name}{run.whose}' for name, run in runs.items()]
+
+
+def _figures_header(runs: dict[str, TrainedRun]) -> list[str]:
+    first, *others = runs
+    return ['', first, *(text for name in others for text in (name, 'difference'))]
+
+
+def _figures(runs: dict[str, TrainedRun]) -> list[list[str]]:
+    """Rows of a figure of the first run, and of each other run its own and the difference.
+
+    There is no difference between losses that are not the same quantity, nor between scores of other samples.
+    """
+    other_losses, other_samples = _other_losses(runs), _other_samples(runs)
+    columns = []
+    for run in runs.values():
+        values = {}
+        for ending, whose in (('', ''), ('_ema', ', averaged')):
+            best = run.best(f'eval_top1{ending}')
+            values[f'best top-1{whose} (chosen on this split)'] = best and best[1]
+            for name, text in (('top1', 'last top-1'), ('top5', 'last top-5'), ('loss', 'last loss')):
+                points = run.column(f'eval_{name}{ending}')
+                values[f'{text}{whose}'] = points[-1][1] if points else None
+            said = run.evaluations.get(ending)
+            values[f'calibration error{whose}'] = said and 100 * said.predictions.reliability().error
+        for name, text in (('loss', 'training loss'), ('images_per_second', 'images per second')):
+            points = [value for _, value in run.column(name)]
+            if points:
+                values[text] = points[-1] if name == 'loss' else float(np.median(points))
+        values['minutes of training'] = sum(value for _, value in run.column('seconds')) / 60
+        values['epochs'] = len(run.rows)
+        columns.append(values)
+    rows = []
+    for text in dict.fromkeys(name for values in columns for name in values):
+        if all(values.get(text) is None for values in columns):
+            continue
+        digits = 0 if text == 'epochs' else 4 if 'loss' in text else 2
+        of_samples = 'top-' in text or 'calibration' in text
+        unit = '%' if of_samples else ''
+        # Rounded first, so that the difference is that of what is read.
+        first, *others = [None if values.get(text) is None else round(values[text], digits) for values in columns]
+        row = [text, '-' if first is None else f'{first:,.{digits}f}{unit}']
+        for name, value in zip(list(runs)[1:], others):
+            incomparable = name in other_losses if text == 'training loss' else (
+                name in other_samples and (of_samples or 'last loss' in text))
+            known = first is not None and value is not None and not incomparable
+            row += ['-' if value is None else f'{value:,.{digits}f}{unit}',
+                    f'{value - first:+,.{digits}f}' if known else '']
+        rows.append(row)
+    return rows
+
+
+def _other_losses(runs: dict[str, TrainedRun]) -> dict[str, str]:
+    """Runs whose training loss is another quantity than the first run's, and a sentence that says why."""
+    (base, first), *others = runs.items()
+    found = {}
+    for name, run in others:
+        ours, theirs = first.loss_settings(), run.loss_settings()
+        differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
+        if differing:
+            found[name] = (f'The training losses of {base} and {name} are not the same quantity, and not subtracted: '
+                           f'the runs differ in {", ".join(differing)}.')
+    return found
+
+
+def _other_samples(runs: dict[str, TrainedRun]) -> list[str]:
+    """Runs that were evaluated on other samples than the first run."""
+    (_, first), *others = runs.items()
+    return [name for name, run in others if first.evaluation and run.evaluation and not _is_same(first, run)]
+
+
+def _is_same(first: TrainedRun, other: TrainedRun) -> bool:
+    """Whether two runs with predictions were evaluated on the same samples."""
+    one, two = first.evaluation, other.evaluation
+    return one.split == two.split and one.num_classes == two.num_classes
+
+
+def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:
+    """Rows of a setting that is not the same in all runs."""
+    shown = [{**changed, **others} for changed, others in (run.shown_settings() for run in runs.values())]
+    first, *others = runs.values()
+    rows = []
+    for name in dict.fromkeys(name for settings in shown for name in settings if name not in PLACES):
+        row = [settings.get(name, '-') or '-' for settings in shown]
+        for place, run in enumerate(others, 1):
+            if row[place] == row[0] and run.settings.get(name) != first.settings.get(name):
+                row[place] += ' (in another folder)'
+        if len(set(row)) > 1:
+            rows.append([name, *row])
+    return rows
+
+
+def _on_the_same(runs: dict[str, TrainedRun]) -> dict[str, Predictions]:
+    """Predictions of the first run and of those that were evaluated on the same samples; empty where none was."""
+    (_, first), *_ = runs.items()
+    if first.evaluation is None:
+        return {}
+    same = {name: run.evaluation.predictions for name, run in runs.items() if run.evaluation and _is_same(first, run)}
+    return same if len(same) > 1 else {}
+
+
+def _left_out(runs: dict[str, TrainedRun]) -> list[str]:
+    """A sentence that names the runs which are not compared sample by sample with the others, if there are any."""
+    same = _on_the_same(runs)
+    names = [name if run.evaluation else f'{name} (no predictions)' for name, run in runs.items() if name not in same]
+    return [f'Left out, as they were not evaluated on the same samples: {", ".join(names)}.'] if names else []
+
+
+def _agreements(runs: dict[str, TrainedRun]) -> list[list[str]]:
+    """Rows of how a run's last evaluation compares with the first run's, sample by sample."""
+    same = _on_the_same(runs)
+    rows = []
+    for name, said in list(same.items())[1:]:
+        first = next(iter(same.values()))
+        only_first, only_this = (int((a.right & ~b.right).sum()) for a, b in ((first, said), (said, first)))
+        chance = mcnemar(only_first, only_this)
+        rows.append([
+            f'{name}{runs[name].whose}', f'{100 * (first.best == said.best).mean():.1f}%',
+            f'{int((first.right & said.right).sum()):,}',
+            f'{only_first:,}', f'{only_this:,}', f'{int((~first.right & ~said.right).sum()):,}',
+            '<0.0001' if chance < 1e-4 else f'{chance:.4f}'])
+    return rows
+
+
+def _add_curves(page: Page, runs: dict[str, TrainedRun]) -> None:
+    page.heading('Curves')
+    if can_plot():
+        for figure, alt in curve_figures(runs):
+            page.figure(figure, alt)
+    else:
+        page.paragraph("Curves and diagrams need matplotlib: pip install 'timm_tinyvit[plots]', and compare again.")
+    for sentence in _other_losses(runs).values():
+        page.paragraph(sentence)
+
+
+def _add_samples(page: Page, runs: dict[str, TrainedRun], agreements: list[list[str]]) -> None:
+    page.heading('Sample by sample')
+    if not agreements:
+        page.paragraph(NOT_THE_SAME)
+        return
+    same = _on_the_same(runs)
+    base, *others = same
+    first = same[base]
+    weighed = dict(zip(runs, _weighed(runs)))
+    page.table(['', *AGREEMENT], agreements,
+               f'The last evaluation on the same {len(first):,} samples, beside {weighed[base]}')
+    for sentence in _left_out(runs):
+        page.warning(sentence)
+    page.paragraph(f'Agree: the most probable class is the same. {CHANCE}')
+    if can_plot():
+        page.figure(reliability_figure({weighed[name]: said.reliability() for name, said in same.items()}),
+                    'reliability diagrams of the runs', INTERVALS)
+    evaluation = runs[base].evaluation
+    counts, before = class_accuracy(first, evaluation.num_classes)
+    for name in others:
+        _, after = class_accuracy(same[name], evaluation.num_classes)
+        gain = np.nan_to_num(after - before)
+        order = np.argsort(-gain, kind='stable')
+        for title, chosen in (
+            ('gains most', order[gain[order] > 0][:NUM_CLASSES_SHOWN]),
+            ('loses most', order[::-1][gain[order[::-1]] < 0][:NUM_CLASSES_SHOWN]),
+        ):
+            if len(chosen):
+                page.heading(f'Classes where {weighed[name]} {title}', level=3)
+                page.table(['class', 'samples', weighed[base], weighed[name], 'points'], [
+                    [evaluation.name(label), int(counts[label]), f'{100 * before[label]:.1f}%',
+                     f'{100 * after[label]:.1f}%', f'{100 * gain[label]:+.1f}'] for label in chosen])
+
+
+def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: the first column left, the others right."""
+    lines = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    return '\n'.join('  '.join(
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+        for line in lines)

@@ -1,0 +1,288 @@
+"""The report of a run: one page on how it went, what its student knows, and how it compares with its teacher.
+
+Everything comes from the folder of the run, so that neither data nor models are at hand when the page is made: at the
+end of a training, or at any time by `python -m timm_tinyvit.report RUN`. Its size does not depend on the number of
+classes or samples.
+"""
+
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..base.console import warn
+from ..teacher.estimate import counted
+from ..train.predictions import (
+    Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
+)
+from ..version import __version__
+from .figures import INTERVALS, can_plot, confusion_figure, curve_figures, reliability_figure
+from .page import Bar, Page, Picture
+from .run_folder import WHOSE, TrainedRun, shown, without_user
+
+__all__ = ['REPORT', 'best_effort', 'write_run_report']
+
+REPORT = 'report.html'
+# Up to so many classes the confusion matrix has all of them.
+MAX_MATRIX = 20
+NUM_WORST = 10
+NUM_BARS = 3
+
+
+def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
+    """Write the page on a run.
+
+    Args:
+        folder: Folder of the run.
+        out: The file; by default `report.html` in the folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: The folder has no metrics of a run, or the file cannot be written.
+    """
+    run = TrainedRun.read(folder)
+    page = Page(f'Run {run.name}', _subtitle(run))
+    for problem in run.problems:
+        page.warning(without_user(problem))
+    with warnings.catch_warnings():
+        # Class names may have letters that matplotlib's font lacks; the reader's fonts show them.
+        warnings.filterwarnings('ignore', message='Glyph')
+        _add_result(page, run)
+        _add_curves(page, run)
+        _add_evaluation(page, run)
+        _add_teacher(page, run)
+    _add_settings(page, run)
+    _add_environment(page, run)
+    page.footer(f'timm_tinyvit {__version__}')
+    out = Path(out) if out else run.folder / REPORT
+    page.write(out)
+    return out
+
+
+@contextmanager
+def best_effort(what: str) -> Iterator[None]:
+    """Inside, what goes wrong is a warning: no training ends for want of a report.
+
+    Args:
+        what: What cannot be made then.
+    """
+    try:
+        yield
+    except Exception as error:
+        # From full disks to whatever a plotting library makes of odd figures.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warn(f'{what} cannot be made: {reason}; the training goes on')
+
+
+def _subtitle(run: TrainedRun) -> str:
+    text = shown(run.settings.get('model', 'a run'))
+    if run.settings.get('dataset'):
+        text += f' on {Path(str(run.settings["dataset"])).name}'
+    if run.settings.get('logits'):
+        text += ', distilled'
+    done = round(run.rows[-1]['epoch']) + 1
+    return text + (f', {counted(done, "epoch")}' if done >= run.num_epochs else
+                   f', {done} of {counted(run.num_epochs, "epoch")} so far')
+
+
+def _add_result(page: Page, run: TrainedRun) -> None:
+    page.heading('Result')
+    facts = {}
+    for ending, whose in (('', ''), ('_ema', ' of the averaged weights')):
+        best = run.best(f'eval_top1{ending}')
+        if best:
+            # Of the very split that it is a figure of, so that it flatters.
+            facts[f'best top-1{whose}'] = f'{best[1]:.2f}% in epoch {best[0]} (chosen on this split)'
+            last = [f'{run.column(f"eval_top1{ending}")[-1][1]:.2f}%']
+            for name, form in (('top5', 'top-5 {:.2f}%'), ('loss', 'loss {:.4f}')):
+                values = run.column(f'eval_{name}{ending}')
+                last += [form.format(values[-1][1])] if values else []
+            facts[f'last top-1{whose}'] = ', '.join(last)
+    seconds = sum(value for _, value in run.column('seconds'))
+    waited = sum(row['seconds'] * row['data_wait'] for row in run.rows if {'seconds', 'data_wait'} <= set(row))
+    if seconds:
+        facts['training'] = f'{_duration(seconds)}, {100 * waited / seconds:.0f}% of it waiting for data'
+    speeds = [value for _, value in run.column('images_per_second')]
+    if speeds:
+        facts['speed'] = f'{np.median(speeds):,.0f} images/s'
+    if run.settings.get('logits'):
+        facts['learned from'] = ', '.join(Path(str(store)).name for store in run.settings['logits'])
+    if not run.column('eval_top1'):
+        facts['accuracy'] = 'not evaluated yet'
+    page.facts(facts)
+    if run.column('eval_top1') and run.settings:
+        page.details('The command that evaluates the best weights again', run.evaluation_command())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f'{seconds:.0f} seconds'
+    return f'{seconds / 60:.1f} minutes' if seconds < 3600 else f'{seconds / 3600:.1f} hours'
+
+
+def _add_curves(page: Page, run: TrainedRun) -> None:
+    page.heading('Curves')
+    if not can_plot():
+        page.paragraph("Curves and diagrams need matplotlib: pip install 'timm_tinyvit[plots]', then make this page "
+                       'again with python -m timm_tinyvit.report and the folder of the run.')
+        names = {'loss': 'loss', 'eval_top1': 'top-1', 'eval_top1_ema': 'averaged', 'lr': 'learning rate'}
+        names = {name: text for name, text in names.items() if run.column(name)}
+        rows = [row for row in run.rows if 'epoch' in row]
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 20)).astype(int))
+        page.table(['epoch', *names.values()], [
+            [round(rows[place]['epoch']) + 1, *(f'{rows[place][name]:.4g}' if name in rows[place] else ''
+                                                for name in names)] for place in chosen])
+        return
+    for figure, alt in curve_figures({run.name: run}):
+        page.figure(figure, alt)
+
+
+def _add_evaluation(page: Page, run: TrainedRun) -> None:
+    page.heading('On the evaluation split')
+    found = run.evaluation
+    if found is None:
+        page.paragraph('There are no predictions to look at: the run has not been evaluated yet, or it was by an '
+                       'earlier version. The next evaluation leaves them.')
+        return
+    said = found.predictions
+    reliability = said.reliability()
+    page.paragraph(
+        f'{len(said):,} samples of {found.num_classes:,} classes, after epoch {found.epoch + 1}{run.whose}: top-1 '
+        f'{100 * said.top(1):.2f}%, mean confidence {100 * said.confidence.mean():.1f}%, expected calibration error '
+        f'{100 * reliability.error:.1f}%, mean negative log-probability of the label '
+        f'{-said.label_log_probs.mean():.4f}.')
+    if can_plot():
+        page.figure(reliability_figure({f'student{run.whose}': reliability}), 'reliability diagram of the student',
+                    f'On the diagonal, a confidence of 80% is right 80% of the time. {INTERVALS}')
+    _add_confusion(page, found)
+    right, wrong = samples_to_show(said)
+    page.heading('Samples', level=3)
+    if len(right):
+        page.pictures(_pictures(found, right), 'Surest of the right ones, of as many classes as there are')
+    if len(wrong):
+        page.pictures(_pictures(found, wrong), 'Surest of the wrong ones')
+
+
+def _add_confusion(page: Page, found: Evaluation) -> None:
+    said = found.predictions
+    everything = found.num_classes <= MAX_MATRIX
+    classes = np.arange(found.num_classes) if everything else worst_classes(said, found.num_classes, NUM_WORST)
+    counts = confusion(said, classes)
+    names = [found.name(label) for label in classes]
+    if not counts[:, -1].any():
+        counts = counts[:, :-1]
+    else:
+        names.append('any other')
+    title = 'Confusion' if everything else f'Confusion of the {len(classes)} worst classes'
+    if can_plot():
+        page.figure(confusion_figure(counts, names), title, f'{title}: of each label, in percent')
+    else:
+        rows = [[name, *row] for name, row in zip(names, counts.tolist())]
+        page.table(['label', *names], rows, f'{title}, in samples')
+    samples, accuracy = class_accuracy(said, found.num_classes)
+    pairs = confused_pairs(said, NUM_WORST)
+    if pairs:
+        page.heading('Most frequent mistakes', level=3)
+        page.table(
+            ['label', 'taken for', 'samples', 'of the label'],
+            [[found.name(label), found.name(other), count, f'{100 * count / samples[label]:.1f}%']
+             for label, other, count in pairs])
+    page.heading('Worst classes', level=3)
+    rows = []
+    for label in worst_classes(said, found.num_classes, NUM_WORST):
+        others = said.best[(said.labels == label) & ~said.right]
+        mostly = found.name(np.bincount(others).argmax()) if len(others) else '-'
+        rows.append([found.name(label), int(samples[label]), f'{100 * accuracy[label]:.1f}%', mostly])
+    page.table(['class', 'samples', 'top-1', 'mostly taken for'], rows)
+
+
+def _pictures(found: Evaluation, samples: np.ndarray) -> list[Picture]:
+    """Pictures of samples with the student's best classes; of those whose view was kept."""
+    said = found.predictions
+    places = {int(sample): place for place, sample in enumerate(found.shown)}
+    pictures = []
+    for sample in samples.tolist():
+        label, rest, bars = int(said.labels[sample]), 1., []
+        for other, share in zip(said.ids[sample, :NUM_BARS].tolist(), said.probs[sample, :NUM_BARS].tolist()):
+            bars.append(Bar(found.name(other), share, 'label' if other == label else ''))
+            rest -= share
+        if label not in said.ids[sample, :NUM_BARS]:
+            share = float(np.exp(said.label_log_probs[sample]))
+            bars.append(Bar(found.name(label), share, 'label'))
+            rest -= share
+        if len(bars) < found.num_classes:
+            bars.append(Bar('all others', max(0., rest), 'rest'))
+        if sample in places:
+            pictures.append(Picture(found.views[places[sample]], f'{found.name(label)} #{sample}', bars))
+    return pictures
+
+
+def _add_teacher(page: Page, run: TrainedRun) -> None:
+    page.heading('Student and teacher')
+    found = run.stored_views
+    if not run.settings.get('logits') and found is None:
+        page.paragraph('The student learned from labels alone; there is no teacher to compare it with.')
+        return
+    if found is None:
+        page.paragraph('The student looks at stored views beside its teacher when a training ends; this one has not '
+                       'ended yet.')
+        return
+    student, teacher = found.student, found.teacher
+    whose = WHOSE[found.ending]
+    stored = f', stored epoch {" and ".join(map(str, found.stored_epochs))}' if found.stored_epochs else ''
+    page.paragraph(
+        f'Both on the same {len(student):,} views of the training data, of epoch {found.epoch + 1}{stored}: the '
+        f'student{whose} and the teacher agree on the most probable class of '
+        f'{100 * (student.best == teacher.best).mean():.1f}%, and the KL divergence from what '
+        f'the store says of the teacher is {found.divergence.mean():.4f} nats in the mean, '
+        f'{np.median(found.divergence):.4f} in the median.')
+    student, teacher = student.labelled(), teacher.labelled()
+    if not len(student):
+        page.paragraph('The views have no label each of the classes of the teacher, so that nobody is right or wrong.')
+        return
+    models = {f'student{whose}': student.reliability(), 'teacher': teacher.reliability()}
+    page.table(['on views with a label', *models], [
+        [text, *(f'{100 * value:.1f}%' for value in values)] for text, values in (
+            ('top-1', (student.top(1), teacher.top(1))),
+            ('mean confidence', (student.confidence.mean(), teacher.confidence.mean())),
+            ('expected calibration error', [found.error for found in models.values()]),
+            ('right where the other is wrong', (_only(student, teacher), _only(teacher, student))),
+        )])
+    if can_plot():
+        page.figure(reliability_figure(models), 'reliability diagram of student and teacher on stored views', INTERVALS)
+
+
+def _only(one: Predictions, other: Predictions) -> float:
+    return float((one.right & ~other.right).mean())
+
+
+def _add_settings(page: Page, run: TrainedRun) -> None:
+    page.heading('Settings')
+    changed, others = run.shown_settings()
+    if not run.settings:
+        page.paragraph('They are not known.')
+        return
+    page.facts(changed)
+    if others:
+        page.details(
+            'those at their defaults', '\n'.join(f'{name}: {value}' for name, value in sorted(others.items())))
+
+
+def _add_environment(page: Page, run: TrainedRun) -> None:
+    page.heading('Environment')
+    launches = run.environment.get('launches', [])
+    if not launches:
+        page.paragraph('It is not known: the run was started by an earlier version.')
+    for number, launch in enumerate(launches):
+        facts = launch['environment']
+        if number:
+            before = launches[number - 1]['environment']
+            facts = {name: f'{before.get(name, "none")} → {facts.get(name, "none")}' for name in {**before, **facts}
+                     if before.get(name) != facts.get(name)}
+        if len(launches) > 1:
+            page.heading(f'From epoch {launch["epoch"] + 1}', level=3)
+        page.facts(facts)

@@ -1,0 +1,186 @@
+"""What a run of train_distill leaves in its folder, read back: metrics, settings, environment, predictions.
+
+Whatever is missing or damaged beside the metrics costs its part of a report, not the report. What is shown of settings
+names no user: home folders become `~`, and tokens are left out.
+"""
+
+import getpass
+import math
+import re
+import shlex
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..base.errors import InputError
+from ..train.environment import read_environment
+from ..train.metrics import read_metrics
+from ..train.predictions import Evaluation
+from ..train.teacher_comparison import StoredViews
+
+__all__ = ['PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'shown', 'without_user']
+
+PREDICTIONS = 'predictions{ending}.npz'
+STORED_VIEWS = 'stored_views.npz'
+TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{8,}')
+# A folder or a file, and not a name on the Hub or a relative path; a scheme such as `local-dir:` may stand before it.
+PLACE = re.compile(r'([\w-]+:(?!//))?(?:/|~|\.\.?/).*?([^/]+)/*')
+# What a training loss is measured by, beside the data.
+MIXING = ('mixup', 'cutmix', 'cutmix_minmax')
+# Weights as words that stand behind a name, by the ending of theirs.
+WHOSE = {'': '', '_ema': ' (averaged weights)'}
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run, finished or not.
+
+    Attributes:
+        folder: Its folder.
+        rows: Its metrics by epoch; what an epoch lacks is not in its row.
+        settings: All flags; empty where they are not known.
+        environment: What `record_environment` wrote; may be empty.
+        evaluations: The last predictions, by the ending of the weights' name: of the student, and `_ema` of its
+            average.
+        stored_views: The student beside its teacher, where it has one.
+        problems: A sentence for each file that cannot be read.
+    """
+    folder: Path
+    rows: list[dict[str, float]]
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    evaluations: dict[str, Evaluation]
+    stored_views: StoredViews | None
+    problems: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> 'TrainedRun':
+        """Read the folder of a run.
+
+        Raises:
+            InputError: There are no metrics in it, or none that can be read.
+        """
+        folder = Path(folder).expanduser()
+        problems: list[str] = []
+
+        def read(name: str, reader: Any) -> Any:
+            if not (folder / name).is_file():
+                return None
+            try:
+                return reader(folder / name)
+            except InputError as error:
+                problems.append(str(error).replace(f'{folder}/', ''))
+
+        evaluations = {ending: read(PREDICTIONS.format(ending=ending), Evaluation.read) for ending in ('', '_ema')}
+        return cls(
+            folder, read_metrics(folder), read('args.yaml', _read_settings) or {}, read_environment(folder),
+            {ending: found for ending, found in evaluations.items() if found is not None},
+            read(STORED_VIEWS, StoredViews.read), problems)
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.folder.resolve().name
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that it is meant to have; those that it has where that is not known."""
+        return self.settings.get('epochs', len(self.rows)) + self.settings.get('cooldown_epochs', 0)
+
+    def column(self, name: str) -> list[tuple[int, float]]:
+        """(epoch from 1, value) of a metric, where it has a finite value."""
+        return [(round(row['epoch']) + 1, row[name]) for row in self.rows
+                if name in row and math.isfinite(row[name])]
+
+    def best(self, name: str) -> tuple[int, float] | None:
+        """The epoch, from 1, of the largest value of a metric, and it; the first of several."""
+        return max(self.column(name), key=lambda pair: pair[1], default=None)
+
+    @cached_property
+    def ending(self) -> str:
+        """Whose accuracy counts: the average's, where it ended higher than the student's own."""
+        last = {ending: values[-1][1] for ending in ('', '_ema') if (values := self.column(f'eval_top1{ending}'))}
+        return max(last, key=last.get, default='')
+
+    @property
+    def whose(self) -> str:
+        """Which weights those are, as words that stand behind its name; none for the student's own."""
+        return WHOSE[self.ending]
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """Its predictions."""
+        return self.evaluations.get(self.ending)
+
+    def loss_settings(self) -> dict[str, Any]:
+        """The settings that say what its training loss is: losses of others are not the same quantity."""
+        names = ['smoothing', 'logits', *MIXING]
+        if self.settings.get('logits'):
+            names += ['alpha', 'temperature']
+        if any(self.settings.get(name) for name in MIXING):
+            names += ['mixup_mode', 'mixup_prob', 'mixup_switch_prob']
+        return {name: self.settings.get(name) or None for name in names}
+
+    def shown_settings(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Settings as they may be shown, folders by their names: those that are not the defaults, and the others."""
+        texts = {name: shown(value) for name, value in self.settings.items()}
+        changed = {'dataset', 'model', *self.environment.get('changed_settings', texts)}
+        return ({name: text for name, text in texts.items() if name in changed},
+                {name: text for name, text in texts.items() if name not in changed})
+
+    def evaluation_command(self) -> str:
+        """The command that evaluates its best weights again."""
+        flags = ['dataset', 'val_dataset', 'val_split', 'input_key', 'target_key', 'model', 'model_kwargs', 'amp_dtype']
+        words = ['python', '-m', 'train_distill']
+        for name in flags:
+            value = self.settings.get(name)
+            if value:
+                words += [f'--{name.replace("_", "-")}']
+                words += [f'{key}={item}' for key, item in value.items()] if isinstance(value, dict) else [str(value)]
+        words += ['--eval', str(self.folder / f'best{self.ending}')]
+        return ' '.join(map(_quoted, map(without_user, words)))
+
+
+def without_user(text: str) -> str:
+    """A text without the user's home folder, name in a path, and tokens."""
+    text = TOKEN.sub('hf_...', text)
+    home = str(Path.home())
+    if len(home) > 1 and (text == home or text.startswith(home + '/')):
+        return '~' + text[len(home):]
+    if not text.startswith('/'):
+        return text
+    text = re.sub(r'^/(home|Users)/[^/]+', r'/\1/...', text)
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        return text
+    return '/'.join('$USER' if part == user else part for part in text.split('/'))
+
+
+def shown(value: Any) -> str:
+    """A setting as text; of a path the name, as a path names people and machines."""
+    if isinstance(value, (list, tuple)):
+        return ' '.join(map(shown, value))
+    if isinstance(value, dict):
+        return ' '.join(f'{key}={shown(item)}' for key, item in value.items())
+    text = '' if value is None else without_user(str(value))
+    place = PLACE.fullmatch(text)
+    return f'{place[1] or ""}{place[2]}' if place else text
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell, which is to see `~` and `$USER`."""
+    return word if re.fullmatch(r'[\w@%+=:,./~$-]+', word) else shlex.quote(word)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding='utf-8'))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError(f'{file} is not readable as settings; the report is without them')
+    return settings

@@ -1,0 +1,384 @@
+"""What a store says of its teacher: how sure it is, how often right, and whether it is of one mind about an image.
+
+One pass reads the same samples in some of the epochs, so that what it takes is bounded for stores of any size. It goes
+epoch after epoch, as a store on the Hub wants to be read. Probabilities are those that a student learns from: where the
+remainder rule is `uniform`, the mass that is not listed is spread evenly over the other classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.dataset import SparseLogitDataset, read_records
+from ..data.fingerprint import iterate_keys
+from ..data.pairing import Pairing
+from ..data.views import ViewRecipe
+from ..store.local import LogitStore
+from ..targets.sparse import SparseTargets
+from ..train.calibration import Reliability, calibration
+
+__all__ = [
+    'StoreStatistics', 'disagreement', 'filled_shards', 'label_mismatch', 'label_probability', 'rows_of',
+    'store_statistics',
+]
+
+MAX_SAMPLES = 100_000
+MAX_EPOCHS = 10
+READ_SAMPLES = 4096
+READ_ENTRIES = 1 << 19
+# Classes that are held at a time to compare what is said of a sample in all epochs: 100 MB.
+KEPT_ENTRIES = 1 << 23
+COMPARED_ENTRIES = 1 << 20
+MASS_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+@dataclass(frozen=True)
+class StoreStatistics:
+    """What was found in E epochs of N samples; in every array [E, N] NaN, or -1, stands for a view that is not stored.
+
+    Attributes:
+        epochs: The epochs [E].
+        rows: Rows of the samples in the store, int64 [N].
+        labels: Their labels, int64 [N]; -1 where there is none.
+        is_mixed: Whether views are mixed: each then has two labels, and its own partners in every epoch.
+        top: The most probable class, int64 [E, N].
+        confidence: Its probability [E, N].
+        entropy: Entropy of the target in nats [E, N].
+        num_listed: Classes that are listed [E, N].
+        label_prob: Probability of the label, of both labels where views are mixed, [E, N]; NaN without a label.
+        right: 1 where the most probable class is the label, or one of the two, 0 where not, [E, N]; NaN without a
+            label.
+        mass_sizes: How many most probable classes [M] the mass is given of.
+        mass: Mean mass that they cover in each epoch [E, M].
+        compared: Which of the N samples are compared between epochs, int64 [P].
+        disagreement: Of those, the mean KL divergence in nats from their mean target to that of an epoch [P]; NaN where
+            a sample has fewer than two views.
+    """
+    epochs: list[int]
+    rows: np.ndarray
+    labels: np.ndarray
+    is_mixed: bool
+    top: np.ndarray
+    confidence: np.ndarray
+    entropy: np.ndarray
+    num_listed: np.ndarray
+    label_prob: np.ndarray
+    right: np.ndarray
+    mass_sizes: list[int]
+    mass: np.ndarray
+    compared: np.ndarray
+    disagreement: np.ndarray
+
+    @property
+    def num_views(self) -> np.ndarray:
+        """Views that were looked at in each epoch [E]."""
+        return (self.top >= 0).sum(axis=1)
+
+    @property
+    def has_labels(self) -> bool:
+        return bool((self.labels >= 0).any())
+
+    def by_epoch(self, name: str) -> np.ndarray:
+        """Means of one of the arrays [E, N] in each epoch [E]; NaN where there is nothing to take the mean of."""
+        return _mean(getattr(self, name), axis=1)
+
+    def by_sample(self, name: str) -> np.ndarray:
+        """Means of one of the arrays [E, N] over the epochs [N]; NaN where there is nothing to take the mean of."""
+        return _mean(getattr(self, name), axis=0)
+
+    def agreement(self) -> np.ndarray:
+        """Share of samples with the same most probable class in two epochs, [E, E]; NaN where none is in both."""
+        shares = np.full((len(self.epochs),) * 2, np.nan)
+        for first, second in combinations(range(len(self.epochs)), 2):
+            both = (self.top[first] >= 0) & (self.top[second] >= 0)
+            if both.any():
+                same = self.top[first, both] == self.top[second, both]
+                shares[first, second] = shares[second, first] = same.mean()
+        return shares
+
+    def majority(self) -> tuple[np.ndarray, np.ndarray]:
+        """What most of a sample's views say.
+
+        Returns:
+            The class that is most often the most probable one, int64 [N], the lowest of several; and the share of the
+            epochs that say so [N], NaN where a sample has fewer than two views.
+        """
+        ordered = np.sort(self.top, axis=0)
+        best, winner, run = np.zeros(len(self.rows), dtype=np.int64), ordered[0].copy(), 0
+        for place, classes in enumerate(ordered):
+            run = np.where(classes == ordered[max(place - 1, 0)], run, 0) + (classes >= 0)
+            winner = np.where(run > best, classes, winner)
+            best = np.maximum(best, run)
+        views = (self.top >= 0).sum(axis=0)
+        return winner, np.where(views > 1, best / np.maximum(views, 1), np.nan)
+
+    def reliability(self) -> Reliability | None:
+        """How far its probabilities can be trusted; None without labels, and for mixed views, which have no one."""
+        scored = np.isfinite(self.right)
+        if self.is_mixed or not scored.any():
+            return None
+        return calibration(self.confidence[scored], self.right[scored])
+
+    def confusions(self, count: int) -> list[tuple[int, int, int]]:
+        """The most frequent mistakes: label, what the teacher takes it for, and in how many views; unmixed ones."""
+        wrong = self.right == 0
+        labels = np.broadcast_to(self.labels, self.top.shape)[wrong]
+        pairs, counts = np.unique(np.stack([labels, self.top[wrong]]), axis=1, return_counts=True)
+        order = np.argsort(-counts, kind='stable')[:count]
+        return [(*pairs[:, place].tolist(), int(counts[place])) for place in order]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain JSON values; None where there is nothing to say."""
+        winner, share = self.majority()
+        reliability = self.reliability()
+        scored = (self.labels >= 0) & (winner >= 0)
+        by_epoch = {name: self.by_epoch(name) for name in (
+            'right', 'confidence', 'label_prob', 'entropy', 'num_listed')}
+        return {
+            'samples': len(self.rows),
+            'views': int(self.num_views.sum()),
+            'compared_samples': len(self.compared),
+            'accuracy': _plain(_mean(self.right)),
+            'majority_accuracy': _plain(_mean((winner == self.labels)[scored])) if not self.is_mixed else None,
+            'confidence': _plain(_mean(self.confidence)),
+            'label_probability': _plain(_mean(self.label_prob)),
+            'entropy': _plain(_mean(self.entropy)),
+            'listed_classes': _plain(_mean(self.num_listed)),
+            'mass': {str(size): _plain(_mean(column)) for size, column in zip(self.mass_sizes, self.mass.T)},
+            'agreement': _plain(_mean(self.agreement())),
+            'majority': _plain(_mean(share)),
+            'unanimous': _plain(_mean((share == 1)[np.isfinite(share)])),
+            'disagreement': _plain(_mean(self.disagreement)),
+            'calibration_error': reliability and reliability.error,
+            'epochs': [
+                {'epoch': epoch, 'views': int(views), **{
+                    {'right': 'accuracy', 'label_prob': 'label_probability', 'num_listed': 'listed_classes'}.get(
+                        name, name): _plain(values[place]) for name, values in by_epoch.items()},
+                 'mass': {str(size): _plain(share) for size, share in zip(self.mass_sizes, self.mass[place])}}
+                for place, (epoch, views) in enumerate(zip(self.epochs, self.num_views))],
+        }
+
+
+def filled_shards(store: LogitStore, epochs: Sequence[int]) -> dict[int, np.ndarray]:
+    """The shards, int64 [n] in ascending order, that are there of each of these epochs that has any."""
+    missing: dict[int, list[int]] = {epoch: [] for epoch in epochs}
+    for epoch, shard in store.missing(epochs):
+        missing[epoch].append(shard)
+    there = {epoch: np.setdiff1d(np.arange(store.manifest.num_shards), shards) for epoch, shards in missing.items()}
+    return {epoch: shards for epoch, shards in there.items() if len(shards)}
+
+
+def rows_of(data: SparseLogitDataset) -> np.ndarray:
+    """The row in its store of each sample of a data set, int64 [len(data)]."""
+    if data.keys is None:
+        return np.arange(len(data))
+    return data.keys.find(np.concatenate([hashes for hashes, _ in iterate_keys(data.dataset, data.key)]))
+
+
+def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes: int) -> str | None:
+    """Why labels are not the classes of a teacher, in words; None where they can be.
+
+    Args:
+        labels: The labels, int64 [N]; -1 where there is none.
+        names: Names of their classes, where they are known.
+        num_classes: Classes of the teacher.
+    """
+    num_labels = len(names) if names else int(labels.max(initial=-1)) + 1
+    if num_labels > num_classes or (names and num_labels != num_classes):
+        return f'the labels are {num_labels:,} classes, those of the teacher {num_classes:,}'
+    return None
+
+
+def store_statistics(
+        store: LogitStore,
+        labels: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+        epochs: Sequence[int] | None = None,
+        max_samples: int = MAX_SAMPLES,
+        max_epochs: int = MAX_EPOCHS,
+        advance: Callable[[int], None] = lambda views: None,
+) -> StoreStatistics | None:
+    """Look at the same samples, evenly spaced, in epochs that are evenly spaced.
+
+    Args:
+        store: The store; what is not filled yet is left out.
+        labels: Labels of all its rows, int64 [num_samples]; -1 where there is none.
+        rows: The rows to choose samples from, int64 in ascending order; all by default.
+        epochs: The epochs to choose from; all by default.
+        max_samples: Samples to look at, at most.
+        max_epochs: Epochs to look at, at most.
+        advance: Is told of views that were read.
+
+    Returns:
+        What was found, or None where no shard of these epochs and rows is there.
+
+    Raises:
+        InputError: A shard or a record is damaged.
+    """
+    manifest = store.manifest
+    there = filled_shards(store, manifest.stored_epochs if epochs is None else epochs)
+    if not there:
+        return None
+    chosen = [list(there)[place] for place in _evenly(len(there), max_epochs)]
+    shards = np.unique(np.concatenate([there[epoch] for epoch in chosen]))
+    rows = _sample_rows(store, shards, rows, max_samples)
+    if not len(rows):
+        return None
+    is_mixed = ViewRecipe.from_dict(manifest.recipe).is_mixed
+    pairing = Pairing(manifest.seed, manifest.num_samples) if is_mixed else None
+    k = store.codec.k
+    sizes = sorted({size for size in MASS_SIZES if size < k} | {k})
+    shape = (len(chosen), len(rows))
+    top = np.full(shape, -1)
+    confidence, entropy, num_listed, label_prob, right = (np.full(shape, np.nan, dtype=np.float32) for _ in range(5))
+    mass = np.full((len(chosen), len(sizes)), np.nan)
+    compared = _evenly(len(rows), KEPT_ENTRIES // (len(chosen) * k)) if len(chosen) > 1 else np.arange(0)
+    kept_ids = np.full((len(chosen), len(compared), k), -1, dtype=np.int32)
+    kept_probs = np.zeros(kept_ids.shape, dtype=np.float32)
+    kept_shares = np.full(kept_ids.shape[:2], np.nan, dtype=np.float32)
+
+    for place, epoch in enumerate(chosen):
+        columns = np.flatnonzero(np.isin(rows // manifest.shard_size, there[epoch]))
+        sums = np.zeros(len(sizes))
+        for part in _parts(columns, max(1, min(READ_SAMPLES, READ_ENTRIES // k))):
+            targets = store.codec.decode(read_records(store, np.full(len(part), epoch), rows[part]))
+            probs, share = _probabilities(targets)
+            ordered, order = probs.sort(dim=1, descending=True)
+            top[place, part] = targets.ids.gather(1, order[:, :1])[:, 0]
+            confidence[place, part] = ordered[:, 0]
+            entropy[place, part] = _entropy(probs).sum(dim=1) + _unlisted(targets) * _entropy(share)
+            num_listed[place, part] = targets.num_valid
+            sums += ordered.cumsum(dim=1)[:, [size - 1 for size in sizes]].sum(dim=0).numpy()
+            if labels is not None:
+                names = [labels[rows[part]]]
+                if pairing is not None:
+                    members = pairing.members(epoch, pairing.pairs_of(epoch, rows[part]))
+                    names.append(labels[members.sum(axis=1) - rows[part]])
+                label_prob[place, part] = _label_probability(targets, names)
+                right[place, part] = np.where(
+                    np.min(names, axis=0) >= 0, np.any(names == top[place, part], axis=0), np.nan)
+            held, slots = np.isin(part, compared), np.searchsorted(compared, part)
+            slots = slots[held]
+            kept_ids[place, slots] = targets.ids.masked_fill(~targets.valid, -1)[held]
+            kept_probs[place, slots] = probs[held]
+            kept_shares[place, slots] = share[held]
+            advance(len(part))
+        mass[place] = sums / max(len(columns), 1) if len(columns) else np.nan
+    return StoreStatistics(
+        chosen, rows, np.full(len(rows), -1) if labels is None else labels[rows], is_mixed, top, confidence, entropy,
+        num_listed, label_prob, right, sizes, mass, compared,
+        disagreement(kept_ids, kept_probs, kept_shares, manifest.num_classes))
+
+
+def label_probability(targets: SparseTargets, labels: np.ndarray) -> np.ndarray:
+    """What targets give to the class of the label, float64 [B], for labels, int64 [B]; NaN for label -1."""
+    probs, share = _probabilities(targets)
+    match = targets.valid & (targets.ids == torch.from_numpy(labels)[:, None])
+    found = torch.where(match.any(dim=1), (probs * match).sum(dim=1), share)
+    return np.where(labels >= 0, found.numpy(), np.nan)
+
+
+def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_classes: int) -> np.ndarray:
+    """Mean KL divergence, in nats, from the mean target of each sample to its targets.
+
+    It is the entropy of the mean less the mean entropy, the Jensen-Shannon divergence of E targets.
+
+    Args:
+        ids: Class ids that E targets list of each of P samples, [E, P, K]; -1 for padding.
+        probs: Their probabilities [E, P, K], 0 for padding.
+        shares: What each class has that is not listed [E, P]; NaN where there is no target.
+        num_classes: C.
+
+    Returns:
+        The divergence [P]; NaN where there are fewer than two targets.
+    """
+    num_targets, num_samples, k = ids.shape
+    found = np.full(num_samples, np.nan)
+    for part in _parts(np.arange(num_samples), max(1, COMPARED_ENTRIES // max(1, num_targets * k))):
+        present = np.isfinite(shares[:, part])
+        count = present.sum(axis=0)
+        weights = present / np.maximum(count, 1)  # [E, P]
+        share = np.nan_to_num(shares[:, part].astype(np.float64))
+        listed = ids[:, part] >= 0
+        unlisted = num_classes - listed.sum(axis=2)
+        each = _entropy(probs[:, part].astype(np.float64)).sum(axis=2) + unlisted * _entropy(share)
+        # What a listed class has beyond the share that it would have if no target listed it, summed over the targets.
+        common = (weights * share).sum(axis=0)  # [P]
+        beyond = weights[..., None] * np.where(listed, probs[:, part] - share[..., None], 0)
+        names = ids[:, part].transpose(1, 0, 2).reshape(len(part), -1)
+        order = names.argsort(axis=1)
+        names = np.take_along_axis(names, order, axis=1)
+        beyond = np.take_along_axis(beyond.transpose(1, 0, 2).reshape(len(part), -1), order, axis=1)
+        first = np.ones_like(names, dtype=bool)
+        first[:, 1:] = names[:, 1:] != names[:, :-1]
+        starts = np.flatnonzero(first)
+        samples, is_class = starts // names.shape[1], names.ravel()[starts] >= 0
+        mean = np.maximum(np.add.reduceat(beyond.ravel(), starts) + common[samples], 0)
+        entropy = np.bincount(samples, _entropy(mean) * is_class, len(part))
+        entropy += (num_classes - np.bincount(samples, is_class, len(part))) * _entropy(common)
+        found[part] = np.where(count > 1, np.maximum(entropy - (weights * each).sum(axis=0), 0), np.nan)
+    return found
+
+
+def _probabilities(targets: SparseTargets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of listed classes, float64 [B, k] with 0 for padding, and of each other class [B]."""
+    probs = targets.log_probs.double().exp().masked_fill(~targets.valid, 0)
+    if targets.log_rest is None:
+        return probs, torch.zeros(len(targets), dtype=torch.float64)
+    return probs, targets.log_rest.double().exp() / _unlisted(targets).clamp(min=1)
+
+
+def _unlisted(targets: SparseTargets) -> torch.Tensor:
+    """Number of classes that are not listed [B]."""
+    return targets.num_classes - targets.num_valid
+
+
+def _entropy(probs: Any) -> Any:
+    """-p log p of each probability, in an array or a tensor."""
+    if isinstance(probs, torch.Tensor):
+        return torch.special.entr(probs)
+    return -probs * np.log(np.where(probs > 0, probs, 1))
+
+
+def _label_probability(targets: SparseTargets, names: list[np.ndarray]) -> np.ndarray:
+    """Probability of one label, or of two that may be the same, [B]."""
+    found = label_probability(targets, names[0])
+    for other in names[1:]:
+        found = found + np.where(other == names[0], 0, label_probability(targets, other))
+    return found
+
+
+def _sample_rows(store: LogitStore, shards: np.ndarray, rows: np.ndarray | None, count: int) -> np.ndarray:
+    """Up to so many rows, evenly spaced, int64 in ascending order, of those that these shards hold."""
+    size = store.manifest.shard_size
+    if rows is not None:
+        rows = rows[np.isin(rows // size, shards)]
+        return rows[_evenly(len(rows), count)]
+    ends = np.cumsum([store.manifest.shard_rows(shard) for shard in shards.tolist()])
+    places = _evenly(int(ends[-1]), count)
+    which = np.searchsorted(ends, places, side='right')
+    return shards[which] * size + places - np.concatenate([[0], ends])[which]
+
+
+def _evenly(total: int, count: int) -> np.ndarray:
+    """Up to so many numbers, int64 in ascending order and at least one, evenly spaced from 0 to below the total."""
+    return np.linspace(0, total - 1, max(1, min(count, total))).astype(np.int64) if total else np.arange(0)
+
+
+def _parts(numbers: np.ndarray, size: int) -> list[np.ndarray]:
+    return [numbers[start:start + size] for start in range(0, len(numbers), size)]
+
+
+def _mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The mean of what is no NaN, in float64; NaN where all is."""
+    finite = np.isfinite(values)
+    with np.errstate(invalid='ignore'):
+        return np.where(finite, values, 0).sum(axis=axis, dtype=np.float64) / finite.sum(axis=axis)
+
+
+def _plain(value: np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""The sparse targets of every view on disk or on the Hub: manifest, shards, readers and writers."""

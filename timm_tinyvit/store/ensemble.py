@@ -1,0 +1,118 @@
+"""Ensemble: several teachers' stores of the same views, read as one.
+
+The soft-target cross-entropy is linear in the target. So the loss on the average of what several teachers say, each
+softened by the temperature, is the average of the losses on what each says, and nothing need be merged on disk: records
+travel side by side, and decode to one `SparseTargets` per teacher. Stores may differ in teacher, sparsifier, k, codec,
+shard size and epochs; the epochs that all of them hold are used.
+"""
+
+from dataclasses import replace
+from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from ..base.errors import InputError
+from ..targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
+from .keys import KeyIndex
+from .local import LogitStore
+
+__all__ = ['Ensemble', 'ensemble_loss']
+
+# What makes the views, and the classes: entries of the manifest that must agree.
+COMMON = ('num_samples', 'num_classes', 'seed', 'first_sample', 'key', 'recipe', 'probe', 'dataset')
+
+
+class Ensemble:
+    """Stores of several teachers with the reading side of a `LogitStore`.
+
+    Args:
+        stores: Two or more stores of the same views.
+
+    Attributes:
+        path: Where they are, as text.
+        manifest: The first one's, with the epochs that all hold, the bytes of all records, and all teachers.
+        codec: Checks and decodes records that lie side by side.
+
+    Raises:
+        InputError: They were made from other views, data or classes, or hold no epoch in common.
+    """
+
+    def __init__(self, stores: Sequence[LogitStore]):
+        self.stores = list(stores)
+        self.path = ' + '.join(str(store.path) for store in stores)
+        first = stores[0].manifest
+        for store in stores[1:]:
+            other = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)]
+            if other:
+                raise InputError(
+                    f'the stores {stores[0].path} and {store.path} are not of the same views and classes: they differ '
+                    f'in {", ".join(other)}; an ensemble wants the same data set, recipe, --store-seed and classes')
+        start = max(store.manifest.stored_epochs.start for store in stores)
+        stop = min(store.manifest.stored_epochs.stop for store in stores)
+        if start >= stop:
+            raise InputError(f'the stores {self.path} hold no epoch in common; fill the same epochs of each')
+        self.codec = _SideBySide([store.codec for store in stores])
+        self.manifest = replace(
+            first, first_epoch=start, epochs=stop - start, record_width=self.codec.width,
+            teacher={'ensemble': [store.manifest.identity for store in stores]})
+
+    def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
+        """The (epoch, shard) pairs of these epochs that one of the stores lacks."""
+        return [pair for store in self.stores for pair in store.missing(epochs)]
+
+    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
+        """Say which epochs are read from now on, and which after them; see `LogitStore.begin`."""
+        for store in self.stores:
+            store.begin(epochs, then)
+
+    def wait(self, stop: Callable[[], bool] = bool) -> bool:
+        """Wait until the epochs that have begun can be read; see `LogitStore.wait`."""
+        return all(store.wait(stop) for store in self.stores)
+
+    def open_keys(self) -> KeyIndex:
+        """The keys that all of them share."""
+        return self.stores[0].open_keys()
+
+    def read(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
+        """Records of all stores side by side, uint8 [n, width]; see `LogitStore.read`."""
+        return np.concatenate([store.read(epoch, indices) for store in self.stores], axis=1)
+
+
+class _SideBySide:
+    """The codecs of several stores on records that lie side by side."""
+
+    def __init__(self, codecs: Sequence[Any]):
+        self.codecs = codecs
+        self.widths = [codec.width for codec in codecs]
+        self.width = sum(self.widths)
+
+    def check(self, records: np.ndarray) -> None:
+        """Raise a ValueError that names the first row that was not written by the codecs."""
+        for codec, part in zip(self.codecs, np.split(records, np.cumsum(self.widths)[:-1], axis=1)):
+            codec.check(part)
+
+    def decode(self, records: torch.Tensor) -> list[SparseTargets]:
+        """What each teacher says, from checked records, uint8 [B, width], on the device of the records."""
+        return [codec.decode(part.contiguous()) for codec, part in zip(self.codecs, records.split(self.widths, dim=1))]
+
+
+def ensemble_loss(
+        logits: torch.Tensor,
+        targets: SparseTargets | Sequence[SparseTargets],
+        temperature: float = 1.0,
+) -> torch.Tensor:
+    """Soft-target cross-entropy to the average of what several teachers say, or to what one says.
+
+    Args:
+        logits: Student logits [B, C].
+        targets: What each teacher says of the same B views.
+        temperature: Softens the student and each teacher.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    if isinstance(targets, SparseTargets):
+        return sparse_soft_target_cross_entropy(logits, targets, temperature)
+    return sum(sparse_soft_target_cross_entropy(logits, part, temperature) for part in targets) / len(targets)

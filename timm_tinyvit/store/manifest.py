@@ -1,0 +1,234 @@
+"""Manifest: how a store was made, the content of its `store.json`.
+
+What is read from a file is checked whole before anything is made of it: a manifest may come from anywhere, and nothing
+in it is a path, a size to allocate or a name to import until it has been found to be one that this package writes.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_origin
+from collections.abc import Sequence
+
+from ..base.errors import InputError
+from ..targets.codec import create_codec
+
+__all__ = ['FORMAT', 'FORMAT_VERSION', 'Manifest', 'stored_epoch']
+
+FORMAT = 'timm_tinyvit.logits'
+FORMAT_VERSION = 2
+MAX_SHARDS = 1 << 20
+MAX_DEPTH = 8
+MAX_EXCERPT = 200
+# What others rely on in the entry `teacher`, where it is given.
+TEACHER = dict(
+    name='resnet50', weights='0', dtype='float32', device='cpu', batch_size=1, input_size=[3, 224, 224],
+    mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """How a store was made.
+
+    Attributes:
+        num_samples: Rows of the data set.
+        num_classes: Classes of the teacher.
+        k: Entries per record.
+        record_width: Bytes per record; the most of them where their number varies.
+        epochs: How many passes over the data the store is meant to hold.
+        seed: The store's seed; a view is a function of (seed, epoch, sample).
+        shard_size: Samples per shard; the last shard of an epoch holds the rest.
+        first_epoch: Number of its first epoch, above 0 where the earlier ones were left out when it was copied.
+        first_sample: Sample of its first row, above 0 where the earlier ones were left out when it was copied.
+        sparsifier: How classes are chosen: `topk`, `nucleus` or `sample`.
+        top_p: Mass that `nucleus` covers; 1 for the others.
+        remainder: What the other classes get, see `SparseTargets`.
+        codec: Name of the codec of the records.
+        key: Column whose values name the samples, or empty where their position does.
+        teacher: Name, weights' hash, mean, std, input size, dtype, batch size and device kind of the teacher.
+        recipe: How a view is made: the arguments of timm's transform factory, the decoder, the EXIF rule.
+        versions: Versions of everything that has a hand in the views.
+        probe: Hash of probe views; where it differs, so do the views.
+        dataset: Fingerprint of the data set.
+        format: Always `timm_tinyvit.logits`.
+        version: Version of the format.
+    """
+    num_samples: int
+    num_classes: int
+    k: int
+    record_width: int
+    epochs: int
+    seed: int
+    shard_size: int
+    first_epoch: int = 0
+    first_sample: int = 0
+    sparsifier: str = 'topk'
+    top_p: float = 1.0
+    remainder: str = 'uniform'
+    codec: str = 'float16'
+    key: str = ''
+    teacher: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    probe: str = ''
+    dataset: dict[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+    version: int = FORMAT_VERSION
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of one epoch."""
+        return -(-self.num_samples // self.shard_size)
+
+    def _decisive(self) -> dict[str, Any]:
+        """All that decides a shard's bytes: not which epochs there are, and no name or version behind the same hash."""
+        free = ('epochs', 'first_epoch', 'versions')
+        values = {key: value for key, value in asdict(self).items() if key not in free}
+        values['teacher'].pop('name', None)
+        return values
+
+    @property
+    def identity(self) -> str:
+        """Hash that ties a shard to its store."""
+        fixed = self._decisive()
+        return hashlib.blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    @property
+    def stored_epochs(self) -> range:
+        """Numbers of the epochs that the store is meant to hold."""
+        return range(self.first_epoch, self.first_epoch + self.epochs)
+
+    def shard_rows(self, shard: int) -> int:
+        """Samples in a shard."""
+        return min(self.shard_size, self.num_samples - shard * self.shard_size)
+
+    def differences(self, other: 'Manifest') -> list[str]:
+        """Which fields make another manifest's shards different ones, each as `name: here, there`."""
+        found = []
+        there = other._decisive()
+        for name, value in self._decisive().items():
+            if isinstance(value, dict):
+                keys = [key for key in {**value, **there[name]} if value.get(key) != there[name].get(key)]
+                found += [f'{name} {key}: {_excerpt(value.get(key))}, {_excerpt(there[name].get(key))}' for key in keys]
+            elif value != there[name]:
+                found.append(f'{name}: {_excerpt(value)}, {_excerpt(there[name])}')
+        return found
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + '\n'
+
+    def check(self, source: str) -> None:
+        """Refuse what no store can be.
+
+        Raises:
+            InputError: A number is out of range, there is no such codec, or there would be more shards than any store
+                needs; the message begins with `source`.
+        """
+        limits = dict(
+            num_samples=(1, 1 << 40), num_classes=(1, 1 << 31), k=(1, 1 << 16), record_width=(1, 1 << 20),
+            shard_size=(1, 1 << 32), epochs=(0, 100_000), first_epoch=(0, 100_000), first_sample=(0, 1 << 40),
+            top_p=(0, 1), seed=(-1 << 63, (1 << 63) - 1))
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise InputError(
+                    f'{source} cannot be: {name} is {_excerpt(getattr(self, name))}, expected {low} to {high}')
+        shards = self.num_shards * max(1, self.epochs)
+        if shards > MAX_SHARDS:
+            raise InputError(
+                f'{source} cannot be: {shards:,} shards of {self.shard_size:,} samples, expected {MAX_SHARDS:,} at '
+                f'most; choose a larger --shard-size')
+        try:
+            width = create_codec(self.codec, self.num_classes, self.k, self.remainder).width
+        except ValueError as error:
+            raise InputError(f'{source} cannot be: {str(error)[:MAX_EXCERPT]}')
+        if width != self.record_width:
+            raise InputError(f'{source} cannot be: records of {self.record_width} bytes, {width} expected')
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> 'Manifest':
+        """Read and check a manifest.
+
+        Raises:
+            InputError: The text is no manifest of this format, or what it says cannot be.
+        """
+        try:
+            values = json.loads(
+                text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_repetition)
+        except (RecursionError, ValueError) as error:
+            raise InputError(
+                f'{source} is not readable as JSON ({str(error)[:MAX_EXCERPT]}); it is damaged, copy the store again')
+        if not isinstance(values, dict) or values.get('format') != FORMAT:
+            raise InputError(f'{source} is not the manifest of a logit store (no format {FORMAT!r} in it)')
+        if values.get('version') != FORMAT_VERSION:
+            raise InputError(
+                f'{source} has format version {_excerpt(values.get("version"))}, this package reads {FORMAT_VERSION}; '
+                f'install the version of timm_tinyvit that wrote it')
+        types = {item.name: item.type for item in fields(cls)}
+        if set(values) != set(types):
+            odd = sorted(set(values) ^ set(types))
+            raise InputError(f'{source} is damaged: unknown or missing entries {_excerpt(odd)}')
+        for name, value in values.items():
+            kind = get_origin(types[name]) or types[name]
+            if type(value) is not kind:
+                raise InputError(f'{source} is damaged: {name} is {_excerpt(value)}, expected {kind.__name__}')
+            if not _is_plain(value):
+                raise InputError(
+                    f'{source} is damaged: {name} is {_excerpt(value)}, expected printable text, 64-bit integers '
+                    f'and {MAX_DEPTH} levels of lists and objects at most')
+        for name, example in TEACHER.items():
+            value = values['teacher'].get(name, example)
+            if not _is_like(value, example):
+                raise InputError(
+                    f'{source} is damaged: the teacher has {name} {_excerpt(value)}, expected the like of {example!r}')
+        manifest = cls(**values)
+        manifest.check(source)
+        return manifest
+
+
+def stored_epoch(stored: Sequence[int] | None, epoch: int) -> int:
+    """The epoch of a store that a training epoch uses: they start over where the store has fewer; None for itself."""
+    return epoch if stored is None else stored[epoch % len(stored)]
+
+
+def _excerpt(value: Any) -> str:
+    """A value of any kind, in one line of bounded length."""
+    text = ascii(value)
+    return text if len(text) <= MAX_EXCERPT else text[:MAX_EXCERPT] + '...'
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a JSON value is shallow, its texts can be printed and its integers have 64 bits at most."""
+    if isinstance(value, str):
+        return value.isprintable()
+    if isinstance(value, int):
+        return -1 << 63 <= value < 1 << 64
+    if not isinstance(value, (dict, list)):
+        return True
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    return depth < MAX_DEPTH and all(_is_plain(item, depth + 1) for item in items)
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a JSON value has the type of an example, and as a list its length and types; integers count as floats."""
+    if isinstance(example, list):
+        return type(value) is list and len(value) == len(example) and all(map(_is_like, value, example))
+    return type(value) is type(example) or isinstance(example, float) and type(value) is int
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f'{text} is no number')
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f'{_excerpt(text)} is too large')
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError('an object names an entry twice')
+    return values

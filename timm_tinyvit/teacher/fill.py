@@ -1,0 +1,202 @@
+"""Filling a store: the teacher looks once at every view of the shards that are missing.
+
+Any number of processes and machines fill a store at the same time, and may join and leave: each claims the next missing
+shard when its loader asks for one. Teacher batches never cross a shard, so that a shard's bytes do not depend on who
+writes it.
+"""
+
+import time
+from collections import deque
+from itertools import chain, islice
+from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from ..base.errors import InputError
+from ..base.files import remove_stale
+from ..base.launch import quiet_worker
+from ..base.leases import Claims
+from ..data.dataset import Key, SparseLogitDataset, collate
+from ..data.streaming import StreamedRows
+from ..store.local import LogitStore, Manifest
+from ..targets.sparsifier import Sparsifier, create_sparsifier
+from .progress import StoreProgress
+from .teacher import Teacher
+
+__all__ = ['choose_shards', 'fill_shard', 'fill_store']
+
+
+class _ClaimedBatches:
+    """Teacher batches of (epoch, index) pairs, shard by shard, each shard claimed when its first batch is asked for.
+
+    Where nothing can be claimed, an iteration waits for the other processes before its first batch, and ends after a
+    later one: then shards of this very process may be among those that it would wait for.
+
+    Attributes:
+        claimed: The shards whose batches were handed out, in this order; who takes a shard's batches takes it away.
+        unfinished: Epochs that had missing shards at the last look.
+    """
+
+    def __init__(
+            self,
+            store: LogitStore,
+            epochs: Sequence[int],
+            shards: range,
+            claims: Claims,
+            waiting: Callable[[], None],
+    ):
+        self.store = store
+        self.shards = shards
+        self.claims = claims
+        self.waiting = waiting
+        self.batch_size = store.manifest.teacher['batch_size']
+        self.claimed: deque[tuple[int, int]] = deque()
+        self.unfinished = list(epochs)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        found = self._claim()
+        while found is None and self.unfinished:
+            self.waiting()
+            found = self._claim()
+        while found is not None:
+            self.claimed.append(found)
+            epoch, shard = found
+            first = shard * self.store.manifest.shard_size
+            stop = first + self.store.manifest.shard_rows(shard)
+            for start in range(first, stop, self.batch_size):
+                yield [(epoch, index) for index in range(start, min(start + self.batch_size, stop))]
+            found = self._claim()
+
+    def num_batches(self, shard: int) -> int:
+        """Batches of a shard."""
+        return -(-self.store.manifest.shard_rows(shard) // self.batch_size)
+
+    def _claim(self) -> tuple[int, int] | None:
+        """The next shard that is neither on disk nor claimed by a living process, now claimed by this one."""
+        for epoch in list(self.unfinished):
+            missing = [shard for _, shard in self.store.missing([epoch]) if shard in self.shards]
+            if not missing:
+                self.unfinished.remove(epoch)
+                folder = self.store.shard_path(epoch, 0).parent
+                self.claims.clear(folder)
+                remove_stale(folder)
+            for shard in missing:
+                file = self.store.shard_path(epoch, shard)
+                if not self.claims.take(file):
+                    continue
+                # Its writer may have finished it between the two looks.
+                if not file.exists():
+                    return epoch, shard
+                self.claims.release(file)
+        return None
+
+
+def fill_shard(
+        store: LogitStore,
+        teacher: Teacher,
+        sparsifier: Sparsifier,
+        epoch: int,
+        shard: int,
+        batches: Iterable[dict[str, torch.Tensor]],
+        count: Callable[[int], None] = lambda views: None,
+) -> None:
+    """Write one shard.
+
+    Args:
+        store: The store.
+        teacher: Its teacher.
+        sparsifier: Its sparsifier.
+        epoch: The shard's epoch.
+        shard: Its number.
+        batches: All of its views in order: `view` uint8 [B, 3, H, W], `index` int64 [B].
+        count: Is told the views of each batch that the teacher has looked at.
+
+    Raises:
+        InputError: The teacher says NaN, or the disk is full.
+    """
+    records: list[np.ndarray] = []
+    for batch in batches:
+        try:
+            targets = sparsifier(teacher(batch['view']), epoch, batch['index'].tolist())
+        except ValueError as error:
+            raise InputError(f'epoch {epoch}, shard {shard}: {error}')
+        records.append(store.codec.encode(targets))
+        count(len(batch['view']))
+    store.write_shard(epoch, shard, np.concatenate(records))
+
+
+def choose_shards(manifest: Manifest, shards: range | None, path: str | Path) -> range:
+    """The shards of an epoch that are asked for, all by default.
+
+    Raises:
+        InputError: The epochs of this store, at `path`, have none of them.
+    """
+    chosen = range(manifest.num_shards) if shards is None else shards[:max(0, manifest.num_shards - shards.start)]
+    if not chosen:
+        raise InputError(
+            f'shards {shards.start}:{shards.stop} were asked for, but an epoch of {path} has only shards '
+            f'0:{manifest.num_shards}; mend --shards')
+    return chosen
+
+
+def fill_store(
+        store: LogitStore,
+        teacher: Teacher,
+        data: SparseLogitDataset | StreamedRows,
+        epochs: Sequence[int],
+        shards: range | None = None,
+        num_workers: int = 0,
+        show_progress: bool = True,
+        expire: float = 60.,
+        beat: float = 5.,
+) -> int:
+    """Fill the shards that these epochs lack, together with whoever else fills this store.
+
+    When it returns, all of them are on disk.
+
+    Args:
+        store: The store.
+        teacher: Its teacher.
+        data: The data set with the store's replay, and no store; or a stream.
+        epochs: Which epochs of the store.
+        shards: Which shards of each epoch; all by default.
+        num_workers: Loader processes.
+        show_progress: Show a bar of what everyone has done.
+        expire: Seconds without a beat after which another machine's process is taken for dead.
+        beat: Seconds between two beats of this process.
+
+    Returns:
+        How many views this process has looked at.
+
+    Raises:
+        InputError: There are no such shards, an image cannot be decoded, the teacher says NaN, or the disk is full;
+            finished shards stay, and the others are free for other processes.
+    """
+    manifest = store.manifest
+    chosen = choose_shards(manifest, shards, store.path)
+    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
+    num_views = 0
+    with Claims(expire, beat) as claims, StoreProgress(store, epochs, chosen, show_progress) as progress:
+
+        def wait() -> None:
+            progress.refresh()
+            time.sleep(min(1., beat))
+
+        batches = _ClaimedBatches(store, epochs, chosen, claims, wait)
+        sampler = data.sampler(batches) if isinstance(data, StreamedRows) else batches
+        loader = DataLoader(
+            data, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=quiet_worker,
+            persistent_workers=num_workers > 0, pin_memory=teacher.device.type == 'cuda')
+        while batches.unfinished:
+            stream = iter(loader)
+            for batch in stream:
+                epoch, shard = batches.claimed.popleft()
+                others = islice(stream, batches.num_batches(shard) - 1)
+                fill_shard(store, teacher, sparsifier, epoch, shard, chain([batch], others), progress.add)
+                progress.finish()
+                claims.release(store.shard_path(epoch, shard))
+                num_views += manifest.shard_rows(shard)
+    return num_views

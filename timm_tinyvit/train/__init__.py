@@ -1,0 +1,1 @@
+"""The student's half: everything that train_distill.py is made of."""

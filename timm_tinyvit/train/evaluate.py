@@ -1,0 +1,236 @@
+"""Accuracy of a model on an evaluation split, with images prepared as timm's validate.py prepares them.
+
+Resize, crop and normalisation come from the model's configuration, changed by the flags. A classifier of ImageNet-22k
+is looked at on the labels of ImageNet-1k as in the paper: by its scores for those 1,000 classes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.data import create_transform, resolve_data_config
+from timm.utils import distribute_bn
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from ..base.console import progress, warn
+from ..base.errors import InputError
+from ..base.launch import quiet_worker
+from ..data.dataset import ImageDataset, collate
+from ..data.sources import class_names, find_column, load_split
+from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k, logits_22k_to_1k
+from ..save_logits import read_labels
+from ..teacher.teacher import ModelInput
+from .predictions import Recorder
+from .student import create_student
+
+__all__ = [
+    'check_label_values', 'check_labels', 'class_mismatch', 'config_beside', 'eval_config', 'eval_loader', 'evaluate',
+    'evaluate_checkpoint', 'is_imagenet1k',
+]
+
+
+def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: int, flag: str) -> None:
+    """Refuse a split whose labels the model cannot have.
+
+    Args:
+        dataset: The split.
+        label_key: Its label column.
+        num_classes: Classes of the model.
+        flag: The flag that named the split.
+
+    Raises:
+        InputError: There is no label column, no sample, or a label out of range.
+    """
+    if label_key is None:
+        raise InputError(f'the data of {flag} have no label column, only {", ".join(dataset.column_names)}; '
+                         f'name it with --target-key; in a folder of images every file must lie in SPLIT/CLASS/')
+    if not len(dataset):
+        raise InputError(f'the data of {flag} are empty; name another split')
+    check_label_values(read_labels(dataset, label_key), num_classes, flag)
+
+
+def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
+    """Refuse labels, integer [N], that the model cannot have.
+
+    Raises:
+        InputError: A label is out of range; the first one is named.
+    """
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(bad):
+        raise InputError(f'sample {bad[0]} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
+                         f'{num_classes} classes; check --target-key, --num-classes and {flag}')
+
+
+def class_mismatch(dataset: datasets.Dataset, label_key: str, num_classes: int) -> str | None:
+    """Why the labels of an evaluation split are not the classes of a model, in words; None where they can be.
+
+    Args:
+        dataset: The split.
+        label_key: Its label column.
+        num_classes: Classes of the model. One of ImageNet-22k is looked at on the labels of ImageNet-1k.
+    """
+    names = class_names(dataset, label_key)
+    if not names or len(names) == num_classes or num_classes == NUM_CLASSES_22K and is_imagenet1k(dataset, label_key):
+        return None
+    return f'the labels of --val-split are {len(names):,} classes, the model has {num_classes:,}'
+
+
+def is_imagenet1k(dataset: datasets.Dataset, label_key: str) -> bool:
+    """Whether labels are those of ImageNet-1k, by their number: class names, or else the largest label."""
+    names = class_names(dataset, label_key)
+    return (len(names) if names else int(read_labels(dataset, label_key).max()) + 1) == len(imagenet1k_in_22k())
+
+
+def eval_config(
+        args: argparse.Namespace,
+        model: nn.Module,
+        size: tuple[int, int] | None = None,
+        use_test_size: bool = False,
+) -> dict[str, Any]:
+    """How images are prepared for evaluation.
+
+    Args:
+        args: The flags, which change the configuration.
+        model: The model, whose configuration it is.
+        size: Height and width in place of the configuration's.
+        use_test_size: Take size and crop that the configuration has for tests, where it has some of their own.
+    """
+    flags = {'crop_pct': args.crop_pct, 'crop_mode': args.crop_mode, 'interpolation': args.interpolation or ''}
+    if size is not None:
+        flags['input_size'] = (3, *size)
+    return resolve_data_config(flags, model=model, use_test_size=use_test_size)
+
+
+def eval_loader(
+        dataset: datasets.Dataset,
+        config: dict[str, Any],
+        args: argparse.Namespace,
+        rank: int,
+        world_size: int,
+) -> DataLoader:
+    """This rank's part of an evaluation split, as uint8 batches.
+
+    Raises:
+        InputError: timm does not make the transform.
+    """
+    try:
+        transform = create_transform(
+            config['input_size'], crop_pct=config['crop_pct'], crop_mode=config['crop_mode'],
+            interpolation=config['interpolation'], normalize=False)
+    except (KeyError, ValueError) as error:
+        raise InputError(f'timm cannot make the evaluation transform: {error!r}; check --interpolation')
+    data = ImageDataset(dataset, transform, args.input_key, args.target_key)
+    return DataLoader(
+        Subset(data, range(rank, len(data), world_size)), batch_size=args.validation_batch_size or args.batch_size,
+        num_workers=args.workers, collate_fn=collate, generator=torch.Generator(), worker_init_fn=quiet_worker)
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        prepare: ModelInput,
+        loader: DataLoader,
+        accelerator: Accelerator,
+        to_imagenet1k: bool = False,
+        stopped: Callable[[], bool] = bool,
+        recorder: Recorder | None = None,
+) -> dict[str, float] | None:
+    """Loss, top-1 and top-5 accuracy in percent over the samples of all ranks.
+
+    Args:
+        model: The bare model: ranks may have different numbers of batches, and DDP's forward would wait for all.
+        prepare: Normalises uint8 views on the device.
+        loader: This rank's part of the split.
+        accelerator: Sums over the ranks.
+        to_imagenet1k: The labels are those of ImageNet-1k, whatever the classifier.
+        stopped: Whether to break off.
+        recorder: Takes what the model says of this rank's samples.
+
+    Returns:
+        `loss`, `top1` and `top5`, or None where any rank broke off.
+    """
+    model.eval()
+    if accelerator.num_processes > 1:
+        # What is evaluated is what is exported: rank 0's statistics, where each rank has some of its own.
+        distribute_bn(model, accelerator.num_processes)
+    sums = torch.zeros(5, dtype=torch.float64)  # loss, top-1, top-5, samples, broken off
+    for batch in progress(loader, desc='evaluation', unit='batch', leave=False):
+        if stopped():
+            sums[4] = 1
+            break
+        labels = batch['label'].to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(prepare(batch['view'].to(accelerator.device)))
+        logits = logits.float()
+        if to_imagenet1k and logits.shape[1] == NUM_CLASSES_22K:
+            logits = logits_22k_to_1k(logits)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [B, 5]
+        loss = nn.functional.cross_entropy(logits, labels, reduction='sum')
+        if recorder is not None:
+            recorder.add(logits, labels)
+        sums[:4] += torch.stack([loss, best[:, 0].sum(), best.sum(), loss.new_tensor(len(labels))]).double().cpu()
+    loss, top1, top5, count, broken = accelerator.reduce(sums.to(accelerator.device, torch.float32), 'sum').tolist()
+    return None if broken else {'loss': loss / count, 'top1': 100 * top1 / count, 'top5': 100 * top5 / count}
+
+
+def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
+    """What `evaluate` says of the weights that `--eval` names, or else of those that the student starts from.
+
+    Size, crop and normalisation come from the flags, else from the config.json beside the weights, else from the model.
+
+    Raises:
+        InputError: There are no weights, or no labels that fit them.
+    """
+    args = argparse.Namespace(**{**vars(args), 'initial_checkpoint': args.eval or args.initial_checkpoint})
+    if not args.initial_checkpoint and not args.pretrained:
+        raise InputError('--eval has no weights to evaluate; give it a checkpoint, or add --pretrained')
+    with accelerator.main_process_first():
+        dataset = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+    beside = _images_of(config_beside(args.initial_checkpoint))
+    size = tuple(beside['input_size'][-2:]) if 'input_size' in beside else None
+    if args.img_size is not None:
+        size = (args.img_size, args.img_size)
+    model = create_student(args, args.num_classes, size).to(accelerator.device)
+    model.pretrained_cfg.update(beside)
+    label_key = find_column(dataset, args.target_key, is_image=False)
+    check_labels(dataset, label_key, model.num_classes, '--val-split')
+    if mismatch := class_mismatch(dataset, label_key, model.num_classes):
+        warn(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
+    # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
+    config = eval_config(args, model, size, use_test_size=not beside)
+    loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
+    prepare = ModelInput(config['mean'], config['std']).to(accelerator.device)
+    return evaluate(model, prepare, loader, accelerator, is_imagenet1k(dataset, label_key))
+
+
+def config_beside(weights: str | None) -> Path | None:
+    """The config.json that describes the model of these weights, None where there is none.
+
+    Args:
+        weights: A file of weights, or its folder.
+    """
+    if not weights:
+        return None
+    path = Path(weights).expanduser()
+    folder = path if path.is_dir() else path.parent
+    # A run's checkpoints lie beside the folder of what it exported last.
+    return next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
+
+
+def _images_of(file: Path | None) -> dict[str, Any]:
+    """How a model's images were prepared, by its config.json; empty where there is none."""
+    if file is None:
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding='utf-8'))['pretrained_cfg']
+        names = ('input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+        return {name: config[name] for name in names if name in config}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f'{file} is not the config.json of a timm model; mend or remove it')

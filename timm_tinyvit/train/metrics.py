@@ -1,0 +1,31 @@
+"""What a run writes after each epoch: `metrics.csv`."""
+
+import csv
+import math
+from pathlib import Path
+
+from ..base.errors import InputError
+
+__all__ = ['METRICS', 'read_metrics']
+
+METRICS = 'metrics.csv'
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The metrics of the epochs of a run, each with what it has: an epoch that was not evaluated has no accuracy.
+
+    Raises:
+        InputError: There is no `metrics.csv`, or it is not readable.
+    """
+    file = run / METRICS
+    try:
+        with open(file, newline='', encoding='utf-8') as lines:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+    except OSError:
+        raise InputError(f'{run} has no {METRICS}; name the folder of a run of train_distill that has finished an '
+                         f'epoch')
+    except (TypeError, ValueError, csv.Error):
+        rows = []
+    if not rows or not all(math.isfinite(row.get('epoch', math.nan)) for row in rows):
+        raise InputError(f'{file} is not readable as the metrics of a run; start the run again, which writes it anew')
+    return rows

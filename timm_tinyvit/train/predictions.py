@@ -1,0 +1,278 @@
+"""What a model says of each sample of a split, kept small: its five best classes with their probabilities.
+
+An evaluation has the logits at hand anyway, so that keeping this costs no forward pass; 50,000 samples take about
+1.5 MB. From it come calibration, confusion and the agreement of two models, long after the evaluation. Pictures of the
+samples that a report shows lie beside it, so that a report needs neither the data nor the model.
+"""
+
+import io
+import json
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+
+from ..base.errors import InputError
+from ..base.files import write_aside
+from ..data.fingerprint import dataset_fingerprint
+from ..data.sources import class_names
+from .calibration import Reliability, calibration
+
+__all__ = [
+    'Evaluation', 'Predictions', 'Recorder', 'class_accuracy', 'confused_pairs', 'confusion', 'keep_evaluation',
+    'in_turn', 'read_arrays', 'samples_to_show', 'worst_classes', 'write_arrays',
+]
+
+NUM_KEPT = 5
+NUM_SHOWN = 12
+MAX_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N samples.
+
+    Attributes:
+        ids: Its K best classes, most probable first, integers [N, K].
+        probs: Their probabilities, float32 [N, K].
+        labels: int64 [N]; -1 where there is none.
+        label_log_probs: Log-probability of the label, float32 [N]; 0 where there is none.
+    """
+    ids: np.ndarray
+    probs: np.ndarray
+    labels: np.ndarray
+    label_log_probs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def best(self) -> np.ndarray:
+        """The most probable class, integers [N]."""
+        return self.ids[:, 0]
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """Its probability, float32 [N]."""
+        return self.probs[:, 0]
+
+    @property
+    def right(self) -> np.ndarray:
+        """Whether it is the label, bool [N]."""
+        return self.best == self.labels
+
+    def labelled(self) -> 'Predictions':
+        """Those of samples with a label."""
+        return Predictions(**{name: values[self.labels >= 0] for name, values in vars(self).items()})
+
+    def top(self, k: int) -> float:
+        """Share of samples whose label is among the k best classes; NaN of no sample."""
+        return float((self.ids[:, :k] == self.labels[:, None]).any(axis=1).mean()) if len(self) else float('nan')
+
+    def reliability(self) -> Reliability:
+        """How far its probabilities can be trusted; of samples with a label."""
+        return calibration(self.confidence, self.right)
+
+
+class Recorder:
+    """Takes the predictions of one process batch by batch, and puts those of all processes together.
+
+    Attributes:
+        num_classes: C, as of the last batch.
+    """
+
+    def __init__(self):
+        self._parts: list[dict[str, torch.Tensor]] = []
+        self.num_classes = 0
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Take a batch.
+
+        Args:
+            logits: Logits or log-probabilities, float [B, C].
+            labels: int64 [B]; -1 where there is none.
+        """
+        self.num_classes = logits.shape[1]
+        best, ids = logits.topk(min(NUM_KEPT, logits.shape[1]), dim=1)
+        log_norm = logits.logsumexp(dim=1)  # [B]
+        label_logits = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        part = {
+            'ids': ids.to(torch.int16 if logits.shape[1] <= 1 << 15 else torch.int32),
+            'probs': (best - log_norm[:, None]).exp().float(), 'labels': labels,
+            'label_log_probs': (label_logits - log_norm).masked_fill(labels < 0, 0.).float()}
+        self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
+
+    def own(self) -> Predictions:
+        """What this process has taken."""
+        return Predictions(**self._arrays())
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        names = self._parts[0] if self._parts else ()
+        return {name: torch.cat([part[name] for part in self._parts]).numpy() for name in names}
+
+    def gather(self) -> Predictions:
+        """What all processes have taken, the same on each: sample i is one of process i modulo their number."""
+        # With fewer samples than processes the last ones have none.
+        parts = [part for part in gather_object([self._arrays()]) if part]
+        whole = {}
+        for name, first in parts[0].items():
+            whole[name] = np.empty((sum(len(part[name]) for part in parts), *first.shape[1:]), first.dtype)
+            for rank, part in enumerate(parts):
+                whole[name][rank::len(parts)] = part[name]
+        return Predictions(**whole)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The predictions of an evaluation, and what it takes to show them.
+
+    Attributes:
+        predictions: Of the samples of the split, in its order.
+        epoch: Epoch of the training, from 0.
+        num_classes: C.
+        split: Fingerprint of the split: two evaluations with the same one saw the same samples.
+        names: Names of the classes, where the data know them.
+        shown: Samples with a picture [M].
+        views: Their pictures as the model saw them, or smaller, uint8 [M, 3, H, W].
+    """
+    predictions: Predictions
+    epoch: int
+    num_classes: int
+    split: dict[str, Any]
+    names: list[str] | None
+    shown: np.ndarray
+    views: np.ndarray
+
+    def name(self, label: int) -> str:
+        """What a class is called."""
+        known = self.names is not None and 0 <= label < len(self.names)
+        return str(self.names[label]) if known else f'class {label}'
+
+    @classmethod
+    def read(cls, path: Path) -> 'Evaluation':
+        """What `keep_evaluation` wrote.
+
+        Raises:
+            InputError: The file is damaged, or another one.
+        """
+        about, arrays = read_arrays(path, 'ids', 'probs', 'labels', 'label_log_probs', 'shown', 'views')
+        shown, views = arrays.pop('shown'), arrays.pop('views')
+        return cls(Predictions(**arrays), shown=shown, views=views, **about)
+
+
+def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, num_classes: int, epoch: int) -> None:
+    """Write the predictions of an evaluation with pictures of the samples that tell most.
+
+    Args:
+        path: The file.
+        predictions: Of all samples.
+        loader: What was evaluated, from `eval_loader`.
+        num_classes: C.
+        epoch: Epoch of the training, from 0.
+
+    Raises:
+        InputError: The disk is full, or may not be written.
+    """
+    data = loader.dataset.dataset
+    shown = np.concatenate(samples_to_show(predictions))
+    views = torch.stack([sample['view'] for sample in data.__getitems__(shown.tolist())])
+    scale = MAX_SIDE / max(views.shape[-2:])
+    if scale < 1:
+        size = [max(1, round(side * scale)) for side in views.shape[-2:]]
+        views = F.interpolate(views, size, mode='bilinear', antialias=True)
+    about = {
+        'epoch': epoch, 'num_classes': num_classes,
+        'names': class_names(data.dataset, data.label_key, num_classes),
+        'split': dataset_fingerprint(data.dataset, data.image_key, data.label_key)}
+    write_arrays(path, about, shown=shown, views=views.numpy(), **vars(predictions))
+
+
+def in_turn(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """The same places, int64 [n]: first the first one of each class, in their order, then the second ones."""
+    turns, seen = [], Counter()
+    for name in classes[places].tolist():
+        turns.append(seen[name])
+        seen[name] += 1
+    return places[np.argsort(turns, kind='stable')]
+
+
+def samples_to_show(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """The samples whose pictures tell most: those of which the model is surest, rightly and wrongly.
+
+    Returns:
+        Up to 12 right ones, of as many classes as there are, and up to 12 wrong ones; surest first.
+    """
+    order = np.argsort(-predictions.confidence, kind='stable')
+    right, wrong = order[predictions.right[order]], order[~predictions.right[order]]
+    right = in_turn(right, predictions.labels)[:NUM_SHOWN]
+    return right[np.argsort(-predictions.confidence[right], kind='stable')], wrong[:NUM_SHOWN]
+
+
+def class_accuracy(predictions: Predictions, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples with each label, int64 [C], and the share of them that is right, float64 [C]; NaN of no sample."""
+    counts = np.bincount(predictions.labels, minlength=num_classes)
+    with np.errstate(invalid='ignore'):
+        return counts, np.bincount(predictions.labels, predictions.right, num_classes) / counts
+
+
+def worst_classes(predictions: Predictions, num_classes: int, count: int) -> np.ndarray:
+    """Labels with the smallest share of right samples, worst first; of equal ones that with more samples."""
+    counts, accuracy = class_accuracy(predictions, num_classes)
+    order = np.lexsort((-counts, accuracy))
+    return order[counts[order] > 0][:count]
+
+
+def confused_pairs(predictions: Predictions, count: int) -> list[tuple[int, int, int]]:
+    """The most frequent mistakes: label, what it is taken for, and how often."""
+    wrong = ~predictions.right
+    pairs, counts = np.unique(
+        np.stack([predictions.labels[wrong], predictions.best[wrong]]), axis=1, return_counts=True)
+    order = np.argsort(-counts, kind='stable')[:count]
+    return [(*pairs[:, place].tolist(), int(counts[place])) for place in order]
+
+
+def confusion(predictions: Predictions, classes: np.ndarray) -> np.ndarray:
+    """How many samples of some labels are taken for each of them, and in a last column for another, int64 [R, R + 1].
+
+    Args:
+        predictions: Of samples with a label.
+        classes: The labels [R].
+    """
+    places = np.full(max(predictions.labels.max(), predictions.best.max(), classes.max()) + 1, len(classes))
+    places[classes] = np.arange(len(classes))
+    rows, columns = places[predictions.labels], places[predictions.best]
+    counts = np.zeros((len(classes) + 1, len(classes) + 1), dtype=np.int64)
+    np.add.at(counts, (rows, columns), 1)
+    return counts[:-1]
+
+
+def write_arrays(path: Path, about: dict[str, Any], **arrays: np.ndarray) -> None:
+    """Write arrays, and plain values about them, as a compressed npz file that is there whole or not at all.
+
+    Raises:
+        InputError: The disk is full, or may not be written.
+    """
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+    write_aside(path, buffer.getbuffer())
+
+
+def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The plain values and the named arrays of a file of `write_arrays`.
+
+    Raises:
+        InputError: The file is damaged, or another one.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(file['about'].tobytes()), {name: file[name] for name in names}
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise InputError(f'{path} cannot be read ({type(error).__name__}); the next evaluation of the run writes it '
+                         f'anew, or delete it to do without')

@@ -1,0 +1,138 @@
+"""A student beside its teacher on views of the store: where they agree, and how sure each is rightly.
+
+The teacher need not be at hand: what it said of a view is in the store. A bounded number of views is looked at once,
+at the end of a training.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..base.console import progress
+from ..store.ensemble import Ensemble
+from ..store.local import LogitStore
+from ..store.manifest import stored_epoch
+from ..targets.sparse import SparseTargets
+from ..teacher.teacher import ModelInput
+from .predictions import Predictions, Recorder, read_arrays, write_arrays
+
+__all__ = ['StoredViews', 'look_at_stored_views']
+
+NUM_VIEWS = 1000
+SECONDS = 60.
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """What a student and its teacher say of the same N views.
+
+    Attributes:
+        student: What the student says.
+        teacher: What the store says that the teacher did; the average of several teachers.
+        divergence: KL divergence of the student from the teacher at temperature 1, in nats, float32 [N].
+        epoch: Epoch of the training, from 0, whose views they are.
+        stored_epochs: The epochs of the store that it takes; empty in files of earlier versions.
+        ending: Whose weights the student has, by the ending of their name: its own, or `_ema` of the average.
+    """
+    student: Predictions
+    teacher: Predictions
+    divergence: np.ndarray
+    epoch: int
+    stored_epochs: list[int] = field(default_factory=list)
+    ending: str = ''
+
+    def write(self, path: Path) -> None:
+        """Write them to a file.
+
+        Raises:
+            InputError: The disk is full, or may not be written.
+        """
+        write_arrays(
+            path, {'epoch': self.epoch, 'stored_epochs': self.stored_epochs, 'ending': self.ending},
+            divergence=self.divergence,
+            **{f'{who}_{name}': values for who in ('student', 'teacher')
+               for name, values in vars(getattr(self, who)).items()})
+
+    @classmethod
+    def read(cls, path: Path) -> 'StoredViews':
+        """What `write` wrote.
+
+        Raises:
+            InputError: The file is damaged, or another one.
+        """
+        fields = list(Predictions.__dataclass_fields__)
+        about, arrays = read_arrays(
+            path, 'divergence', *(f'{who}_{name}' for who in ('student', 'teacher') for name in fields))
+        student, teacher = (
+            Predictions(**{name: arrays[f'{who}_{name}'] for name in fields}) for who in ('student', 'teacher'))
+        return cls(student, teacher, arrays['divergence'], **about)
+
+
+@torch.inference_mode()
+def look_at_stored_views(
+        model: nn.Module,
+        prepare: ModelInput,
+        batches: Iterable[dict[str, torch.Tensor]],
+        store: LogitStore | Ensemble,
+        accelerator: Accelerator,
+        epoch: int,
+        label_classes: int | None = None,
+        stopped: Callable[[], bool] = bool,
+        ending: str = '',
+        views_per_image: int = 1,
+) -> StoredViews | None:
+    """Let a student look at up to 1,000 views of the store, or as many as it can in a minute; in one process.
+
+    Args:
+        model: The bare student.
+        prepare: Normalises uint8 views on the device.
+        batches: Training batches with records; as many are taken as are looked at.
+        store: Decodes the records.
+        accelerator: Knows the device and the precision.
+        epoch: Epoch of the training, from 0, whose batches they are.
+        label_classes: Classes of the labels, where that is known: a teacher of other classes is not scored by them.
+        stopped: Whether to break off.
+        ending: Whose weights the student has, see `StoredViews`.
+        views_per_image: Views of an image in a batch, each of an epoch of its own.
+
+    Returns:
+        None where it was broken off.
+    """
+    model.eval()
+    device, start, seen = accelerator.device, time.monotonic(), 0
+    student, teacher, divergence = Recorder(), Recorder(), []
+    bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
+    for batch in batches:
+        labels = batch['label'].to(device)
+        if 'label2' in batch:
+            # A mixed view has no one label.
+            labels = labels.masked_fill(labels != batch['label2'].to(device), -1)
+        if label_classes not in (None, store.manifest.num_classes):
+            labels = torch.full_like(labels, -1)
+        labels = labels.masked_fill(labels >= store.manifest.num_classes, -1)
+        with accelerator.autocast():
+            logits = model(prepare(batch['view'].to(device)))
+        targets = store.codec.decode(batch['record'].to(device))
+        targets = [targets] if isinstance(targets, SparseTargets) else targets
+        probs = sum(part.densify() for part in targets) / len(targets)  # [B, C]
+        expected, found = probs.log(), logits.float().log_softmax(dim=1)
+        student.add(found, labels)
+        teacher.add(expected, labels)
+        # A class without probability has no part in the sum.
+        divergence.append(torch.where(probs > 0, probs * (expected - found), 0.).sum(dim=1).float().cpu())
+        if stopped():
+            return None
+        bar.update(len(labels))
+        seen += len(labels)
+        if seen >= NUM_VIEWS or time.monotonic() - start > SECONDS:
+            break
+    bar.close()
+    first_epoch, stored = epoch - epoch % views_per_image, store.manifest.stored_epochs
+    stored_epochs = [stored_epoch(stored, number) for number in range(first_epoch, first_epoch + views_per_image)]
+    return StoredViews(student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch, stored_epochs, ending)
