@@ -12,7 +12,6 @@ import argparse
 import csv
 import io
 import math
-import operator
 import time
 import warnings
 from contextlib import nullcontext
@@ -29,47 +28,46 @@ from accelerate.utils import gather_object, set_seed
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.utils import ParseKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 
 import timm_tinyvit  # noqa: F401  registers the models
-from timm_tinyvit.base.console import colored, log, progress, result, speak, warn
+from timm_tinyvit.base.console import best_effort, colored, log, progress, result, speak, warn
 from timm_tinyvit.base.errors import InputError, Terminated, reports_input_errors
 from timm_tinyvit.base.files import remove_stale, write_aside
-from timm_tinyvit.base.hub_client import is_hub_url
 from timm_tinyvit.base.launch import (
-    TRACKERS, create_accelerator, make_deterministic, quiet_worker, stop_requests, stop_with_launcher,
+    create_accelerator, make_deterministic, quiet_worker, stop_requests, stop_with_launcher,
     total,
 )
 from timm_tinyvit.config.arguments import (
-    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
-    parse_arguments, view_arguments,
+    STORE_DEFAULTS, check_store_flags, view_arguments,
 )
+from timm_tinyvit.config.training import settings
 from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
+from timm_tinyvit.data.opening import open_stores
 from timm_tinyvit.data.pairing import mixed_cross_entropy
 from timm_tinyvit.data.sources import class_names, find_column, load_split
 from timm_tinyvit.data.streaming import SparseLogitStream, StreamLoader
 from timm_tinyvit.data.views import Replay, ViewRecipe
-from timm_tinyvit.hub.push_model import check_push_arguments, prepare_push, push_finished_run
+from timm_tinyvit.hub.push_model import prepare_push, push_finished_run
+from timm_tinyvit.models.loading import ModelInput
 from timm_tinyvit.models.saving import export_model
-from timm_tinyvit.report.__main__ import plot_metrics
-from timm_tinyvit.report.run import best_effort, write_run_report
+from timm_tinyvit.report.plots import plot_metrics
+from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import PREDICTIONS, STORED_VIEWS
-from timm_tinyvit.save_logits import check_store_flags, create_store, create_teacher, open_stores, views_to_fill
 from timm_tinyvit.store.ensemble import Ensemble, ensemble_loss
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.remote import check_content, content_of, pin_stores
+from timm_tinyvit.teacher.creating import create_store, create_teacher, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
-from timm_tinyvit.teacher.teacher import ModelInput
 from timm_tinyvit.train.checkpoint import (
     is_finite, last_checkpoint, random_state, save_checkpoint, set_random_state, what_changes,
 )
 from timm_tinyvit.train.environment import record_environment
 from timm_tinyvit.train.evaluate import (
-    check_label_values, check_labels, class_mismatch, config_beside, eval_config, eval_loader, evaluate,
-    evaluate_checkpoint, is_imagenet1k,
+    check_label_values, check_labels, class_mismatch, eval_config, eval_loader, evaluate, evaluate_checkpoint,
+    is_imagenet1k,
 )
 from timm_tinyvit.train.metrics import METRICS
 from timm_tinyvit.train.optimization import (
@@ -90,170 +88,11 @@ FREE_SETTINGS = {
     'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
 }
 
-DEFAULT_MODEL = 'tiny_vit_5m_224'
-
 # Least seconds between two reports of a run that goes on: one that is killed leaves the last of them.
 REPORT_SECONDS = 60.
 
 # A gradient scaler halves its scale where gradients overflow; below this they would not fit at any.
 MIN_SCALE = 1e-6
-
-
-def create_parser() -> ArgumentParser:
-    """The flags of this script: timm's names, with defaults near the paper's."""
-    parser = ArgumentParser(prog='train_distill', description=__doc__.split('\n')[0])
-    add_data_arguments(parser)
-    parser.add_argument('--val-dataset', metavar='NAME', help='evaluation data, if not a split of --dataset')
-    parser.add_argument('--val-split', metavar='NAME', help='evaluation split (default: validation, val or test)')
-    add_view_arguments(parser)
-    add_store_arguments(parser, several=True)
-    group = parser.add_argument_group('distillation')
-    group.add_argument('--store-epochs', type=int, metavar='E',
-                       help='with --teacher: epochs that the store is to hold (default: its own, or --epochs)')
-    group.add_argument('--alpha', type=float, default=1., metavar='A',
-                       help='weight of the distillation loss; that of the label loss is 1 - A')
-    group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
-                       help='temperature that softens teacher and student')
-    group = parser.add_argument_group('student')
-    group.add_argument('--model', metavar='NAME',
-                       help=f'timm name of the student (default: that of the weights of --eval, or {DEFAULT_MODEL})')
-    group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
-    group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights, a file or a folder')
-    group.add_argument('--num-classes', type=int, metavar='N', help='classes (default: the store\'s or the data\'s)')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs,
-                       help='arguments of the model, as in depths=[2,2,2,2]')
-    group.add_argument('--drop', type=float, default=0., metavar='P', help='dropout')
-    group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth (default: the model\'s)')
-    group.add_argument('--freeze-bn', action='store_true', help='keep the running statistics of batch norms fixed')
-    group.add_argument('--sync-bn', action='store_true', help='synchronise batch norms over all processes')
-    group.add_argument('--model-ema', action='store_true', help='also average the weights; evaluate and export both')
-    group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of the average')
-    group.add_argument('--model-ema-warmup', action='store_true', help='start with a smaller decay')
-    group.add_argument('--channels-last', action='store_true', help='channels-last memory format')
-    group.add_argument('--compile', '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
-                       help='torch.compile the student')
-    group = parser.add_argument_group('optimisation')
-    group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='views per process and step')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per update')
-    group.add_argument('--views-per-image', type=int, default=1, metavar='N',
-                       help='put N views of each image, of N epochs, in one batch and decode the image once')
-    group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
-    group.add_argument('--opt', default='adamw', metavar='NAME', help='timm optimiser')
-    group.add_argument('--opt-eps', type=float, metavar='X', help='its epsilon')
-    group.add_argument('--opt-betas', type=float, nargs='+', metavar='B', help='its betas')
-    group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='its momentum')
-    group.add_argument('--weight-decay', type=float, default=0.05, metavar='W',
-                       help='weight decay, but not of norms and biases')
-    group.add_argument('--clip-grad', type=float, default=5., metavar='NORM', help='gradient clipping, 0 for none')
-    group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip')
-    group.add_argument('--layer-decay', type=float, metavar='D', help='layer-wise learning-rate decay')
-    group.add_argument('--sched', default='cosine', metavar='NAME', help='linear or a timm schedule, stepped by update')
-    group.add_argument('--lr', type=float, metavar='LR', help='peak learning rate (default: from --lr-base)')
-    group.add_argument('--lr-base', type=float, default=5e-4, metavar='LR',
-                       help='without --lr: peak learning rate for --lr-base-size images per update; scaled to the '
-                            'images of an update, as --warmup-lr and --min-lr are')
-    group.add_argument('--lr-base-size', type=int, default=512, metavar='N', help='images per update of --lr-base')
-    group.add_argument('--warmup-lr', type=float, default=5e-7, metavar='LR', help='learning rate of the first update')
-    group.add_argument('--warmup-epochs', type=float, default=5, metavar='N', help='epochs of warm-up')
-    group.add_argument('--min-lr', type=float, default=5e-6, metavar='LR', help='learning rate at the end')
-    group.add_argument('--cooldown-epochs', type=int, default=0, metavar='N', help='additional epochs at --min-lr')
-    group.add_argument('--decay-epochs', type=float, default=30, metavar='N', help='step schedule: epochs per decay')
-    group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
-                       help='multistep schedule: epochs of the decays')
-    group.add_argument('--decay-rate', type=float, default=0.1, metavar='R', help='step schedule: factor per decay')
-    group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing of the label loss')
-    group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'),
-                       help='pair: views mixed as in a store; batch, elem: timm\'s Mixup, one lambda per batch or view '
-                            '(default: pair with --logits, else batch)')
-    group.add_argument('--amp', action='store_true', help='as --amp-dtype float16, unless that says otherwise')
-    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast the student')
-    group.add_argument('--deterministic', action='store_true', help='bit-identical runs on GPUs too; slower')
-    group.add_argument('--seed', type=int, default=42, metavar='S',
-                       help='seed of weights, order and dropout; that of views is --store-seed')
-    group = parser.add_argument_group('evaluation and output')
-    group.add_argument('--eval', nargs='?', const='', metavar='FILE',
-                       help='only evaluate: this checkpoint or folder, or the weights that the student starts from')
-    group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N',
-                       help='images per process (default: --batch-size)')
-    group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
-    group.add_argument('--crop-pct', type=float, metavar='P', help='evaluation crop (default: the model\'s)')
-    group.add_argument('--crop-mode', choices=('center', 'squash', 'border'),
-                       help='kind of evaluation crop (default: the model\'s)')
-    group.add_argument('--interpolation', metavar='NAME', help='evaluation resize (default: the model\'s)')
-    group.add_argument('--output', default='./output/train', metavar='DIR', help='folder of runs')
-    group.add_argument('--experiment', metavar='NAME', help='folder of this run (default: the model\'s name)')
-    group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
-    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
-                       help='updates between checkpoints within an epoch, 0 for none')
-    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between logged losses')
-    group.add_argument('--log', nargs='+', default=[], choices=TRACKERS, help='trackers to report to as well')
-    group.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
-    add_push_arguments(
-        parser, 'push the best model to this repo at the end', 'licence of the weights, as in apache-2.0')
-    return parser
-
-
-def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags that were given, over those of a recipe and the defaults."""
-    args = parse_arguments(create_parser(), argv)
-    check_push_arguments(args)
-    if args.model is None:
-        config = config_beside(args.eval)
-        args.model = f'local-dir:{config.parent}' if config else DEFAULT_MODEL
-    args.dataset = args.dataset or args.data_dir
-    if not args.dataset:
-        raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')
-    at_least = dict(
-        batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
-        val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0,
-        recovery_interval=0, warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0,
-        weight_decay=0, clip_grad=0, momentum=0, model_ema_decay=0, keep_epochs=1, warmup_lr=0, min_lr=0)
-    at_most = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
-    above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0)
-    below = dict(smoothing=1)
-    for limits, holds, words in (
-        (at_least, operator.ge, 'at least'), (at_most, operator.le, 'at most'), (above, operator.gt, 'more than'),
-        (below, operator.lt, 'less than'),
-    ):
-        for name, limit in limits.items():
-            value = getattr(args, name)
-            if value is not None and not holds(value, limit):
-                raise InputError(f'--{name.replace("_", "-")} is {value}; expected {words} {limit}')
-    if args.sched == 'none':
-        raise InputError('--sched none is not a schedule here; use --sched constant')
-    if args.compile and args.compile not in torch.compiler.list_backends(exclude_tags=()):
-        raise InputError(f'--compile {args.compile} is no backend of torch.compile; leave its name out for inductor')
-    if args.teacher and not args.logits:
-        raise InputError('--teacher without --logits: name the folder that keeps what the teacher says')
-    if args.teacher and len(args.logits) > 1:
-        raise InputError('--teacher with several stores in --logits: fill each with save_logits first')
-    if args.teacher and is_hub_url(args.logits[0]):
-        raise InputError(f'--teacher fills a store in a folder, and {args.logits[0]} is on the Hub; leave --teacher '
-                         f'out, or give --logits a folder')
-    if args.streaming and not args.logits:
-        raise InputError('--streaming needs a store with keys: give --logits')
-    if (args.epochs + args.cooldown_epochs) % args.views_per_image:
-        raise InputError(f'{args.epochs + args.cooldown_epochs} epochs are no multiple of --views-per-image '
-                         f'{args.views_per_image}; without the last of them not every image is shown as often')
-    if args.streaming and args.views_per_image > 1:
-        raise InputError('--views-per-image wants the images in any order, which a stream does not give; leave it out')
-    if not args.logits:
-        idle = [f'--{name.replace("_", "-")}' for name, usual in (
-            ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None),
-            ('keep_epochs', None), ('store_cache', None)) if getattr(args, name) != usual]
-        if idle and args.eval is None:
-            warn(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
-    if args.amp and args.amp_dtype is None:
-        args.amp_dtype = 'float16'
-    del args.amp
-    if args.mixup_mode is None:
-        args.mixup_mode = 'pair' if args.logits else 'batch'
-    if args.logits and args.mixup_mode != 'pair':
-        raise InputError(f'--mixup-mode {args.mixup_mode} mixes views that the teacher of --logits has not seen; give '
-                         f'--mixup-mode pair')
-    if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
-        raise InputError(f'--batch-size is {args.batch_size}; --mixup and --cutmix need an even one')
-    return args
 
 
 def prepare_store(

@@ -32,20 +32,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import datasets
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from program_turns import epoch_seconds
 from timm.optim import create_optimizer_v2
 from timm.task import LogitDistillationTask
-from program_turns import epoch_seconds
 from torch import nn
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -55,10 +55,10 @@ from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, col
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe, library_versions
+from timm_tinyvit.models.loading import ModelInput
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.targets.codec import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
-from timm_tinyvit.teacher.teacher import ModelInput
 from timm_tinyvit.train.student import set_image_size
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'train_distill.py'

@@ -21,8 +21,9 @@ from matplotlib.figure import Figure
 
 from timm_tinyvit.data.dataset import ImageDataset, collate
 from timm_tinyvit.data.sources import load_split
+from timm_tinyvit.models.loading import create_pretrained
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.teacher.teacher import Teacher, create_pretrained
+from timm_tinyvit.teacher.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / 'examples' / 'fashion_mnist'

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import train_distill
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.pairing import Pairing, mixed_cross_entropy
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe, preserve_random_state, seed_view
@@ -256,7 +257,7 @@ def filled(tmp_path_factory, teacher):
 
 def test_the_student_sees_what_the_teacher_saw_byte_for_byte(filled):
     path, seen = filled
-    store, replay = save_logits.open_store(path, {})
+    store, replay = open_store(path, {})
     assert replay.recipe.is_mixed
     data = SparseLogitDataset(load_split(DATA, SPLIT, is_training=True), replay, store)
     labels = torch.tensor(data.dataset['label'].to_pylist())
@@ -308,7 +309,7 @@ def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path
     train(tmp_path, 'run', '--logits', str(filled[0]), '--epochs', '1', *rates)
     model = timm.create_model(f'local-dir:{tmp_path / "run" / "last"}', pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
-    store, replay = save_logits.open_store(filled[0], {})
+    store, replay = open_store(filled[0], {})
     data = SparseLogitDataset(load_split(DATA, SPLIT, is_training=True), replay, store)
     sampler = EpochBatchSampler(61, 10, 42, store_epochs=range(2), pairing=data.pairing)
     losses = []
@@ -322,7 +323,7 @@ def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path
 
 
 def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, teacher, capsys, refused, one_sentence):
-    store, replay = save_logits.open_store(filled[0], {})
+    store, replay = open_store(filled[0], {})
     whole = load_split(DATA, SPLIT, is_training=True)
     with refused('60 samples, the store has 61'):
         SparseLogitDataset(whole.select(range(60)), replay, store)

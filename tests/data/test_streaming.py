@@ -15,7 +15,8 @@ import train_distill
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import keyed_fingerprint
-from timm_tinyvit.data.sources import class_names, find_column, load_split
+from timm_tinyvit.data.opening import open_store
+from timm_tinyvit.data.sources import class_names, find_column, load_split, read_labels
 from timm_tinyvit.data.streaming import SparseLogitStream, StreamedRows, StreamLoader
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
@@ -93,13 +94,13 @@ def tree(path):
 
 def map_style(path, data, epoch, **options):
     """Every sample of a map-style data set in an epoch, by the hash of its key."""
-    store, replay = save_logits.open_store(str(path), {})
+    store, replay = open_store(str(path), {})
     rows = SparseLogitDataset(load_split(str(data), None, is_training=True), replay, store, **options)
     return {sample['index']: sample for sample in rows.__getitems__([(epoch, row) for row in range(len(rows))])}
 
 
 def stream_of(path, data, **options):
-    store, replay = save_logits.open_store(str(path), {})
+    store, replay = open_store(str(path), {})
     stream = load_split(str(data), None, is_training=True, streaming=True)
     return SparseLogitStream(stream, replay, store, store_epochs=store.manifest.stored_epochs, **options)
 
@@ -119,7 +120,7 @@ def test_a_folder_of_tar_files_is_a_data_set_with_labels_and_keys(label_format, 
     assert find_column(rows, None, is_image=True) == 'jpg'
     assert label_key == {'cls': 'cls', 'json': 'json.label'}[label_format] and class_names(rows, label_key) is None
     assert len(rows) == 80 and rows['__key__'][:] == named['name'][:80]
-    assert save_logits.read_labels(rows, label_key).tolist() == named['label'][:80]
+    assert read_labels(rows, label_key).tolist() == named['label'][:80]
 
 
 def test_a_label_inside_of_json_comes_with_its_view(folders, stores):
@@ -169,7 +170,7 @@ def test_ranks_and_workers_share_a_stream_between_them(world_size, folders, stor
 
 
 def test_a_stream_without_a_store_shows_the_same_views(folders, stores):
-    replay = save_logits.open_store(str(stores / 'cls'), {})[1]
+    replay = open_store(str(stores / 'cls'), {})[1]
     expected = map_style(stores / 'cls', folders / 'cls', 0)
     stream = load_split(str(folders / 'cls'), None, is_training=True, streaming=True)
     for sample in SparseLogitStream(stream, replay, key='__key__'):
@@ -281,13 +282,13 @@ def test_the_same_command_fills_from_a_stream_just_what_is_missing(folders, stor
     kept = tmp_path / 'logits' / 'epoch-00001' / 'shard-00002.arrow'
     before = kept.stat().st_mtime_ns
     # The keys are known: the stream is not gone through for them again.
-    monkeypatch.setattr(save_logits, 'keyed_fingerprint', None)
+    monkeypatch.setattr('timm_tinyvit.teacher.creating.keyed_fingerprint', None)
     fill(tmp_path / 'logits', teacher, folders / 'cls', '--streaming')
     assert tree(tmp_path / 'logits') == tree(stores / 'cls') and kept.stat().st_mtime_ns == before
 
 
 def test_rows_are_fetched_again_where_earlier_ones_are_asked_for(folders, stores):
-    store, replay = save_logits.open_store(str(stores / 'cls'), {})
+    store, replay = open_store(str(stores / 'cls'), {})
     stream = load_split(str(folders / 'cls'), None, is_training=True, streaming=True)
     data = StreamedRows(stream, replay, store)
     asked = [[(0, 40), (0, 41)], [(0, 80)], [(1, 3), (1, 4), (1, 5)], [(1, 6)]]
@@ -328,7 +329,7 @@ def test_a_stream_that_does_not_fit_is_one_sentence(folders, stores, teacher, na
     with refused('by position', '--streaming'):
         stream_of(tmp_path / 'placed', folders / 'cls')
     other = write_tars(named.select([*range(40), *range(41, ROWS)]), tmp_path / 'less', 'cls')
-    store, replay = save_logits.open_store(str(stores / 'cls'), {})
+    store, replay = open_store(str(stores / 'cls'), {})
     data = StreamedRows(load_split(str(other), None, True, streaming=True), replay, store)
     with refused('row 40 of the stream has the key', repr(named[41]['name']), 'same order'):
         list(data.sampler([[(0, row) for row in range(38, 45)]]))
@@ -346,7 +347,7 @@ def test_changed_images_and_unknown_keys_of_a_stream_are_refused(folders, stores
     # The parquet files hold the same images under the same keys in another file format.
     with refused('other bytes', str(stores / 'cls')):
         list(stream_of(stores / 'cls', folders / 'parquet', key='name'))
-    store, replay = save_logits.open_store(str(stores / 'cls'), {})
+    store, replay = open_store(str(stores / 'cls'), {})
     data = StreamedRows(load_split(str(folders / 'parquet'), None, True, streaming=True).rename_column(
         'name', '__key__'), replay, store)
     with refused('other bytes', str(stores / 'cls')):

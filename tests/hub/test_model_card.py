@@ -18,20 +18,20 @@ import timm
 import torch
 import yaml
 from datasets import load_dataset
-from support.golden_weights import golden_tensor
 from huggingface_hub import ModelCard
+from support.golden_weights import golden_tensor
 
-import train_distill
 from timm_tinyvit import save_logits
+from timm_tinyvit.base.machine import source_commit
 from timm_tinyvit.hub import convert
 from timm_tinyvit.hub.model_card import model_facts, read_weights, recipe_yaml, run_card
 from timm_tinyvit.hub.official import OFFICIAL_CHECKPOINTS
-from timm_tinyvit.models import clip_teacher
-from timm_tinyvit.models import tiny_vit
+from timm_tinyvit.models import clip_teacher, tiny_vit
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.train import record as provenance
-from timm_tinyvit.train.record import read_run, source_commit
+from timm_tinyvit.train.record import read_run
+import train_distill
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / 'timm_tinyvit' / 'config' / 'recipes'

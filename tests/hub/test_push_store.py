@@ -16,21 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from conftest import EXAMPLES
 from huggingface_hub import DatasetCard
 from PIL import Image
-
-from conftest import EXAMPLES
 from support.hub_server import READ_TOKEN, TOKEN, card_problems
+
 from timm_tinyvit import save_logits
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.leases import Claims
 from timm_tinyvit.data.dataset import SparseLogitDataset
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.hub import push_store as publish_store
-from timm_tinyvit.hub import store_card
+from timm_tinyvit.hub import push_store as publish_store, store_card
 from timm_tinyvit.hub.store_card import LabelledViews
-from timm_tinyvit.save_logits import open_store
 from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.teacher.creating import create_teacher
 
 DATA = ['--dataset', EXAMPLES, '--train-split', 'train[:120]']
 BESIDES = {'store.json', 'README.md', 'sample.parquet'}
@@ -497,7 +497,7 @@ def test_a_teacher_is_called_by_its_folder_and_with_other_weights_by_its_archite
         args = argparse.Namespace(
             teacher=given, teacher_checkpoint=checkpoint, teacher_num_classes=10 if checkpoint else None,
             teacher_amp_dtype=None, teacher_compile=False)
-        assert save_logits.create_teacher(args, torch.device('cpu')).name == name
+        assert create_teacher(args, torch.device('cpu')).name == name
 
 
 def test_a_data_set_is_called_without_the_path_to_it(tmp_path, monkeypatch):

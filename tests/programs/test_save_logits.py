@@ -14,10 +14,12 @@ import torch
 from timm_tinyvit import save_logits
 from timm_tinyvit.base import console as terminal
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.targets.sparse import SparseTargets
+from timm_tinyvit.teacher.creating import warn_of_other_numbers
 from timm_tinyvit.teacher.teacher import Teacher
 
 DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
@@ -56,7 +58,7 @@ def refusal(argv, capsys) -> str:
 
 
 def test_what_is_stored_is_what_the_teacher_says_of_the_replayed_view(store, teacher):
-    opened, replay = save_logits.open_store(store, {})
+    opened, replay = open_store(store, {})
     model = timm.create_model(f'local-dir:{teacher}', pretrained=True).eval()
     data = SparseLogitDataset(load_split(DATA, 'train[:100]', True), replay, opened)
     batch = collate(data.__getitems__([(1, index) for index in (3, 99, 40)]))
@@ -182,7 +184,7 @@ def test_classes_with_other_numbers_in_the_teacher_are_told(there, said, capsys)
     model.pretrained_cfg['label_names'] = list(there)
     features = datasets.Features({'label': datasets.ClassLabel(names=list('abc'))})
     data = datasets.Dataset.from_dict({'label': [0]}, features=features)
-    save_logits.warn_of_other_numbers(Teacher(model, 'teacher', torch.device('cpu')), data, None)
+    warn_of_other_numbers(Teacher(model, 'teacher', torch.device('cpu')), data, None)
     printed = capsys.readouterr().err
     assert said in printed if said else not printed
 

@@ -15,11 +15,9 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from PIL import Image
 
-from timm_tinyvit.report import compare as run_comparison
-from timm_tinyvit.report import figures as run_figures
-from timm_tinyvit.report import run as run_report
-from timm_tinyvit.report.__main__ import plot_metrics
+from timm_tinyvit.report import compare as run_comparison, figures as run_figures, run as run_report
 from timm_tinyvit.report.compare import compare_runs
+from timm_tinyvit.report.plots import plot_metrics
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import TrainedRun
 from timm_tinyvit.train.calibration import calibration

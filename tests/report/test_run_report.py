@@ -22,20 +22,18 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
-import train_distill
 from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.report import compare as run_comparison
-from timm_tinyvit.report import figures as run_figures
-from timm_tinyvit.report import run as run_report
+from timm_tinyvit.models.loading import ModelInput
+from timm_tinyvit.report import compare as run_comparison, figures as run_figures, run as run_report
 from timm_tinyvit.report.compare import compare_runs, mcnemar
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import TrainedRun, without_user
-from timm_tinyvit.save_logits import open_store
 from timm_tinyvit.store.ensemble import Ensemble
-from timm_tinyvit.teacher.teacher import ModelInput
 from timm_tinyvit.train.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
 from timm_tinyvit.train.teacher_comparison import StoredViews, look_at_stored_views
+import train_distill
 
 DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
 SMALL = [

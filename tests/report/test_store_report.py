@@ -18,6 +18,7 @@ from conftest import EXAMPLES
 from test_page import check_self_contained, pixels_of
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.pairing import Pairing
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.report import __main__ as report
@@ -414,7 +415,7 @@ def test_bars_are_the_stored_targets_of_the_view(filled_store, labels):
 
 
 def open_data(path, split=SPLIT):
-    store, replay = save_logits.open_store(str(path), {})
+    store, replay = open_store(str(path), {})
     return SparseLogitDataset(load_split(str(EXAMPLES), split, True), replay, store)
 
 
@@ -463,7 +464,7 @@ def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
     assert 'samples compared, with other partners in each epoch' in text
     assert re.search('top-1 +both labels +entropy', text)
     page = check_self_contained((tmp_path / 'page.html').read_text())
-    store, replay = save_logits.open_store(str(tmp_path / 'mixed'), {})
+    store, replay = open_store(str(tmp_path / 'mixed'), {})
     data = SparseLogitDataset(load_split(str(EXAMPLES), 'train[:20]', True), replay, store)
     names = name_classes(data, 10)
     words = page.all('img')[1]['alt'].replace(',', '').split()
@@ -560,7 +561,7 @@ def test_a_keyed_store_is_shown_for_the_part_that_is_at_hand(teacher, fashion, t
     page = check_self_contained((tmp_path / 'page.html').read_text())
     shown = [image for image in page.all('img') if 'view of epoch 1' in image['alt']]
     words = shown[0]['alt'].replace(',', '').split()
-    store, replay = save_logits.open_store(str(tmp_path / 'logits'), {})
+    store, replay = open_store(str(tmp_path / 'logits'), {})
     data = SparseLogitDataset(load_split(str(tmp_path / 'all'), None, True), replay, store)
     assert words[0] == 'name'
     assert np.array_equal(pixels_of(shown[0]['src']), data[1, int(words[1].removeprefix('no-'))]['view'].numpy())

@@ -196,9 +196,9 @@ def test_samples_are_found_by_key_and_streamed(run, hub, keyed_store):
     hub.add_commit('org/keyed', tree(path), repo_type='dataset')
     hub.fail('GET /storage/.*keys.arrow', 'wrong-bytes', times=2)
     assert run(f'''
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.streaming import SparseLogitStream, StreamLoader
-from timm_tinyvit.save_logits import open_store
 store, replay = open_store('hf://datasets/org/keyed', {{}})
 local = LogitStore.open('{path}')
 assert (store.open_keys().hashes == local.open_keys().hashes).all()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_tinyvit import save_logits
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.targets.codec import codecs, create_codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
@@ -177,7 +178,7 @@ def test_a_store_is_filled_with_what_the_teacher_says_again(name, k, key, tmp_pa
     save_logits.main([*common, '--epochs', '2'])
     save_logits.main([*common, '--check'])
     assert ', 0.000% other ids, ' in capsys.readouterr().out
-    store, _ = save_logits.open_store(tmp_path / 'logits', {})
+    store, _ = open_store(tmp_path / 'logits', {})
     assert store.codec.name == create_sparsifier(name, k).default_codec
     targets = store.codec.decode(torch.from_numpy(store.read(1, range(50))), check=True)
     torch.testing.assert_close(targets.densify().sum(1), torch.ones(50))

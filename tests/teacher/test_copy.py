@@ -12,6 +12,7 @@ import train_distill
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
+from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.ensemble import Ensemble, ensemble_loss
@@ -74,7 +75,7 @@ def tree(path):
 
 def batch_of(path, data, epoch, positions):
     """Views and records of rows of a data set, and what its store says the teacher said of them."""
-    store, replay = save_logits.open_store(str(path), {})
+    store, replay = open_store(str(path), {})
     rows = SparseLogitDataset(load_split(str(data), None, is_training=True), replay, store)
     batch = collate(rows.__getitems__([(epoch, position) for position in positions]))
     return batch, store.codec.decode(batch['record'])
@@ -258,10 +259,10 @@ def test_stores_that_do_not_fit_together_are_refused_in_one_sentence(stores, dat
 
 @pytest.mark.parametrize('temperature', [1., 3.])
 def test_two_teachers_teach_what_their_average_would(temperature, stores, data):
-    opened = [save_logits.open_store(str(stores / name), {})[0] for name in ('placed', 'other')]
+    opened = [open_store(str(stores / name), {})[0] for name in ('placed', 'other')]
     ensemble = Ensemble(opened)
     assert ensemble.manifest.stored_epochs == range(1, 3)
-    replay = save_logits.open_store(str(stores / 'placed'), {})[1]
+    replay = open_store(str(stores / 'placed'), {})[1]
     rows = load_split(str(data / 'whole'), None, is_training=True)
     keys = [(1, 4), (2, 119), (2, 33), (1, 40)]
     batch = collate(SparseLogitDataset(rows, replay, ensemble).__getitems__(keys))
@@ -280,7 +281,7 @@ def test_two_teachers_teach_what_their_average_would(temperature, stores, data):
 
 
 def test_stores_with_keys_are_read_side_by_side_in_any_order_of_the_data(stores, data):
-    store, replay = save_logits.open_store(str(stores / 'whole'), {})
+    store, replay = open_store(str(stores / 'whole'), {})
     rows = load_split(str(data / 'mixed'), None, is_training=True)
     keys = [(0, 5), (2, 59), (1, 0)]
     one = collate(SparseLogitDataset(rows, replay, store).__getitems__(keys))

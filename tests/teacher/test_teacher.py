@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import save_file
 
 from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.models.loading import ModelInput, create_pretrained
 from timm_tinyvit.models.saving import export_model
-from timm_tinyvit.teacher.teacher import ModelInput, Teacher, create_pretrained
+from timm_tinyvit.teacher.teacher import Teacher
 
 
 def test_views_are_normalised_as_timm_normalises():

@@ -9,15 +9,16 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any, TextIO
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import datasets
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import auto, std
 
-__all__ = ['colored', 'log', 'progress', 'result', 'speak', 'warn']
+__all__ = ['best_effort', 'colored', 'log', 'progress', 'result', 'speak', 'warn']
 
 LINE_SECONDS = 30.
 LINE_FORMAT = '{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}'
@@ -119,3 +120,18 @@ class _LineBar(std.tqdm):
             self.display()
         self.leave = False
         super().close()
+
+
+@contextmanager
+def best_effort(what: str) -> Iterator[None]:
+    """Inside, what goes wrong is a warning: no training ends for want of a report.
+
+    Args:
+        what: What cannot be made then.
+    """
+    try:
+        yield
+    except Exception as error:
+        # From full disks to whatever a plotting library makes of odd figures.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warn(f'{what} cannot be made: {reason}; the training goes on')

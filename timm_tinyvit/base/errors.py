@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from collections.abc import Callable, Iterator, Sequence
 
+
 __all__ = ['InputError', 'Terminated', 'reports_input_errors']
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing.connection
 import os
+import platform
 import signal
 import sys
 import threading
@@ -22,8 +23,8 @@ from .console import warn
 from .errors import InputError, Terminated
 
 __all__ = [
-    'TRACKERS', 'create_accelerator', 'make_deterministic', 'quiet_worker', 'stop_requests', 'stop_with_launcher',
-    'total',
+    'TRACKERS', 'create_accelerator', 'device_name', 'make_deterministic', 'quiet_worker', 'stop_requests',
+    'stop_with_launcher', 'total',
 ]
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
@@ -207,3 +208,15 @@ def total(accelerator: Accelerator, *values: float) -> list[float]:
     if accelerator.num_processes == 1:
         return list(values)
     return accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), 'sum').tolist()
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called by its maker."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names and device.type == 'cpu' else f'{platform.machine()} {device.type}'

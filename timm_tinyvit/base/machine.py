@@ -4,12 +4,16 @@ Where a system does not say enough, as outside Linux, a machine has no name and 
 """
 
 import hashlib
+import json
 import os
 import socket
+import subprocess
 from functools import lru_cache
+from importlib.metadata import distributions
 from pathlib import Path
 
-__all__ = ['is_dead', 'machine_name', 'start_time']
+
+__all__ = ['is_dead', 'machine_name', 'source_commit', 'start_time']
 
 
 @lru_cache
@@ -56,3 +60,37 @@ def is_dead(pid: int, started: str = '') -> bool:
         # Ended and not yet waited for; or another user's, which may be hidden.
         return os.path.exists(f'/proc/{pid}')
     return started not in ('', found)
+
+
+def source_commit(package: Path = Path(__file__).parents[1]) -> str | None:
+    """The commit of the checkout that this package runs from, with `-dirty` where files of it are changed.
+
+    Returns:
+        Where it is installed, the commit that pip got from a git repository; None where it came from elsewhere, or git
+        is not there.
+    """
+    root = package.parent
+    if not (root / '.git').exists():
+        return _installed_commit(package)
+    found = []
+    for command in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no']):
+        try:
+            # Without locks, since somebody may be at work in the checkout.
+            done = subprocess.run(
+                ['git', '--no-optional-locks', '-C', str(root), *command], capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        found.append(done.stdout.strip())
+    return found[0] + ('-dirty' if found[1] else '')
+
+
+def _installed_commit(package: Path) -> str | None:
+    """The commit that pip noted when it installed the package."""
+    for installed in distributions(name=package.name, path=[str(package.parent)]):
+        try:
+            return json.loads(installed.read_text('direct_url.json') or '{}')['vcs_info']['commit_id']
+        except (KeyError, TypeError, ValueError):
+            continue
+    return None

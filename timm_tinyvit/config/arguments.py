@@ -16,12 +16,16 @@ import torch
 import yaml
 
 from ..base.errors import InputError
+from ..base.hub_client import check_repo_id
 from ..data.views import ViewRecipe
+from ..store.ensemble import Ensemble
+from ..store.local import LogitStore
 from ..store.manifest import Manifest
 
 __all__ = [
     'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'add_data_arguments', 'add_push_arguments', 'add_store_arguments',
-    'add_view_arguments', 'amp_dtype', 'parse_arguments', 'recipe_names', 'store_settings', 'view_arguments',
+    'add_view_arguments', 'amp_dtype', 'check_push_arguments', 'check_store_flags', 'parse_arguments', 'parse_range',
+    'recipe_names', 'store_settings', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
@@ -253,3 +257,48 @@ def _recipe_flags(
             pairs = [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else None
             flags += [flag, *map(str, pairs or (value if isinstance(value, list) else [value]))]
     return flags
+
+
+def parse_range(text: str) -> range:
+    """`30` as the numbers 0 to 29, `10:30` as 10 to 29."""
+    start, colon, stop = text.partition(':')
+    try:
+        numbers = range(int(start or 0), int(stop)) if colon else range(int(start))
+    except ValueError:
+        numbers = range(0)
+    if not numbers or numbers.start < 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is no range; write 30, or 10:30')
+    return numbers
+
+
+def check_store_flags(store: LogitStore | Ensemble, args: argparse.Namespace) -> None:
+    """Refuse flags that ask for other targets than a store has.
+
+    Raises:
+        InputError: They do.
+    """
+    for part in store.stores if isinstance(store, Ensemble) else [store]:
+        there = store_settings(part.manifest)
+        names = ['sparsifier', 'topk', 'codec', 'store_seed'] + ['top_p'] * (part.manifest.sparsifier == 'nucleus')
+        for name in names:
+            given, value = getattr(args, name), there[name]
+            if given not in (None, value):
+                flag = f'--{name.replace("_", "-")}'
+                raise InputError(f'the store {part.path} has {flag} {value}, and {given} is asked for; leave {flag} '
+                                 f'out, or where a recipe has it give {flag} {value}, or name another store')
+
+
+def check_push_arguments(args: argparse.Namespace) -> None:
+    """Refuse flags that ask for no push that can be, without asking the Hub.
+
+    Raises:
+        InputError: The repo has no possible name, or there is none, or nothing is trained.
+    """
+    if args.push_to_hub is None:
+        if args.hub_private or args.hub_license:
+            raise InputError('--hub-private and --hub-license need a repo; name it with --push-to-hub ORG/NAME')
+        return
+    check_repo_id(args.push_to_hub)
+    if args.eval is not None:
+        raise InputError('--eval trains nothing that --push-to-hub could push; push a run with python -m '
+                         'timm_tinyvit.hub.push_model')

@@ -17,7 +17,9 @@ import pyarrow.compute as pc
 
 from ..base.errors import InputError
 
-__all__ = ['class_names', 'column', 'find_column', 'find_key', 'labels_of', 'load_split', 'select_columns']
+__all__ = [
+    'class_names', 'column', 'find_column', 'find_key', 'labels_of', 'load_split', 'read_labels', 'select_columns',
+]
 
 IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp', 'jpeg')
 LABEL_KEYS = ('label', 'labels', 'cls', 'fine_label', 'target', 'json.label', 'json.cls')
@@ -207,3 +209,8 @@ def _features(dataset: Source) -> dict[str, Any]:
 def _holds_labels(feature: Any) -> bool:
     return isinstance(feature, datasets.ClassLabel) or (
         isinstance(feature, datasets.Value) and feature.dtype.removeprefix('u').startswith('int'))
+
+
+def read_labels(dataset: datasets.Dataset, label_key: str) -> np.ndarray:
+    """All labels of a data set, int64 [N]; -1 where there is none."""
+    return labels_of(select_columns(dataset, label_key)[:], label_key)

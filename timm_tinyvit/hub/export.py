@@ -14,8 +14,8 @@ import copy
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.data import resolve_model_data_config
@@ -24,7 +24,7 @@ from torch import nn
 
 from ..base.errors import InputError, reports_input_errors
 from ..config.arguments import ArgumentParser
-from ..teacher.teacher import create_pretrained
+from ..models.loading import create_pretrained
 from ..train.student import look_at_zeros, set_image_size
 
 __all__ = ['FORMATS', 'export', 'main']

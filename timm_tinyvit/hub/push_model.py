@@ -26,14 +26,15 @@ from ..base.console import result, speak
 from ..base.errors import InputError, reports_input_errors
 from ..base.files import write_aside
 from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
+from ..base.launch import device_name
 from ..config.arguments import ArgumentParser
 from ..train.metrics import METRICS
-from ..train.record import device_name, read_run
+from ..train.record import read_run
 from .model_card import (
     CARD, NO_REPO, PICTURE, TAG, card_metadata, has_text, read_weights, recipe_yaml, run_card,
 )
 
-__all__ = ['check_push_arguments', 'main', 'model_files', 'prepare_push', 'publish', 'push_finished_run']
+__all__ = ['main', 'model_files', 'prepare_push', 'publish', 'push_finished_run']
 
 SPEED = 'speed.json'
 SPEED_SECONDS = 2.
@@ -44,22 +45,6 @@ WEIGHTS = (
     '.tflite')
 # What a push may write; of these the repo keeps none that the newest push has not.
 FILES = (CARD, *MODEL, METRICS, PICTURE, 'recipe.yaml')
-
-
-def check_push_arguments(args: argparse.Namespace) -> None:
-    """Refuse flags that ask for no push that can be, without asking the Hub.
-
-    Raises:
-        InputError: The repo has no possible name, or there is none, or nothing is trained.
-    """
-    if args.push_to_hub is None:
-        if args.hub_private or args.hub_license:
-            raise InputError('--hub-private and --hub-license need a repo; name it with --push-to-hub ORG/NAME')
-        return
-    check_repo_id(args.push_to_hub)
-    if args.eval is not None:
-        raise InputError('--eval trains nothing that --push-to-hub could push; push a run with python -m '
-                         'timm_tinyvit.hub.push_model')
 
 
 def prepare_push(args: argparse.Namespace) -> None:

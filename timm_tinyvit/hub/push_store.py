@@ -20,12 +20,13 @@ from ..base.console import log, progress, result, warn
 from ..base.errors import InputError
 from ..base.hub_client import create_repo, push_files, retried
 from ..base.leases import Claims
+from ..base.text import counted, readable_bytes
+from ..models.names import public_name
 from ..store.cache import SHARD_PATH, HubCommit
 from ..store.keys import FILE_NAME
 from ..store.local import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
 from ..store.manifest import Manifest
-from ..teacher.estimate import counted, readable_bytes
-from ..train.record import PUBLISHED, mark_published, public_name
+from ..train.record import PUBLISHED, mark_published
 from .model_card import has_text
 from .store_card import (
     CARD, PICTURE, SAMPLE, LabelledViews, draw_views, parquet_bytes, render_card, sample_table, with_license,

@@ -21,16 +21,16 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
 
+from ..base.text import counted, readable_bytes
 from ..data.dataset import SparseLogitDataset, read_records
 from ..data.views import ViewRecipe
 from ..models.imagenet22k import NUM_CLASSES_22K
+from ..models.names import hub_repo_of
 from ..report.statistics import label_mismatch, store_statistics
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
 from ..targets.sparse import SparseTargets
-from ..teacher.estimate import counted, readable_bytes
 from ..train.predictions import in_turn
-from ..train.record import hub_repo_of
 from .model_card import CITATION, card_metadata, kept_metadata
 
 __all__ = [

@@ -5,7 +5,6 @@ is named, with pictures. Of a run, and with `--compare` of several, it writes th
 """
 
 import argparse
-import csv
 import io
 import json
 import os
@@ -18,11 +17,10 @@ from ..base.console import progress, result, speak
 from ..base.errors import InputError, reports_input_errors
 from ..base.files import write_aside
 from ..base.hub_client import is_hub_url
-from ..config.arguments import ArgumentParser
+from ..config.arguments import ArgumentParser, parse_range
 from ..data.dataset import SparseLogitDataset
-from ..data.sources import class_names, load_split
+from ..data.sources import class_names, load_split, read_labels
 from ..data.views import Replay, ViewRecipe, check_probe
-from ..save_logits import parse_range, read_labels
 from ..store.local import LogitStore
 from ..store.remote import open_store_at
 from ..train.metrics import METRICS
@@ -32,7 +30,7 @@ from .statistics import (
 )
 from .store import plain_report, store_page, text_report
 
-__all__ = ['main', 'plot_metrics', 'report_store']
+__all__ = ['main', 'report_store']
 
 # Each is downloaded.
 MAX_HUB_EPOCHS = 3
@@ -40,45 +38,6 @@ NUM_GALLERY_ROWS = 5
 NUM_GALLERY_EPOCHS = 6
 STORE_FLAGS = (
     'gallery', 'json', 'epochs', 'max_samples', 'dataset', 'train_split', 'input_key', 'target_key', 'key')
-
-
-def plot_metrics(metrics: Path, picture: Path) -> bool:
-    """Plot the losses and the accuracy of a run's metrics.csv by epoch.
-
-    Returns:
-        Whether there is a picture: without matplotlib (the extra `plots`) there is none.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    with open(metrics, newline='') as file:
-        rows = list(csv.DictReader(file))
-    epochs = [int(row['epoch']) + 1 for row in rows]
-    figure = Figure(figsize=(9, 3.4), layout='constrained')
-    FigureCanvasAgg(figure)
-    losses, accuracy = figure.subplots(1, 2)
-    for key, label in (('loss', 'loss'), ('label_loss', 'label loss'), ('distill_loss', 'distillation loss')):
-        values = [float(row[key]) for row in rows]
-        if any(values) and (key == 'loss' or values != [float(row['loss']) for row in rows]):
-            losses.plot(epochs, values, marker='o' if len(epochs) == 1 else None, markersize=3, label=label)
-    losses.set(xlabel='epoch', ylabel='training loss')
-    losses.legend()
-    for key, label in (('eval_top1', 'student'), ('eval_top1_ema', 'averaged weights')):
-        evaluated = [(int(row['epoch']) + 1, float(row[key])) for row in rows if row.get(key)]
-        if evaluated:
-            accuracy.plot(*zip(*evaluated), marker='o', markersize=3, label=label)
-    if len(accuracy.get_lines()) > 1:
-        accuracy.legend()
-    accuracy.set(xlabel='epoch', ylabel='top-1 accuracy (%)')
-    for axes in (losses, accuracy):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, format='png')
-    write_aside(picture, buffer.getbuffer())
-    return True
 
 
 def report_store(args: argparse.Namespace) -> None:

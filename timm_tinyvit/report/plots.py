@@ -1,10 +1,14 @@
 """Plots of a store's statistics, as matplotlib figures for a page. They need matplotlib, the extra `plots`."""
 
-from collections.abc import Iterator
+import csv
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import numpy as np
 
+from ..base.files import write_aside
 from .figures import INTERVALS, SIZE, reliability_figure
 from .statistics import StoreStatistics
 
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['plot_agreement', 'plot_curves', 'plot_histograms', 'plot_reliability']
+__all__ = ['plot_agreement', 'plot_curves', 'plot_histograms', 'plot_metrics', 'plot_reliability']
 
 Plot = tuple['Figure', str, str]  # with what it shows in words, and a caption
 
@@ -102,3 +106,42 @@ def _finished(figure: 'Figure', axes: 'Axes') -> 'Figure':
     if lines:
         figure.legend(loc='outside upper center', ncols=len(lines), fontsize=9, frameon=False)
     return figure
+
+
+def plot_metrics(metrics: Path, picture: Path) -> bool:
+    """Plot the losses and the accuracy of a run's metrics.csv by epoch.
+
+    Returns:
+        Whether there is a picture: without matplotlib (the extra `plots`) there is none.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    with open(metrics, newline='') as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row['epoch']) + 1 for row in rows]
+    figure = Figure(figsize=(9, 3.4), layout='constrained')
+    FigureCanvasAgg(figure)
+    losses, accuracy = figure.subplots(1, 2)
+    for key, label in (('loss', 'loss'), ('label_loss', 'label loss'), ('distill_loss', 'distillation loss')):
+        values = [float(row[key]) for row in rows]
+        if any(values) and (key == 'loss' or values != [float(row['loss']) for row in rows]):
+            losses.plot(epochs, values, marker='o' if len(epochs) == 1 else None, markersize=3, label=label)
+    losses.set(xlabel='epoch', ylabel='training loss')
+    losses.legend()
+    for key, label in (('eval_top1', 'student'), ('eval_top1_ema', 'averaged weights')):
+        evaluated = [(int(row['epoch']) + 1, float(row[key])) for row in rows if row.get(key)]
+        if evaluated:
+            accuracy.plot(*zip(*evaluated), marker='o', markersize=3, label=label)
+    if len(accuracy.get_lines()) > 1:
+        accuracy.legend()
+    accuracy.set(xlabel='epoch', ylabel='top-1 accuracy (%)')
+    for axes in (losses, accuracy):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format='png')
+    write_aside(picture, buffer.getbuffer())
+    return True

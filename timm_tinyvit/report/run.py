@@ -6,14 +6,11 @@ classes or samples.
 """
 
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
-from collections.abc import Iterator
 
 import numpy as np
 
-from ..base.console import warn
-from ..teacher.estimate import counted
+from ..base.text import counted
 from ..train.predictions import (
     Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
 )
@@ -22,7 +19,7 @@ from .figures import INTERVALS, can_plot, confusion_figure, curve_figures, relia
 from .page import Bar, Page, Picture
 from .run_folder import WHOSE, TrainedRun, shown, without_user
 
-__all__ = ['REPORT', 'best_effort', 'write_run_report']
+__all__ = ['REPORT', 'write_run_report']
 
 REPORT = 'report.html'
 # Up to so many classes the confusion matrix has all of them.
@@ -61,21 +58,6 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
     out = Path(out) if out else run.folder / REPORT
     page.write(out)
     return out
-
-
-@contextmanager
-def best_effort(what: str) -> Iterator[None]:
-    """Inside, what goes wrong is a warning: no training ends for want of a report.
-
-    Args:
-        what: What cannot be made then.
-    """
-    try:
-        yield
-    except Exception as error:
-        # From full disks to whatever a plotting library makes of odd figures.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warn(f'{what} cannot be made: {reason}; the training goes on')
 
 
 def _subtitle(run: TrainedRun) -> str:

@@ -5,10 +5,10 @@ epoch after epoch, as a store on the Hub wants to be read. Probabilities are tho
 remainder rule is `uniform`, the mass that is not listed is spread evenly over the other classes.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,13 +16,14 @@ import torch
 from ..data.dataset import SparseLogitDataset, read_records
 from ..data.fingerprint import iterate_keys
 from ..data.pairing import Pairing
+from ..data.sources import read_labels
 from ..data.views import ViewRecipe
 from ..store.local import LogitStore
 from ..targets.sparse import SparseTargets
 from ..train.calibration import Reliability, calibration
 
 __all__ = [
-    'StoreStatistics', 'disagreement', 'filled_shards', 'label_mismatch', 'label_probability', 'rows_of',
+    'StoreStatistics', 'disagreement', 'filled_shards', 'label_mismatch', 'label_probability', 'row_labels', 'rows_of',
     'store_statistics',
 ]
 
@@ -382,3 +383,13 @@ def _mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 def _plain(value: np.ndarray) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def row_labels(data: SparseLogitDataset) -> np.ndarray:
+    """Labels of the rows of a store, int64 [num_samples]; -1 where the data set has no label, or no such sample."""
+    labels = read_labels(data.dataset, data.label_key)
+    if data.keys is None:
+        return labels
+    found = np.full(data.store.manifest.num_samples, -1)
+    found[rows_of(data)] = labels
+    return found

@@ -5,24 +5,24 @@ where matplotlib is not installed; it says so.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from ..base.text import counted, readable_bytes
 from ..store.local import LogitStore
 from ..store.remote import HubStore
-from ..teacher.estimate import counted, readable_bytes
 from ..train.calibration import NUM_BINS
 from ..version import __version__
 from .figures import can_plot
 from .page import Page
 from .pictures import ShownSample, pictures_of
 from .plots import Plot, plot_agreement, plot_curves, plot_histograms, plot_reliability
-from .statistics import StoreStatistics, filled_shards
+from .statistics import StoreStatistics, filled_shards, label_mismatch, store_statistics
 
-__all__ = ['figures_of', 'plain_report', 'shards_on_disk', 'store_facts', 'store_page', 'text_report']
+__all__ = ['describe_store', 'figures_of', 'plain_report', 'shards_on_disk', 'store_facts', 'store_page', 'text_report']
 
 NUM_CONFUSIONS = 12
 PLOTS_MISSING = "plots are left out, as matplotlib is not installed: pip install 'timm_tinyvit[plots]'"
@@ -257,3 +257,20 @@ def _numbers(values: np.ndarray, digits: int) -> list[str]:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ('' if text.endswith('.') else '.')
+
+
+def describe_store(
+        store: LogitStore,
+        labels: np.ndarray | None = None,
+        label_names: Sequence[str] | None = None,
+) -> str:
+    """The manifest, what is on disk, and with labels that are the teacher's classes its accuracy, as text."""
+    facts = store_facts(store)
+    if labels is None or labels.max() < 0:
+        facts['teacher accuracy'] = 'unknown; give --dataset to compare with the labels'
+    elif mismatch := label_mismatch(labels, label_names, store.manifest.num_classes):
+        facts['teacher accuracy'] = f'unknown; {mismatch}'
+    else:
+        statistics = store_statistics(store, labels, np.flatnonzero(labels >= 0))
+        facts |= {} if statistics is None else figures_of(statistics, store)
+    return '\n'.join(f'{name:<17}{fact}' for name, fact in facts.items())

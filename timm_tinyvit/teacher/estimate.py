@@ -1,10 +1,11 @@
 """What a store will cost before it is made: bytes on disk, and hours of the teacher."""
 
 from ..base.errors import InputError
+from ..base.text import readable_bytes
 from ..targets.codec import create_codec
 from ..targets.sparsifier import create_sparsifier
 
-__all__ = ['counted', 'estimate_store', 'readable_bytes']
+__all__ = ['estimate_store']
 
 
 def estimate_store(
@@ -61,17 +62,3 @@ def estimate_store(
             f'teacher          {hours:,.1f} hours at {views_per_second:,.10g} views/s in '
             + (f'each of {num_processes} processes' if num_processes > 1 else 'one process'))
     return '\n'.join(lines)
-
-
-def readable_bytes(count: float) -> str:
-    """A number of bytes for people: `2.8 GB`."""
-    units = ['TB', 'GB', 'MB', 'kB', 'bytes']
-    while count >= 1000 and len(units) > 1:
-        count /= 1000
-        units.pop()
-    return f'{count:,.{0 if units[-1] == "bytes" else 1}f} {units[-1]}'
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things in words, as in `1 epoch` and `2 epochs`."""
-    return f'{number:,} {noun}' + ('' if number == 1 else 's')

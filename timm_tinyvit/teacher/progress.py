@@ -4,8 +4,8 @@ import time
 from collections.abc import Sequence
 
 from ..base.console import progress
+from ..base.text import readable_bytes
 from ..store.local import LogitStore
-from .estimate import readable_bytes
 
 __all__ = ['StoreProgress']
 

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from ..base.files import write_aside
+from ..base.launch import device_name
 from ..version import __version__
-from .record import device_name
 
 __all__ = ['read_environment', 'record_environment']
 

@@ -23,15 +23,14 @@ from ..base.console import progress, warn
 from ..base.errors import InputError
 from ..base.launch import quiet_worker
 from ..data.dataset import ImageDataset, collate
-from ..data.sources import class_names, find_column, load_split
+from ..data.sources import class_names, find_column, load_split, read_labels
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k, logits_22k_to_1k
-from ..save_logits import read_labels
-from ..teacher.teacher import ModelInput
+from ..models.loading import ModelInput, config_beside
 from .predictions import Recorder
 from .student import create_student
 
 __all__ = [
-    'check_label_values', 'check_labels', 'class_mismatch', 'config_beside', 'eval_config', 'eval_loader', 'evaluate',
+    'check_label_values', 'check_labels', 'class_mismatch', 'eval_config', 'eval_loader', 'evaluate',
     'evaluate_checkpoint', 'is_imagenet1k',
 ]
 
@@ -208,20 +207,6 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
     prepare = ModelInput(config['mean'], config['std']).to(accelerator.device)
     return evaluate(model, prepare, loader, accelerator, is_imagenet1k(dataset, label_key))
-
-
-def config_beside(weights: str | None) -> Path | None:
-    """The config.json that describes the model of these weights, None where there is none.
-
-    Args:
-        weights: A file of weights, or its folder.
-    """
-    if not weights:
-        return None
-    path = Path(weights).expanduser()
-    folder = path if path.is_dir() else path.parent
-    # A run's checkpoints lie beside the folder of what it exported last.
-    return next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
 
 
 def _images_of(file: Path | None) -> dict[str, Any]:

@@ -6,9 +6,6 @@ finds it here as it was. Nothing in it names a folder of the machine: of a path 
 
 import argparse
 import json
-import platform
-import subprocess
-from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +18,19 @@ from torch import nn
 from ..base.errors import InputError
 from ..base.files import write_aside
 from ..base.hub_client import is_hub_url
+from ..base.launch import device_name
+from ..base.machine import source_commit
 from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
 from ..data.views import ViewRecipe
 from ..models.imagenet22k import NUM_CLASSES_22K
+from ..models.names import hub_repo_of, public_name
 from ..store.ensemble import Ensemble
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
 from ..targets.sparsifier import sparsifiers
 from ..version import __version__
 
-__all__ = [
-    'PUBLISHED', 'RUN_RECORD', 'device_name', 'hub_repo_of', 'mark_published', 'public_name', 'read_run', 'record_run',
-    'source_commit',
-]
+__all__ = ['PUBLISHED', 'RUN_RECORD', 'mark_published', 'read_run', 'record_run']
 
 RUN_RECORD = 'run.json'
 VERSION = 2
@@ -136,70 +133,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         pass
     raise InputError(f'{file} is not readable as the record of a run, or of another version of this package; start the '
                      f'run again, which writes it anew and ends at once where it is finished')
-
-
-def source_commit(package: Path = Path(__file__).parents[1]) -> str | None:
-    """The commit of the checkout that this package runs from, with `-dirty` where files of it are changed.
-
-    Returns:
-        Where it is installed, the commit that pip got from a git repository; None where it came from elsewhere, or git
-        is not there.
-    """
-    root = package.parent
-    if not (root / '.git').exists():
-        return _installed_commit(package)
-    found = []
-    for command in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no']):
-        try:
-            # Without locks, since somebody may be at work in the checkout.
-            done = subprocess.run(
-                ['git', '--no-optional-locks', '-C', str(root), *command], capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode:
-            return None
-        found.append(done.stdout.strip())
-    return found[0] + ('-dirty' if found[1] else '')
-
-
-def _installed_commit(package: Path) -> str | None:
-    """The commit that pip noted when it installed the package."""
-    for installed in distributions(name=package.name, path=[str(package.parent)]):
-        try:
-            return json.loads(installed.read_text('direct_url.json') or '{}')['vcs_info']['commit_id']
-        except (KeyError, TypeError, ValueError):
-            continue
-    return None
-
-
-def device_name(device: torch.device) -> str:
-    """What a device is called by its maker."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names and device.type == 'cpu' else f'{platform.machine()} {device.type}'
-
-
-def hub_repo_of(model: str) -> str | None:
-    """The repo of the Hub with the weights of a model that is named in full: `hf-hub:ORG/NAME`, or with timm's tag.
-
-    A name without a tag may have gone with weights of a file.
-    """
-    if model.startswith('hf-hub:'):
-        return model.removeprefix('hf-hub:').partition('@')[0]
-    if '.' in model and timm.is_model_pretrained(model):
-        return timm.get_pretrained_cfg(model).hf_hub_id
-    return None
-
-
-def public_name(name: str) -> str:
-    """What a model is called in what others see: of a folder only the last part."""
-    path = name.removeprefix('local-dir:')
-    return Path(path).name if path != name or path.startswith(('/', '~', '.')) else name
 
 
 def mark_published(store: LogitStore, url: str, epochs: range) -> None:

@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..base.console import progress
+from ..models.loading import ModelInput
 from ..store.ensemble import Ensemble
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
 from ..targets.sparse import SparseTargets
-from ..teacher.teacher import ModelInput
 from .predictions import Predictions, Recorder, read_arrays, write_arrays
 
 __all__ = ['StoredViews', 'look_at_stored_views']

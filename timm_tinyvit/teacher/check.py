@@ -1,0 +1,88 @@
+"""Check a store: read every byte of it, or run the teacher again on a sample of its views."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..base.console import progress, result
+from ..base.errors import InputError
+from ..data.dataset import SparseLogitDataset, collate
+from ..store.local import LogitStore
+from ..targets.sparsifier import create_sparsifier
+from .teacher import Teacher
+
+__all__ = ['NUM_CHECKED', 'check_store', 'verify_store']
+
+NUM_CHECKED = 512
+
+
+def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -> dict[str, float]:
+    """Run the teacher again on a sample of stored views.
+
+    Returns:
+        `views` looked at, `same_records` that come out bit for bit, `share_of_other_ids`, `mean_error` and
+        `largest_error` of the log-probabilities of ids that are in both.
+
+    Raises:
+        InputError: The store holds no complete epoch.
+    """
+    manifest = store.manifest
+    epochs = [epoch for epoch in manifest.stored_epochs if not store.missing([epoch])]
+    if not epochs:
+        raise InputError(f'the store {store.path} holds no complete epoch yet; fill it first')
+    picks = np.random.Generator(np.random.PCG64(0))
+    count = min(NUM_CHECKED, len(epochs) * len(data))
+    keys = [
+        (int(epoch), int(index)) for epoch, index in
+        zip(picks.choice(epochs, count), picks.integers(len(data), size=count))
+    ]
+    same_records, other, listed, errors = 0, 0, 0, []
+    batch_size = manifest.teacher['batch_size']
+    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
+    for start in range(0, count, batch_size):
+        part = keys[start:start + batch_size]
+        batch = collate(data.__getitems__(part))
+        stored = store.codec.decode(batch['record'])
+        # By what the views were drawn by, as when the store was filled: with keys it is not the position.
+        fresh = sparsifier(teacher(batch['view']), [epoch for epoch, _ in part], batch['index'].tolist()).to('cpu')
+        same_records += int((store.codec.encode(fresh) == batch['record'].numpy()).all(axis=1).sum())
+        same = (stored.ids[:, :, None] == fresh.ids[:, None, :]) & fresh.valid[:, None, :]  # [B, k, k]
+        same &= stored.valid[:, :, None]
+        other += int((stored.valid & ~same.any(dim=2)).sum())
+        listed += int(stored.valid.sum())
+        rows, here, there = same.nonzero(as_tuple=True)
+        errors.append((stored.log_probs[rows, here] - fresh.log_probs[rows, there]).abs())
+    error = torch.cat(errors)
+    return {
+        'views': count,
+        'same_records': same_records,
+        'share_of_other_ids': other / listed,
+        'mean_error': error.mean().item(),
+        'largest_error': error.max().item(),
+    }
+
+
+def verify_store(store: LogitStore, epochs: Sequence[int] | None = None) -> None:
+    """Read every byte of a store and print what is wrong, one line each, or that all is well.
+
+    Args:
+        store: The store.
+        epochs: Which epochs of it; all by default.
+
+    Raises:
+        InputError: Something is wrong, or the store is not meant to hold these epochs.
+    """
+    stored = store.manifest.stored_epochs
+    epochs = stored if epochs is None else epochs
+    if len(epochs) and not (epochs[0] in stored and epochs[-1] in stored):
+        raise InputError(
+            f'epochs {epochs[0]}:{epochs[-1] + 1} are to be verified, but the store {store.path} has '
+            f'{stored.start}:{stored.stop}; mend --epochs')
+    num_problems = 0
+    for problem in store.verify(progress(epochs, desc='verify', unit='epoch', leave=False)):
+        result(problem)
+        num_problems += 1
+    if num_problems:
+        raise InputError(f'{store.path} has {num_problems} problem(s), one on each line above')
+    result(f'{store.path}: {len(epochs) * store.manifest.num_shards} shards, every byte as it was written')

@@ -1,0 +1,165 @@
+"""Make a store as the flags describe it, or open the one that is there; and the teacher that fills it."""
+
+import argparse
+from pathlib import Path
+from collections.abc import Callable
+
+import datasets
+import torch
+
+from ..base.console import log, warn
+from ..base.errors import InputError
+from ..config.arguments import STORE_DEFAULTS, amp_dtype, store_settings, view_arguments
+from ..data.dataset import SparseLogitDataset, refuse_keys
+from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
+from ..data.opening import open_store
+from ..data.sources import Source, class_names, find_column
+from ..data.streaming import StreamedRows
+from ..data.views import Replay, ViewRecipe, library_versions
+from ..models.loading import create_pretrained
+from ..models.names import hub_repo_of
+from ..store.keys import KeyIndex
+from ..store.local import LogitStore, Manifest
+from ..targets.codec import create_codec
+from ..targets.sparsifier import create_sparsifier
+from .fill import choose_shards
+from .teacher import Teacher
+
+__all__ = ['create_store', 'create_teacher', 'views_to_fill', 'warn_of_other_numbers']
+
+
+def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
+    """The teacher that the flags name."""
+    model = create_pretrained(args.teacher, args.teacher_checkpoint, args.teacher_num_classes)
+    path, name = Path(args.teacher.removeprefix('local-dir:')).expanduser(), args.teacher
+    if path.exists():
+        # A folder's own name, so that a store says nothing of the machine that made it.
+        name = path.resolve().name
+    if args.teacher_checkpoint and hub_repo_of(name):
+        # The name with a tag, or of a repo, is that of other weights.
+        name = model.pretrained_cfg['architecture']
+    return Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile)
+
+
+def warn_of_other_numbers(teacher: Teacher, dataset: Source, target_key: str | None) -> None:
+    """Say so where a class has one number for the teacher and another one in the data."""
+    key = find_column(dataset, target_key, is_image=False)
+    here, there = class_names(dataset, key) if key else None, teacher.class_names
+    if not here or not there:
+        return
+    # Of a name that several classes share, the first.
+    numbers = {name: place for place, name in reversed(list(enumerate(there)))}
+    moved = [(name, place) for place, name in enumerate(here)
+             if name in numbers and (place >= len(there) or there[place] != name)]
+    if moved:
+        name, place = moved[0]
+        warn(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
+             f'{numbers[name]} and {place}; accuracies and --alpha below 1 would compare different classes')
+
+
+def create_store(
+        path: str,
+        args: argparse.Namespace,
+        teacher: Teacher,
+        dataset: Source,
+        epochs: int,
+        log: Callable[[str], None] = log,
+) -> tuple[LogitStore, Replay]:
+    """Make the store that the flags describe, or open the one that is there if it is made the same way.
+
+    Settings without a flag come from the store that is there, or else from `STORE_DEFAULTS`.
+
+    Args:
+        path: The store.
+        args: The flags.
+        teacher: The teacher.
+        dataset: What the teacher looks at. A stream is gone through once for its keys, where the store has none yet.
+        epochs: The store is meant to hold the epochs before this one.
+        log: Takes a line about other versions that make the same views.
+
+    Raises:
+        InputError: The store that is there was made another way, or the data set does not fit.
+    """
+    there, first_epoch, first_sample = None, 0, 0
+    settings = dict(STORE_DEFAULTS)
+    if LogitStore.exists(path):
+        there, replay = open_store(path, view_arguments(args), log)
+        manifest = there.manifest
+        first_epoch, first_sample = manifest.first_epoch, manifest.first_sample
+        settings = store_settings(manifest)
+    settings.update({key: getattr(args, key) for key in settings if getattr(args, key) is not None})
+    if there is None:
+        replay = Replay(ViewRecipe(**view_arguments(args)), settings['store_seed'])
+    refuse_keys(replay, settings['key'])
+    try:
+        top_p = settings['top_p'] if settings['sparsifier'] == 'nucleus' else 1.0
+        sparsifier = create_sparsifier(settings['sparsifier'], settings['topk'], top_p)
+        name = settings['codec'] or sparsifier.default_codec
+        codec = create_codec(name, teacher.num_classes, settings['topk'], sparsifier.remainder)
+        sparsifier.check_codec(codec)
+    except ValueError as error:
+        raise InputError(
+            f'{error} (--sparsifier, --topk, --top-p, --codec; the teacher {teacher.name} has '
+            f'{teacher.num_classes} classes)')
+    for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
+                            ('store_seed', -1 << 63, (1 << 63) - 1)):
+        if not low <= settings[name] <= high:
+            raise InputError(f'--{name.replace("_", "-")} is {settings[name]}; expected {low} to {high}')
+    if epochs <= first_epoch:
+        raise InputError(f'the store {path} begins at epoch {first_epoch}: there is nothing to fill before '
+                         f'epoch {epochs}')
+    hashes = None
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    if not settings['key'] and not is_stream:
+        fingerprint = dataset_fingerprint(dataset, args.input_key, args.target_key)
+    elif there is not None and is_stream and KeyIndex.exists(there.path):
+        fingerprint = there.manifest.dataset
+    else:
+        fingerprint, hashes = keyed_fingerprint(dataset, settings['key'], args.input_key)
+        if there is not None and there.manifest.key and fingerprint != there.manifest.dataset:
+            raise InputError(
+                f'the store {path} was made from other samples ({len(hashes)} here, {there.manifest.num_samples} '
+                f'there) or from the same in another order; fill it from the data set that it was begun with')
+    if not fingerprint['num_samples']:
+        raise InputError('the training data are empty; name another --train-split')
+    warn_of_other_numbers(teacher, dataset, args.target_key)
+    manifest = Manifest(
+        num_samples=fingerprint['num_samples'],
+        num_classes=teacher.num_classes,
+        k=settings['topk'],
+        record_width=codec.width,
+        epochs=epochs - first_epoch,
+        seed=settings['store_seed'],
+        shard_size=settings['shard_size'],
+        first_epoch=first_epoch,
+        first_sample=first_sample,
+        sparsifier=sparsifier.name,
+        top_p=top_p,
+        remainder=sparsifier.remainder,
+        codec=codec.name,
+        key=settings['key'],
+        teacher=teacher.describe(settings['teacher_batch_size']),
+        recipe=replay.recipe.to_dict(),
+        versions=library_versions(),
+        probe=replay.probe() if there is None else there.manifest.probe,
+        dataset=fingerprint,
+    )
+    choose_shards(manifest, getattr(args, 'shards', None), path)
+    store = LogitStore.create(path, manifest)
+    if hashes is not None and not KeyIndex.exists(store.path):
+        KeyIndex.write(store.path, store.manifest, hashes)
+    return store, replay
+
+
+def views_to_fill(
+        args: argparse.Namespace,
+        store: LogitStore,
+        replay: Replay,
+        dataset: Source,
+) -> SparseLogitDataset | StreamedRows:
+    """What the teacher of a store looks at: the views of its rows."""
+    if args.streaming:
+        return StreamedRows(dataset, replay, store, args.input_key)
+    manifest = store.manifest
+    return SparseLogitDataset(
+        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample)
