@@ -43,6 +43,7 @@ from timm_tinyvit.config.arguments import (
     STORE_DEFAULTS, check_store_flags, view_arguments,
 )
 from timm_tinyvit.config.training import settings
+from timm_tinyvit.data.classes import check_label_values, check_labels, class_mismatch, is_imagenet1k
 from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.opening import open_stores
@@ -65,10 +66,7 @@ from timm_tinyvit.train.checkpoint import (
     is_finite, last_checkpoint, random_state, save_checkpoint, set_random_state, what_changes,
 )
 from timm_tinyvit.train.environment import record_environment
-from timm_tinyvit.train.evaluate import (
-    check_label_values, check_labels, class_mismatch, eval_config, eval_loader, evaluate, evaluate_checkpoint,
-    is_imagenet1k,
-)
+from timm_tinyvit.train.evaluate import eval_config, eval_loader, evaluate, evaluate_checkpoint
 from timm_tinyvit.train.metrics import METRICS
 from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,

@@ -20,7 +20,7 @@ from timm_tinyvit.data.sources import class_names, find_column, load_split, read
 from timm_tinyvit.data.streaming import SparseLogitStream, StreamedRows, StreamLoader
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.train.evaluate import check_label_values
+from timm_tinyvit.data.classes import check_label_values
 
 ROWS = 90
 SETTINGS = ['--img-size', '32', '--color-jitter', '0', '--reprob', '0.5', '-j', '0', '--shard-size', '16', '--topk',
