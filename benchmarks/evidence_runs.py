@@ -17,7 +17,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-import yaml
 
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.files import write_aside
@@ -181,7 +180,7 @@ class Experiment:
         """What a run of the trainer has left in its folder."""
         with open(ROOT / folder / 'metrics.csv', newline='') as file:
             rows = list(csv.DictReader(file))
-        settings = yaml.safe_load((ROOT / folder / 'args.yaml').read_text())
+        settings = json.loads((ROOT / folder / 'run.json').read_text())['flags']
         accuracies = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
         trained = sum(float(row['seconds']) for row in rows)
         speeds = [float(row['images_per_second']) for row in rows]

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import train_distill
+from support.runs import write_record
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'benchmarks' / 'evidence.py'
@@ -203,7 +204,7 @@ def test_no_job_at_a_time_is_refused(capsys, one_sentence):
 def test_a_run_is_measured_by_its_last_epoch(tmp_path):
     (tmp_path / 'last').mkdir()
     (tmp_path / 'last' / 'model.safetensors').write_bytes(b'weights')
-    (tmp_path / 'args.yaml').write_text('lr: 0.1\nteacher: null\nquiet: false\n')
+    write_record(tmp_path, {'lr': 0.1, 'quiet': False})
     (tmp_path / 'metrics.csv').write_text(
         'epoch,loss,eval_top1,seconds,images_per_second\n0,2,80,10,100\n1,1.5,,20,200\n2,1.25,70,40,600\n')
     experiment = evidence.Experiment('smoke', evidence.GRIDS['smoke'], tmp_path, tmp_path)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 import train_distill
 from timm_tinyvit import save_logits
+from timm_tinyvit.data.classes import check_label_values
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import keyed_fingerprint
 from timm_tinyvit.data.opening import open_store
@@ -20,7 +21,6 @@ from timm_tinyvit.data.sources import class_names, find_column, load_split, read
 from timm_tinyvit.data.streaming import SparseLogitStream, StreamedRows, StreamLoader
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.data.classes import check_label_values
 
 ROWS = 90
 SETTINGS = ['--img-size', '32', '--color-jitter', '0', '--reprob', '0.5', '-j', '0', '--shard-size', '16', '--topk',

@@ -30,6 +30,7 @@ from timm_tinyvit.models import clip_teacher, tiny_vit
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.train import record as provenance
+from timm_tinyvit.train.checkpoint import FREE_FLAGS
 from timm_tinyvit.train.record import read_run
 import train_distill
 
@@ -102,7 +103,7 @@ def test_the_card_says_what_the_run_was(run):
     recipe = yaml.safe_load(training.partition('```yaml\n')[2].partition('```')[0])
     assert recipe['model'] == 'test_vit' and recipe['alpha'] == 0.75 and recipe['model_kwargs'] == ['img_size=32']
     assert '![Losses and accuracy by epoch](metrics.png)' in training
-    teacher = Path(yaml.safe_load((run / 'args.yaml').read_text())['teacher']).name
+    teacher = Path(json.loads((run / 'run.json').read_text())['flags']['teacher']).name
     assert f'from the answers of a teacher called `{teacher}`, stored in\n`logits`, and from their labels' in card.text
     assert 'and, with weight 0.25, from the labels.' in training
     assert 'Not published: `logits`.\n' in training and 'Folders stand for data' in training
@@ -117,8 +118,8 @@ def test_the_card_says_what_the_run_was(run):
 def test_the_recipe_of_a_card_gives_the_settings_of_the_run(run, tmp_path):
     recipe = write_recipe(run, tmp_path)
     again = vars(train_distill.settings(['--config', recipe, '--dataset', DATA, '--logits', 'x']))
-    for name, value in yaml.safe_load((run / 'args.yaml').read_text()).items():
-        if name not in train_distill.FREE_SETTINGS:
+    for name, value in json.loads((run / 'run.json').read_text())['flags'].items():
+        if name not in FREE_FLAGS:
             assert again[name] == value, name
 
 
@@ -127,7 +128,7 @@ def test_the_training_command_of_a_card_asks_for_the_same_run(run, tmp_path):
     argv = shlex.split(command.replace('\\\n', ''))[3:]
     assert argv[-2:] == ['--logits', 'logits'] and argv[argv.index('--dataset') + 1] == './fashion_mnist'
     argv[argv.index('recipe.yaml')] = write_recipe(run, tmp_path)
-    again, before = vars(train_distill.settings(argv)), yaml.safe_load((run / 'args.yaml').read_text())
+    again, before = vars(train_distill.settings(argv)), json.loads((run / 'run.json').read_text())['flags']
     assert again['val_split'] == before['val_split'] == 'test[:40]' and again['train_split'] == before['train_split']
     # Weights that the run started from, and are not published.
     copy = copy_of(run, tmp_path)
@@ -225,12 +226,15 @@ def test_no_command_is_told_of_a_store_that_none_makes(filled_store):
 def test_stores_in_folders_of_one_name_are_told_apart(run, filled_store, tmp_path, monkeypatch):
     places = [shutil.copytree(filled_store, tmp_path / part / 'logits', ignore=shutil.ignore_patterns('.published'))
               for part in ('a', 'b')]
-    args = train_distill.settings(['--config', str(run / 'args.yaml'), '--logits', *map(str, places), '--teacher', ''])
+    args = train_distill.settings(['--config', str(run / 'run.json'), '--logits', *map(str, places), '--teacher', ''])
+    state = SimpleNamespace(
+        folder=tmp_path, settings={'model': 'test_vit'}, epoch=0,
+        store=SimpleNamespace(stores=[LogitStore.open(place) for place in places]),
+        task=SimpleNamespace(student=timm.create_model('test_vit')),
+        accelerator=SimpleNamespace(num_processes=1, device=torch.device('cpu')))
     provenance.record_run(
-        tmp_path, args, {'model': 'test_vit'}, args, timm.create_model('test_vit'),
-        SimpleNamespace(stores=[LogitStore.open(place) for place in places]), 120,
-        load_dataset(DATA, split='test[:4]'), False, 16,
-        SimpleNamespace(num_processes=1, device=torch.device('cpu')))
+        args, state, SimpleNamespace(num_samples=120, images_per_update=16), load_dataset(DATA, split='test[:4]'),
+        SimpleNamespace(to_imagenet1k=False))
     assert [store['name'] for store in read_run(tmp_path)['stores']] == ['logits', 'logits-2']
 
 
@@ -239,7 +243,9 @@ def test_the_same_run_has_the_same_card_and_no_path_of_the_machine_is_in_it(run,
     copy = copy_of(run, tmp_path)
     monkeypatch.chdir(tmp_path)
     assert str(run_card(copy, 'best', 'org/student')) == card
-    for text in (card, (run / 'run.json').read_text()):
+    record = read_run(run)
+    del record['flags']
+    for text in (card, json.dumps(record)):
         assert str(run.parent) not in text and str(ROOT) not in text
 
 
@@ -250,7 +256,8 @@ def test_a_card_links_what_is_on_the_hub(run, tmp_path):
     record['base'] = {'name': 'timm/test_vit.r160_in1k', 'on_hub': True, 'is_local': False}
     record['stores'][0].update(name='hf://datasets/org/store@0123abcd', on_hub=True, teacher_repo='timm/teacher.in1k')
     record['stores'][0]['teacher']['name'] = 'teacher.in1k'
-    record['commits'] = ['4f2c', '77aa-dirty']
+    launch = record['launches'][0]
+    record['launches'] = [launch | {'commit': commit} for commit in ('4f2c', '77aa-dirty')]
     (copy / 'run.json').write_text(json.dumps(record))
     card = run_card(copy, 'best', 'org/student')
     assert card.data.datasets == ['ILSVRC/imagenet-1k', 'org/store']
@@ -355,7 +362,7 @@ def test_a_run_that_was_started_again_knows_all_its_commits(run, tmp_path, monke
     copy = copy_of(run, tmp_path)
     shutil.copy(sorted(run.glob('*.pt'))[-1], copy)
     shutil.copytree(run.parent / 'logits', tmp_path / 'logits')
-    args = yaml.safe_load((run / 'args.yaml').read_text())
+    args = json.loads((run / 'run.json').read_text())['flags']
     (copy / 'run.json').unlink()
     for commit, expected in (('aaaa', ['aaaa']), ('bbbb', ['aaaa', 'bbbb']), ('bbbb', ['aaaa', 'bbbb'])):
         monkeypatch.setattr('timm_tinyvit.train.record.source_commit', lambda commit=commit: commit)

@@ -14,7 +14,6 @@ import datasets
 import pytest
 import timm
 import torch
-import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from timm.utils import dispatch_clip_grad
@@ -24,6 +23,7 @@ from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.train import batches, sharding
 from timm_tinyvit.train.optimization import clip_gradients
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,9 +69,9 @@ def message_of(argv, capsys) -> str:
 
 def test_the_arguments_of_a_run_are_a_recipe_for_the_same_run(distilled, tmp_path):
     run, store = distilled
-    before = train_distill.settings(['--config', str(run / 'args.yaml')])
+    before = train_distill.settings(['--config', str(run / 'run.json')])
     assert before.logits == [str(store)] and before.scale == [0.6, 1.0] and before.config
-    assert vars(train_distill.settings(['--config', str(run / 'args.yaml'), '--lr', '0.1'])) == {
+    assert vars(train_distill.settings(['--config', str(run / 'run.json'), '--lr', '0.1'])) == {
         **vars(before), 'lr': 0.1}
     (tmp_path / 'pairs.yaml').write_text('dataset: x\nmodel_kwargs: {img_size: 32, depths: [1, 1]}\nlog: []\n')
     args = train_distill.settings(['--config', str(tmp_path / 'pairs.yaml'), '--amp'])
@@ -121,7 +121,7 @@ def test_what_a_killed_writer_left_in_the_folder_goes(distilled, tmp_path):
 
 def test_a_run_leaves_its_arguments_metrics_plot_and_models(distilled):
     run, _ = distilled
-    assert yaml.safe_load((run / 'args.yaml').read_text())['lr'] == 1e-3
+    assert json.loads((run / 'run.json').read_text())['flags']['lr'] == 1e-3
     rows = list(csv.DictReader(open(run / 'metrics.csv')))
     assert [row['epoch'] for row in rows] == ['0', '1']
     assert all(float(row['distill_loss']) > 0 and float(row['images_per_second']) > 0 for row in rows)
@@ -203,13 +203,13 @@ def test_two_processes_fill_the_same_store_and_train_together(distilled, teacher
 def test_a_run_with_several_views_of_an_image_in_a_batch_sees_each_view_once_and_learns(distilled, tmp_path):
     seen = []
 
-    class Spy(train_distill.SparseLogitDataset):
+    class Spy(batches.SparseLogitDataset):
         def __getitems__(self, keys):
             seen.extend(keys)
             return super().__getitems__(keys)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_distill, 'SparseLogitDataset', Spy)
+        patch.setattr(batches, 'SparseLogitDataset', Spy)
         train_distill.main([
             *SMALL, '--logits', str(distilled[1]), '--views-per-image', '2', '--output', str(tmp_path)])
     # What comes after is the comparison with the teacher.
@@ -229,7 +229,7 @@ def test_labels_may_be_plain_integers(tmp_path):
 
 
 def test_of_a_sharded_model_one_whole_copy_is_there_at_a_time(tmp_path, monkeypatch):
-    prepare, copies, most = train_distill.prepare_student, [], []
+    prepare, copies, most = sharding.prepare_student, [], []
 
     def whole_model(model):
         copied = deepcopy(model)
@@ -237,7 +237,7 @@ def test_of_a_sharded_model_one_whole_copy_is_there_at_a_time(tmp_path, monkeypa
         most.append(sum(found() is not None for found in copies))
         return copied
 
-    monkeypatch.setattr(train_distill, 'prepare_student', lambda *args: (*prepare(*args)[:2], whole_model))
+    monkeypatch.setattr('timm_tinyvit.train.task.prepare_student', lambda *args: (*prepare(*args)[:2], whole_model))
     train_distill.main([*SMALL, '--model', 'test_resnet', '--model-ema', '--output', str(tmp_path)])
     assert most == [1] * 4
 

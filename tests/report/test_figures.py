@@ -2,7 +2,6 @@
 
 import argparse
 import html
-import json
 import math
 import re
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from accelerate import Accelerator
 from matplotlib.figure import Figure
 from PIL import Image
+
+from support.runs import write_record
 
 from timm_tinyvit.report import compare as run_comparison, figures as run_figures, run as run_report
 from timm_tinyvit.report.compare import compare_runs
@@ -21,7 +20,6 @@ from timm_tinyvit.report.plots import plot_metrics
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import TrainedRun
 from timm_tinyvit.train.calibration import calibration
-from timm_tinyvit.train.environment import read_environment, record_environment
 from timm_tinyvit.train.evaluate import eval_loader
 from timm_tinyvit.train.metrics import read_metrics
 from timm_tinyvit.train.predictions import Evaluation, Predictions, Recorder, keep_evaluation, write_arrays
@@ -61,7 +59,7 @@ def write_run(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / 'metrics.csv').write_text(metrics)
         if settings:
-            (folder / 'args.yaml').write_text(yaml.safe_dump(settings))
+            write_record(folder, settings)
         write_arrays(
             folder / 'predictions.npz',
             {'epoch': 2, 'num_classes': num_classes, 'names': list('abcdef'), 'split': {'num_samples': 10}},
@@ -112,7 +110,7 @@ def test_short_and_long_trainings_are_told_in_their_units(write_run, seconds, ex
 
 def test_what_is_not_finite_is_in_no_column():
     rows = [{'epoch': 0., 'loss': math.nan}, {'epoch': 1., 'loss': 2.}, {'epoch': 2., 'lr': 1.}]
-    run = TrainedRun(Path('x'), rows, {}, {}, {}, None)
+    run = TrainedRun(Path('x'), rows, {}, [], None, {}, None)
     assert run.column('loss') == [(2, 2.)] and run.best('loss') == (2, 2.) and run.best('eval_top1') is None
 
 
@@ -170,30 +168,10 @@ def test_launches_are_told_by_their_first_epoch(write_run):
     run = write_run()
     launches = [{'epoch': epoch, 'environment': {'torch': version, 'device': 'cpu'}}
                 for epoch, version in ((0, '2.1'), (4, '2.2'))]
-    (run / 'environment.json').write_text(json.dumps({'launches': launches}))
+    write_record(run, launches=launches)
     page = write_run_report(run).read_text()
     assert re.findall('>From epoch (.*?)<', page) == ['1', '5']
     assert re.findall('<th scope="row">(?:torch|device)</th><td>(.*?)</td>', page) == ['2.1', 'cpu', '2.1 → 2.2']
-
-
-def test_a_launch_is_recorded_where_its_surroundings_are_others(tmp_path):
-    """And forgotten by one that goes on from before it."""
-    args, defaults = argparse.Namespace(lr=1., epochs=3), argparse.Namespace(lr=2., epochs=3)
-
-    def launch(epoch, threads):
-        torch.set_num_threads(threads)
-        record_environment(tmp_path, args, defaults, Accelerator(cpu=True), epoch)
-        found = read_environment(tmp_path)
-        assert found['changed_settings'] == ['lr']
-        return [(launch['epoch'], launch['environment']['threads per process']) for launch in found['launches']]
-
-    threads = torch.get_num_threads()
-    try:
-        assert [launch(0, 1), launch(2, 1)] == [[(0, 1)]] * 2
-        assert [launch(5, 2), launch(5, 2)] == [[(0, 1), (5, 2)]] * 2
-        assert launch(4, 1) == [(0, 1)]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_figures_of_runs_side_by_side_are_those_of_the_metrics(write_run):

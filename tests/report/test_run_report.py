@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
@@ -34,6 +33,7 @@ from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.train.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
 from timm_tinyvit.train.teacher_comparison import StoredViews, look_at_stored_views
 import train_distill
+from support.runs import write_record
 
 DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
 SMALL = [
@@ -258,7 +258,8 @@ def test_the_page_says_what_the_metrics_and_predictions_say(runs):
     assert 'model_ema_decay' in table and 'weight_decay' not in table and 'weight_decay: 0.05' in page
     for name in (f'{torch.__version__}', timm.__version__, 'accelerate', 'processes'):
         assert name in page
-    text = re.sub('base64,[^"]*', '', page) + (runs / 'one' / 'environment.json').read_text()
+    record = json.loads((runs / 'one' / 'run.json').read_text())
+    text = re.sub('base64,[^"]*', '', page) + json.dumps(record['launches'])
     assert not re.search(rf'\b{re.escape(socket.gethostname())}\b', text) and f'{Path.home()}/' not in text
     assert 'labels alone' in (runs / 'two' / 'report.html').read_text()
 
@@ -330,7 +331,7 @@ def test_a_run_that_is_stopped_and_goes_on_ends_with_a_whole_report(tmp_path, mo
         torch.set_num_threads(threads)
     page = (tmp_path / 'run' / 'report.html').read_text()
     assert ', 2 epochs' in page and 'after epoch 2' in page
-    launches = json.loads((tmp_path / 'run' / 'environment.json').read_text())['launches']
+    launches = json.loads((tmp_path / 'run' / 'run.json').read_text())['launches']
     assert [launch['epoch'] for launch in launches] == [0, 1]
     assert f'{threads} → {threads + 1}' in page and re.findall('>From epoch (.*?)<', page) == ['1', '2']
 
@@ -340,7 +341,7 @@ def test_no_training_ends_for_want_of_a_report(tmp_path, monkeypatch, capsys):
         raise RuntimeError('no room for\npictures')
 
     monkeypatch.setattr(train_distill, 'write_run_report', fail)
-    monkeypatch.setattr(train_distill, 'keep_evaluation', fail)
+    monkeypatch.setattr('timm_tinyvit.train.evaluate.keep_evaluation', fail)
     train_distill.main([*SMALL, '--epochs', '1', '--quiet', '--output', str(tmp_path), '--experiment', 'run'])
     said = capsys.readouterr()
     assert said.out.startswith('finished:') and len(said.out.splitlines()) == 1
@@ -353,8 +354,7 @@ def test_a_damaged_file_costs_its_part_of_the_report(run):
     (run / 'predictions.npz').write_bytes((run / 'predictions.npz').read_bytes()[:-200])
     (run / 'predictions_ema.npz').unlink()
     (run / 'stored_views.npz').write_bytes(b'')
-    (run / 'args.yaml').write_text('- [')
-    (run / 'environment.json').write_text('{"launches": 3}')
+    (run / 'run.json').write_text('{"version": 3, "launches": 3}')
     page = write_run_report(run).read_text()
     assert page.count('class="warning"') == 3 and str(run) not in page
     assert 'There are no predictions' in page and 'It is not known' in page and '<figure class="plot">' in page
@@ -471,8 +471,7 @@ def test_whose_weights_are_compared_is_said(run, runs, no_plots):
     ({'logits': ['/else/logits']}, 'logits'), ({'smoothing': 0.}, 'smoothing'), ({'mixup': 0.8}, 'mixup'),
     ({'cutmix': 1.}, 'cutmix'), ({'mixup_mode': 'elem'}, '')])
 def test_losses_of_other_kinds_are_not_subtracted(runs, run, change, differs):
-    settings = yaml.safe_load((run / 'args.yaml').read_text())
-    (run / 'args.yaml').write_text(yaml.safe_dump(settings | change))
+    write_record(run, change)
     lines = [' '.join(line.split()) for line in compare_runs([runs / 'one', run]).splitlines()]
     loss = f'{TrainedRun.read(run).column("loss")[-1][1]:.4f}'
     assert f'training loss {loss} {loss}' + ('' if differs else ' +0.0000') in lines
@@ -527,10 +526,9 @@ def test_differences_are_those_of_the_figures_that_are_shown(runs, run):
 
 def test_settings_name_no_folder(runs, run, no_plots):
     """Of the same name elsewhere, the difference is still said."""
-    settings = yaml.safe_load((run / 'args.yaml').read_text())
     places = {'logits': ['/data/alice/logits'], 'dataset': '/data/alice/fashion_mnist', 'teacher': '~/alice/teacher/',
               'initial_checkpoint': '../alice/best', 'model': 'local-dir:/data/alice/model'}
-    (run / 'args.yaml').write_text(yaml.safe_dump(settings | places))
+    write_record(run, places)
     text = _compared(run, run.parent / 'c.html') + compare_runs([runs / 'one', run], run.parent / 'd.html')
     text += (run.parent / 'd.html').read_text() + re.sub('(?s)<pre>.*?</pre>', '', write_run_report(run).read_text())
     assert 'alice' not in text and str(runs) not in text
@@ -542,7 +540,7 @@ def test_settings_name_no_folder(runs, run, no_plots):
     *((name, name) for name in ('ORG/NAME', 'hf://datasets/ORG/NAME', 'hf-hub:ORG/NAME', 'train[:10%]', '/', '~')),
     ('/data/a/b/', 'b'), ('./x/y', 'y'), (['/a/b', '/c/d'], 'b d'), (None, ''), (1e-3, '0.001')])
 def test_only_the_last_name_of_a_path_is_shown(value, expected):
-    run = TrainedRun(Path('x'), [], {'data_dir': value}, {}, {}, None)
+    run = TrainedRun(Path('x'), [], {'data_dir': value}, [], None, {}, None)
     assert run.shown_settings()[0]['data_dir'] == expected
 
 

@@ -705,5 +705,5 @@ def test_a_training_opens_the_stores_that_all_of_its_processes_agree_on(monkeypa
     monkeypatch.setattr(train_distill, 'open_stores', open_stores)
     args = train_distill.settings(['--dataset', 'x', '--logits', URL])
     with pytest.raises(InterruptedError):
-        train_distill.prepare_store(args, None, None, print)
+        train_distill.open_or_fill(args, None, None)
     assert opened == [f'{URL}@pinned']

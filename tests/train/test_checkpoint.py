@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_distill
+from timm_tinyvit.base.launch import StepFlags
 from timm_tinyvit.train import checkpoint
 
 try:
@@ -339,6 +340,23 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, capsys, m
     monkeypatch.undo()
     run(tmp_path)
     assert len(list(csv.DictReader(open(tmp_path / 'run' / 'metrics.csv')))) == 2
+
+
+@pytest.mark.parametrize('interval, kept', [('0', []), ('1', ['checkpoint-000000-000000000040.pt'])])
+def test_a_loss_that_is_found_a_step_late_is_in_no_checkpoint(tmp_path, capsys, monkeypatch, interval, kept):
+    """As on a GPU, where the weights have gone by then: the checkpoint before it is the last good one."""
+    real, calls = checkpoint.nn.functional.log_softmax, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(None)
+        return real(*args, **kwargs) * (float('nan') if len(calls) == 6 else 1)
+
+    monkeypatch.setattr('torch.nn.functional.log_softmax', poisoned)
+    monkeypatch.setattr(train_distill, 'StepFlags', lambda accelerator: StepFlags(accelerator, delay=1))
+    message = message_of(capsys, tmp_path, '--recovery-interval', interval)
+    assert 'the loss or the gradient of step 5 in epoch 0 is not finite' in message
+    assert checkpoints(tmp_path / 'run')[-1:] == kept
+    assert ('keeps the checkpoint before it' if kept else 'has no checkpoint') in message
 
 
 def test_a_run_that_its_loss_ends_leaves_a_report(tmp_path, capsys, monkeypatch):

@@ -13,11 +13,11 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 import train_distill
+from timm_tinyvit.data.classes import is_imagenet1k
 from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.models.tiny_vit import rename_official
 from timm_tinyvit.train.evaluate import eval_config
-from timm_tinyvit.data.classes import is_imagenet1k
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = str(ROOT / 'examples' / 'fashion_mnist')

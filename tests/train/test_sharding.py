@@ -166,7 +166,7 @@ def test_a_run_goes_on_in_another_kind_of_launch(start, tmp_path):
 
 
 def test_a_model_that_is_no_longer_sharded_is_told():
-    state = {'world_size': 2, 'images_per_update': 8}
+    state = {'world_size': 2, 'images_per_update': 8, 'is_sharded': False}
     assert what_changes(state, 2, 8, False) is None
     assert what_changes({**state, 'is_sharded': True}, 2, 8, True) is None
     assert 'was sharded and is whole on each process' in what_changes({**state, 'is_sharded': True}, 2, 8, False)

@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from collections.abc import Callable, Iterator, Sequence
 
-
-__all__ = ['InputError', 'Terminated', 'reports_input_errors']
+__all__ = ['Diverged', 'InputError', 'Terminated', 'reports_input_errors']
 
 
 class InputError(ValueError):
@@ -28,6 +27,10 @@ class InputError(ValueError):
         if message.startswith('Caught ') and name in message:
             message = message.rsplit(name, 1)[1].strip()
         super().__init__(message)
+
+
+class Diverged(InputError):
+    """The loss or a gradient of a training is not finite; all processes of the launch raise it together."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -1,5 +1,6 @@
 """The processes of one launch, as accelerate made them: who works together, and how they end together."""
 
+import argparse
 import multiprocessing.connection
 import os
 import platform
@@ -23,8 +24,8 @@ from .console import warn
 from .errors import InputError, Terminated
 
 __all__ = [
-    'TRACKERS', 'create_accelerator', 'device_name', 'make_deterministic', 'quiet_worker', 'stop_requests',
-    'stop_with_launcher', 'total',
+    'TRACKERS', 'StepFlags', 'create_accelerator', 'device_name', 'make_deterministic', 'quiet_worker',
+    'start_trackers', 'stop_requests', 'stop_with_launcher', 'total',
 ]
 
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
@@ -119,6 +120,14 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
             mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False)
     except ValueError as error:
         raise InputError(f'accelerate does not take the settings of FSDP ({error}); correct them')
+
+
+def start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: Path) -> None:
+    """Begin a run in the trackers of `--log`, with all flags, under the name of the run's folder."""
+    if args.log:
+        flags = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
+        accelerator.init_trackers('timm_tinyvit', flags, {
+            'wandb': dict(name=folder.name, dir=str(folder)), 'trackio': dict(name=folder.name)})
 
 
 def make_deterministic() -> None:
@@ -220,3 +229,45 @@ def device_name(device: torch.device) -> str:
         lines = []
     names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
     return names[0] if names and device.type == 'cpu' else f'{platform.machine()} {device.type}'
+
+
+class StepFlags:
+    """Flags of each training step, summed over all processes, which no process waits for.
+
+    What a step found lies on the device; reading it at once would make the host wait for all that it has issued. On an
+    accelerator the flags are on their way to the host while the next step is issued, and are read one step late. On a
+    CPU nothing is issued ahead, and they are read at once.
+
+    Args:
+        accelerator: Knows the processes and the device.
+        delay: Steps until the flags of a step are read; by default 0 on a CPU, and else 1.
+    """
+
+    def __init__(self, accelerator: Accelerator, delay: int | None = None):
+        self.accelerator = accelerator
+        self.delay = int(accelerator.device.type != 'cpu') if delay is None else delay
+        self._pending: list[tuple[int, torch.Tensor, torch.Event | None]] = []
+
+    def push(self, step: int, *flags: torch.Tensor | bool) -> None:
+        """Send the flags of a step on their way: scalars on the device, or of the host."""
+        device = self.accelerator.device
+        values = torch.stack([
+            flag.float() if isinstance(flag, torch.Tensor) else torch.full((), float(flag), device=device)
+            for flag in flags])
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, 'sum')
+        event = None
+        if device.type != 'cpu':
+            # Pinned memory, which the device writes by itself; into other memory the host would have to wait.
+            pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values, event = pinned.copy_(values, non_blocking=True), torch.Event(device)
+            event.record()
+        self._pending.append((step, values, event))
+
+    def due(self, is_last: bool = False) -> Iterator[tuple[int, list[float]]]:
+        """The steps whose flags are to be read now, with the sums of their flags; with `is_last`, all that are left."""
+        while len(self._pending) > (0 if is_last else self.delay):
+            step, values, event = self._pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            yield step, values.tolist()

@@ -239,6 +239,8 @@ def _recipe_flags(
         raise InputError(f'there is no recipe {config}; give a YAML file, or one of {", ".join(recipe_names())}')
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f'the recipe {config} is not readable as YAML: {" ".join(str(error).split())}')
+    if isinstance(recipe, dict) and {'version', 'flags'} <= recipe.keys():
+        recipe = recipe['flags']  # the run.json of a run
     if not isinstance(recipe, dict):
         raise InputError(f'the recipe {config} is a {type(recipe).__name__}; expected lines like `lr: 0.001`')
     flags = []

@@ -2,6 +2,7 @@
 
 import argparse
 import operator
+from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,10 @@ from .arguments import (
     check_push_arguments, parse_arguments,
 )
 
-__all__ = ['DEFAULT_MODEL', 'create_parser', 'settings']
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['DEFAULT_MODEL', 'check_launch', 'create_parser', 'settings']
 
 DEFAULT_MODEL = 'tiny_vit_5m_224'
 
@@ -177,3 +181,16 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
         raise InputError(f'--batch-size is {args.batch_size}; --mixup and --cutmix need an even one')
     return args
+
+
+def check_launch(args: argparse.Namespace, accelerator: 'Accelerator') -> None:
+    """Refuse flags that the launch or its devices have no way to do.
+
+    Raises:
+        InputError: They have none.
+    """
+    if args.sync_bn and accelerator.device.type == 'cpu':
+        raise InputError('--sync-bn needs GPUs: torch has no synchronised batch norm on a CPU; leave it out')
+    if args.clip_mode == 'agc' and accelerator.is_fsdp2:
+        raise InputError('--clip-mode agc compares whole weights with their gradients, and the launch shards them; '
+                         'choose --clip-mode norm or value, or launch it with --multi_gpu')

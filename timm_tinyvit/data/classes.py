@@ -1,13 +1,73 @@
 """What the classes of a data set, a store and a model are, and whether they agree."""
 
+import argparse
+from dataclasses import dataclass
+
 import datasets
 import numpy as np
 
 from ..base.errors import InputError
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
-from .sources import class_names, read_labels
+from ..store.ensemble import Ensemble
+from ..store.local import LogitStore
+from .sources import class_names, find_column, read_labels
 
-__all__ = ['check_label_values', 'check_labels', 'class_mismatch', 'is_imagenet1k']
+__all__ = [
+    'Classes', 'check_label_values', 'check_labels', 'class_mismatch', 'is_imagenet1k', 'resolve_classes',
+]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes that a student learns.
+
+    Attributes:
+        num: How many.
+        names: Their names, where the data know them.
+        num_labels: Classes of the training labels, where the data name them.
+        to_imagenet1k: The validation labels are those of ImageNet-1k, whatever the classifier.
+    """
+    num: int
+    names: list[str] | None
+    num_labels: int | None
+    to_imagenet1k: bool
+
+
+def resolve_classes(
+        args: argparse.Namespace,
+        train_set: datasets.Dataset | datasets.IterableDataset,
+        val_set: datasets.Dataset,
+        store: LogitStore | Ensemble | None,
+) -> Classes:
+    """The classes of a training: those of `--num-classes`, or the store's, or the data's.
+
+    Args:
+        args: The flags of the trainer.
+        train_set: The training split.
+        val_set: The validation split.
+        store: What the student learns from, None for labels alone.
+
+    Raises:
+        InputError: They are not known, or store, training and validation labels do not agree with them.
+    """
+    label_key = find_column(train_set, args.target_key, is_image=False)
+    label_names = class_names(train_set, label_key) if label_key else None
+    num = args.num_classes or (store.manifest.num_classes if store else len(label_names or ()))
+    if not num:
+        raise InputError('the number of classes is not known from the data; give --num-classes, or put every image of '
+                         'a folder into SPLIT/CLASS/')
+    if store and num != store.manifest.num_classes:
+        raise InputError(f'the student has {num} classes, the store {store.path} {store.manifest.num_classes}; leave '
+                         f'--num-classes out, or use another store')
+    if (store is None or args.alpha < 1) and not args.streaming:
+        check_labels(train_set, label_key, num, '--train-split')
+    val_key = find_column(val_set, args.target_key, is_image=False)
+    check_labels(val_set, val_key, num, '--val-split')
+    if store and (mismatch := class_mismatch(val_set, val_key, num)):
+        raise InputError(f'{mismatch}, as the teacher has, so that accuracies would say nothing; name data of its '
+                         f'classes with --val-dataset')
+    names = label_key and class_names(train_set, label_key, num) or class_names(val_set, val_key, num)
+    return Classes(num, names, label_names and len(label_names), is_imagenet1k(val_set, val_key))
 
 
 def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: int, flag: str) -> None:

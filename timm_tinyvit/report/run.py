@@ -256,7 +256,7 @@ def _add_settings(page: Page, run: TrainedRun) -> None:
 
 def _add_environment(page: Page, run: TrainedRun) -> None:
     page.heading('Environment')
-    launches = run.environment.get('launches', [])
+    launches = run.launches
     if not launches:
         page.paragraph('It is not known: the run was started by an earlier version.')
     for number, launch in enumerate(launches):

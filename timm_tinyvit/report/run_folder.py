@@ -13,12 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 
 from ..base.errors import InputError
-from ..train.environment import read_environment
 from ..train.metrics import read_metrics
 from ..train.predictions import Evaluation
+from ..train.record import RUN_RECORD, read_run
 from ..train.teacher_comparison import StoredViews
 
 __all__ = ['PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'shown', 'without_user']
@@ -42,7 +41,8 @@ class TrainedRun:
         folder: Its folder.
         rows: Its metrics by epoch; what an epoch lacks is not in its row.
         settings: All flags; empty where they are not known.
-        environment: What `record_environment` wrote; may be empty.
+        launches: Epoch, commit and environment of each launch of the run; empty where they are not known.
+        changed: The flags that are not the defaults; None where they are not known.
         evaluations: The last predictions, by the ending of the weights' name: of the student, and `_ema` of its
             average.
         stored_views: The student beside its teacher, where it has one.
@@ -51,7 +51,8 @@ class TrainedRun:
     folder: Path
     rows: list[dict[str, float]]
     settings: dict[str, Any]
-    environment: dict[str, Any]
+    launches: list[dict[str, Any]]
+    changed: list[str] | None
     evaluations: dict[str, Evaluation]
     stored_views: StoredViews | None
     problems: list[str] = field(default_factory=list)
@@ -75,8 +76,9 @@ class TrainedRun:
                 problems.append(str(error).replace(f'{folder}/', ''))
 
         evaluations = {ending: read(PREDICTIONS.format(ending=ending), Evaluation.read) for ending in ('', '_ema')}
+        record = read(RUN_RECORD, lambda file: read_run(file.parent)) or {}
         return cls(
-            folder, read_metrics(folder), read('args.yaml', _read_settings) or {}, read_environment(folder),
+            folder, read_metrics(folder), record.get('flags', {}), record.get('launches', []), record.get('changed'),
             {ending: found for ending, found in evaluations.items() if found is not None},
             read(STORED_VIEWS, StoredViews.read), problems)
 
@@ -127,7 +129,7 @@ class TrainedRun:
     def shown_settings(self) -> tuple[dict[str, str], dict[str, str]]:
         """Settings as they may be shown, folders by their names: those that are not the defaults, and the others."""
         texts = {name: shown(value) for name, value in self.settings.items()}
-        changed = {'dataset', 'model', *self.environment.get('changed_settings', texts)}
+        changed = {'dataset', 'model', *(texts if self.changed is None else self.changed)}
         return ({name: text for name, text in texts.items() if name in changed},
                 {name: text for name, text in texts.items() if name not in changed})
 
@@ -174,13 +176,3 @@ def shown(value: Any) -> str:
 def _quoted(word: str) -> str:
     """A word for a shell, which is to see `~` and `$USER`."""
     return word if re.fullmatch(r'[\w@%+=:,./~$-]+', word) else shlex.quote(word)
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f'{file} is not readable as settings; the report is without them')
-    return settings

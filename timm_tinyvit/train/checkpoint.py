@@ -5,26 +5,213 @@ settings that decide the weights; a run with others is refused, except that the 
 which batch size and accumulation may.
 """
 
+import argparse
 import io
 import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ..base.console import log, warn
 from ..base.errors import InputError
 from ..base.files import write_aside
-from .sharding import local
+from ..data.fingerprint import dataset_fingerprint
+from ..store.ensemble import Ensemble
+from ..store.local import LogitStore
+from ..store.remote import check_content, content_of
+from .metrics import suffixed
+from .sharding import load_whole_state, local, whole_state
+from .task import SparseLogitTask
 
-__all__ = ['is_finite', 'last_checkpoint', 'random_state', 'save_checkpoint', 'set_random_state', 'what_changes']
+__all__ = ['FREE_FLAGS', 'TrainState', 'fixed_settings', 'is_finite', 'random_state', 'set_random_state']
+
+# Flags that may change between a run and its resumption: none of them affects the weights. Data and store may move; it
+# is their content that is compared.
+FREE_FLAGS = {
+    'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
+    'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
+    'data_dir', 'val_dataset', 'val_split', 'logits', 'log', 'eval', 'keep_epochs',
+    'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
+}
+
+# Entries of a checkpoint that hold weights; timm, too, looks for a model under this name.
+ENTRIES = {'student': 'model', 'ema': 'ema'}
 
 # What makes up an update on one number of processes, and may be made up otherwise on another.
 PER_PROCESS = ('batch_size', 'grad_accum_steps')
 
-# What is compared by content, whose sums tell nobody anything.
+# What is compared by content, whose hashes tell nobody anything.
 CONTENTS = {'data': 'other images or labels in --dataset', 'store': 'another store, or none, in --logits'}
+
+
+def fixed_settings(
+        args: argparse.Namespace,
+        train_set: datasets.Dataset | datasets.IterableDataset,
+        store: LogitStore | Ensemble | None,
+) -> dict[str, Any]:
+    """What a run cannot change when it is resumed: flags that affect the weights, and the content of data and store."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    # A stream is compared as it comes, sample by sample.
+    settings['data'] = None if args.streaming else dataset_fingerprint(train_set, args.input_key, args.target_key)
+    settings['store'] = store.manifest.identity if store else None
+    return settings
+
+
+class TrainState:
+    """Everything that a checkpoint holds, and nothing else. All processes call its methods together.
+
+    Args:
+        folder: The run's.
+        args: The flags of the trainer.
+        settings: `fixed_settings` of the run; a checkpoint of others is refused.
+        store: What the student learns from.
+        accelerator: Knows the processes.
+
+    Attributes:
+        epoch: Epochs that are finished.
+        update: Updates of the epoch after them.
+        best: Best top-1 accuracy so far in percent, of each set of weights; -1 before the first evaluation.
+        history: Metrics of the finished epochs.
+        sums: Sums over the updates of this epoch: loss, label loss, distillation loss and gradient norm, [4].
+    """
+
+    def __init__(
+            self,
+            folder: Path,
+            args: argparse.Namespace,
+            settings: dict[str, Any],
+            store: LogitStore | Ensemble | None,
+            accelerator: Accelerator,
+    ):
+        self.folder = folder
+        self.args = args
+        self.settings = settings
+        self.store = store
+        self.accelerator = accelerator
+        self.epoch = self.update = 0
+        self.best: dict[str, float] = {}
+        self.history: list[dict[str, float]] = []
+        self.sums = torch.zeros(4, device=accelerator.device)
+        self._checkpoint = self._find()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run begins here: there was no checkpoint."""
+        return self._checkpoint is None and not self.epoch and not self.update
+
+    def _find(self) -> dict[str, Any] | None:
+        """The last checkpoint of the run, before anything is built that it may not fit.
+
+        Raises:
+            InputError: It belongs to other settings, its store has changed, or the processes find different ones.
+        """
+        checkpoint = last_checkpoint(self.folder, self.settings, self.accelerator.num_processes)
+        if self.store is not None and checkpoint is not None:
+            check_content(self.store, checkpoint['store'], self.args.epochs + self.args.cooldown_epochs)
+        positions = gather_object([checkpoint and (checkpoint['epoch'], checkpoint['samples'])])
+        if len(set(positions)) > 1:
+            raise InputError(f'the processes find different checkpoints in {self.folder}; --output must be a folder '
+                             f'that all machines share')
+        return checkpoint
+
+    def resume(
+            self,
+            task: SparseLogitTask,
+            optimizer: torch.optim.Optimizer,
+            scheduler: Scheduler,
+            images_per_update: int,
+    ) -> None:
+        """Take over what is trained, and go on from the last checkpoint where there is one.
+
+        Args:
+            task: With the student, prepared for the launch.
+            optimizer: Of its parameters, likewise.
+            scheduler: Of the optimiser.
+            images_per_update: Of all processes and accumulated batches together.
+        """
+        self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
+        self.images_per_update = images_per_update
+        self.best = dict.fromkeys(task.models(), -1.)
+        # Another seed per rank, so that DropPath masks differ.
+        rank, seed = self.accelerator.process_index, self.args.seed
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is None:
+            set_seed(seed + rank)
+            return
+        world_size, device = self.accelerator.num_processes, self.accelerator.device
+        for name, model in task.models().items():
+            load_whole_state(model, checkpoint[ENTRIES[name]])
+        load_whole_state(optimizer, checkpoint['optimizer'])
+        if self.accelerator.scaler is not None and checkpoint['scaler'] is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint['scaler'])
+        self.epoch, self.best, self.history = checkpoint['epoch'], checkpoint['best'], checkpoint['history']
+        self.update = checkpoint['samples'] // images_per_update
+        is_finished = self.epoch == self.args.epochs + self.args.cooldown_epochs
+        log(f'{self.folder} is finished: nothing is left to train' if is_finished else
+            f'resuming {self.folder} at epoch {self.epoch}, step {self.update}')
+        if changes := what_changes(checkpoint, world_size, images_per_update, self.accelerator.is_fsdp2):
+            warn(changes)
+        if self.args.streaming and (checkpoint['world_size'], checkpoint['workers']) != (world_size, self.args.workers):
+            warn('a stream is shared out over another number of processes or --workers than before: the order of '
+                 'images is another one, and some are seen twice or not at all in this epoch')
+        if checkpoint['world_size'] == world_size:
+            scheduler.load_state_dict(checkpoint['scheduler'])
+            self.sums = checkpoint['sums'][rank].to(device)
+            set_random_state(dict(enumerate(checkpoint['random'])).get(rank, {}), device)
+        else:
+            # Means over updates, of which there are others now.
+            share = checkpoint['images_per_update'] / images_per_update
+            self.sums = sum(checkpoint['sums']).to(device) / checkpoint['world_size'] * share
+            seeds = np.random.SeedSequence([seed, self.epoch, self.update, rank])
+            set_seed(int(seeds.generate_state(1)[0]))
+
+    def step(self, losses: torch.Tensor, norm: torch.Tensor) -> None:
+        """Count an update.
+
+        Args:
+            losses: Loss, label loss and distillation loss, [3].
+            norm: Norm of the gradients, a scalar; not finite where a gradient scaler skipped the update.
+        """
+        self.sums += torch.cat([losses, norm.nan_to_num(0., 0., 0.).reshape(1)])
+        self.update += 1
+
+    def means(self) -> dict[str, float]:
+        """Means over the updates of this epoch and all processes."""
+        means = self.accelerator.reduce(self.sums / self.update, 'mean').tolist()
+        return dict(zip(('loss', 'label_loss', 'distill_loss', 'grad_norm'), means))
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """Count an epoch with these metrics."""
+        for name in self.best:
+            self.best[name] = max(self.best[name], row.get(suffixed('eval_top1', name), -1.))
+        self.history.append(row)
+        self.epoch, self.update = self.epoch + 1, 0
+        self.sums.zero_()
+
+    def save(self) -> None:
+        """Write a checkpoint of where the training is."""
+        accelerator = self.accelerator
+        randoms, sums = gather_object([random_state(accelerator.device)]), gather_object([self.sums.cpu()])
+        checkpoint = {
+            'epoch': self.epoch, 'samples': self.update * self.images_per_update, 'best': self.best,
+            'history': self.history, 'sums': sums, 'random': randoms, 'world_size': accelerator.num_processes,
+            'workers': self.args.workers, 'images_per_update': self.images_per_update,
+            **{ENTRIES[name]: whole_state(model) for name, model in self.task.models().items()},
+            'is_sharded': accelerator.is_fsdp2, 'optimizer': whole_state(self.optimizer),
+            'scheduler': self.scheduler.state_dict(), 'settings': self.settings,
+            'scaler': None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+            'store': None if self.store is None else content_of(self.store),
+        }
+        if accelerator.is_main_process:
+            save_checkpoint(self.folder, checkpoint, self.args.checkpoint_hist)
+        accelerator.wait_for_everyone()
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -117,8 +304,7 @@ def what_changes(state: dict[str, Any], world_size: int, images_per_update: int,
     """
     there, images = state['world_size'], state['images_per_update']
     if there == world_size:
-        # Checkpoints from before there were sharded runs do not say.
-        was_sharded = state.get('is_sharded', False)
+        was_sharded = state['is_sharded']
         if was_sharded == is_sharded:
             return None
         kinds = {True: 'sharded', False: 'whole on each process'}

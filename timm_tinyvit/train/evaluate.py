@@ -18,18 +18,20 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..base.console import progress, warn
+from ..base.console import best_effort, progress, warn
 from ..base.errors import InputError
 from ..base.launch import quiet_worker
-from ..data.classes import check_labels, class_mismatch, is_imagenet1k
+from ..data.classes import Classes, check_labels, class_mismatch, is_imagenet1k
 from ..data.dataset import ImageDataset, collate
 from ..data.sources import find_column, load_split
 from ..models.imagenet22k import NUM_CLASSES_22K, logits_22k_to_1k
 from ..models.loading import ModelInput, config_beside
-from .predictions import Recorder
+from ..models.saving import export_model
+from .metrics import suffixed
+from .predictions import Recorder, keep_evaluation
 from .student import create_student
 
-__all__ = ['eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint']
+__all__ = ['Evaluator', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint']
 
 
 def eval_config(
@@ -74,6 +76,77 @@ def eval_loader(
     return DataLoader(
         Subset(data, range(rank, len(data), world_size)), batch_size=args.validation_batch_size or args.batch_size,
         num_workers=args.workers, collate_fn=collate, generator=torch.Generator(), worker_init_fn=quiet_worker)
+
+
+class Evaluator:
+    """Evaluates and exports one set of weights after another, at the size of the training views.
+
+    Args:
+        args: The flags of the trainer.
+        student: The student, whose configuration says how images are prepared.
+        size: Height and width of the images.
+        val_set: The validation split.
+        classes: Its classes.
+        accelerator: Knows the processes.
+        folder: Of the run; takes the exported models, and the predictions for the report.
+    """
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            student: nn.Module,
+            size: tuple[int, int],
+            val_set: datasets.Dataset,
+            classes: Classes,
+            accelerator: Accelerator,
+            folder: Path,
+    ):
+        self.config = eval_config(args, student, size)
+        self.normalize = ModelInput(self.config['mean'], self.config['std']).to(accelerator.device)
+        self.loader = eval_loader(val_set, self.config, args, accelerator.process_index, accelerator.num_processes)
+        self.classes = classes
+        self.accelerator = accelerator
+        self.folder = folder
+
+    def __call__(
+            self,
+            model: nn.Module,
+            weights: str,
+            epoch: int,
+            best: float,
+            is_due: bool = True,
+            stopped: Callable[[], Any] = bool,
+    ) -> dict[str, float] | None:
+        """Evaluate and export a model; all processes together.
+
+        Args:
+            model: The bare model, whole.
+            weights: Whose weights it has: `student` or `ema`.
+            epoch: Epoch of the training, from 0.
+            best: Top-1 accuracy in percent above which it is exported as the best one.
+            is_due: Whether to evaluate it; else it is exported alone.
+            stopped: Whether to break off.
+
+        Returns:
+            `eval_loss`, `eval_top1` and `eval_top5`, with the suffix of the weights; None where any process broke off.
+        """
+        metrics, show = {}, self.accelerator.is_main_process
+        if is_due:
+            recorder = Recorder()
+            metrics = evaluate(
+                model, self.normalize, self.loader, self.accelerator, self.classes.to_imagenet1k, stopped, recorder)
+            if metrics is None:
+                return None
+            predictions = recorder.gather()
+            if show:
+                with best_effort('the predictions for the report'):
+                    keep_evaluation(
+                        self.folder / f'{suffixed("predictions", weights)}.npz', predictions, self.loader,
+                        recorder.num_classes, epoch)
+        if show:
+            for name in ['last'] + ['best'] * (metrics.get('top1', -1.) > best):
+                export_model(self.folder / suffixed(name, weights), model, self.classes.names, self.config)
+        return {suffixed(f'eval_{name}', weights): value for name, value in metrics.items()}
 
 
 @torch.inference_mode()

@@ -1,14 +1,35 @@
 """What a run writes after each epoch: `metrics.csv`."""
 
 import csv
+import io
 import math
 from pathlib import Path
 
 from ..base.errors import InputError
+from ..base.files import write_aside
 
-__all__ = ['METRICS', 'read_metrics']
+__all__ = ['METRICS', 'read_metrics', 'suffixed', 'write_metrics']
 
 METRICS = 'metrics.csv'
+
+
+def suffixed(name: str, weights: str) -> str:
+    """The name of a column or folder that is there for each set of weights: of the averaged ones it ends in `_ema`."""
+    return name if weights == 'student' else f'{name}_{weights}'
+
+
+def write_metrics(run: Path, history: list[dict[str, float]]) -> None:
+    """Write the metrics of all epochs so far.
+
+    Raises:
+        InputError: The disk is full, or may not be written.
+    """
+    columns = list({name: None for row in history for name in row})
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(history)
+    write_aside(run / METRICS, text.getvalue().encode())
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

@@ -6,15 +6,16 @@ and what the model names, and a scale by layer from the model's `group_matcher`.
 """
 
 import argparse
-from typing import Any
 from collections.abc import Sequence
 
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
+from ..base.console import warn
 from ..base.errors import InputError
 from .sharding import whole
 
@@ -54,8 +55,8 @@ def create_schedule(
         optimizer: torch.optim.Optimizer,
         rates: dict[str, float],
         updates_per_epoch: int,
-) -> tuple[Any, int]:
-    """timm's schedule of the name `sched`, to be stepped by update, and the epochs to train, cooldown included.
+) -> Scheduler:
+    """timm's schedule of the name `sched`, to be stepped by update.
 
     `linear` falls in a straight line to `min_lr`: timm's polynomial of power one.
 
@@ -73,7 +74,14 @@ def create_schedule(
                          f'arguments')
     if epochs != args.epochs + args.cooldown_epochs:
         raise InputError(f'the schedule {args.sched} has no cooldown; leave --cooldown-epochs out')
-    return schedule, epochs
+    for name in ('warmup_lr', 'min_lr'):
+        if rates[name] > rates['lr']:
+            warn(f'--{name.replace("_", "-")} is {rates[name]:g} and above the learning rate of {rates["lr"]:g}; lower '
+                 f'it')
+    if args.warmup_epochs >= args.epochs:
+        warn(f'all of {args.epochs} epochs are warm-up: the learning rate never reaches its peak; lower '
+             f'--warmup-epochs')
+    return schedule
 
 
 def peak_rate(optimizer: torch.optim.Optimizer) -> float:

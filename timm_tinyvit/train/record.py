@@ -1,84 +1,96 @@
-"""What made a run: its code, machine, data and teachers, kept as `run.json` beside `args.yaml`.
+"""The record of a run, `run.json`: its flags, code, machines, data and teachers, launch by launch.
 
 Data and stores move, packages are updated and checkouts go on; whoever describes the run later, as a model card does,
-finds it here as it was. Nothing in it names a folder of the machine: of a path only the last part is kept.
+finds it here as it was. Under `flags` are the flags as they were given, as a recipe for `--config`; what is shown to
+others, all the rest, names no folder, host or user: of a path only the last part is kept.
 """
 
 import argparse
 import json
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
-import timm
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import remove_stale, write_aside
 from ..base.hub_client import is_hub_url
 from ..base.launch import device_name
 from ..base.machine import source_commit
 from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
+from ..config.training import settings
+from ..data.classes import Classes
 from ..data.views import ViewRecipe
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.names import hub_repo_of, public_name
-from ..store.ensemble import Ensemble
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
 from ..targets.sparsifier import sparsifiers
 from ..version import __version__
+from .batches import TrainBatches
+from .checkpoint import TrainState
 
-__all__ = ['PUBLISHED', 'RUN_RECORD', 'mark_published', 'read_run', 'record_run']
+__all__ = ['PUBLISHED', 'RUN_RECORD', 'create_run_folder', 'launches_of', 'mark_published', 'read_run', 'record_run']
 
 RUN_RECORD = 'run.json'
-VERSION = 2
+VERSION = 3
+LIBRARIES = ('timm', 'torchvision', 'accelerate', 'datasets', 'numpy')
 # In the folder of a store: where it was published.
 PUBLISHED = '.published'
 # Folders of a run's models, whose own names say little.
 MODEL_FOLDERS = ('best', 'last', 'best_ema', 'last_ema')
-# Settings of the run that are no part of a recipe: it would not find them on another machine.
+# Flags that are no part of a recipe: it would not find what they name on another machine.
 NO_RECIPE = ('initial_checkpoint',)
 
 
+def create_run_folder(folder: Path, is_main_process: bool) -> None:
+    """Make the folder of a run; in one that is there, what killed processes left half-written goes.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
+    if is_main_process:
+        remove_stale(folder)
+
+
 def record_run(
-        folder: Path,
         args: argparse.Namespace,
-        decisive: dict[str, Any],
-        defaults: argparse.Namespace,
-        student: nn.Module,
-        store: LogitStore | Ensemble | None,
-        train_images: int,
+        state: TrainState,
+        data: TrainBatches,
         val_set: datasets.Dataset,
-        to_imagenet1k: bool,
-        images_per_update: int,
-        accelerator: Accelerator,
+        classes: Classes,
 ) -> None:
     """Write `run.json`, at each start of the run.
 
     Args:
-        folder: Folder of the run.
-        args: All settings.
-        decisive: Those that decide the weights.
-        defaults: The settings of a run without flags.
-        student: The model, at its final size.
-        store: What it learns from.
-        train_images: Images of the training split.
-        val_set: The evaluation split.
-        to_imagenet1k: Its labels are those of ImageNet-1k.
-        images_per_update: Images of one update, over all processes.
-        accelerator: Knows the processes.
+        args: The flags of the trainer.
+        state: Where the run is, with its student and its store.
+        data: The training batches.
+        val_set: The validation split.
+        classes: Of the student.
+
+    Raises:
+        InputError: The disk is full, or may not be written.
     """
-    recipe = {
-        name: value for name, value in decisive.items()
-        if name == 'model' or name not in NO_RECIPE and name in defaults and value != getattr(defaults, name)}
+    folder, accelerator, student = state.folder, state.accelerator, state.task.student
+    defaults = settings(['--dataset', args.dataset])
+    changed = [name for name, value in vars(args).items() if value != getattr(defaults, name)]
+    recipe = {name: value for name, value in state.settings.items()
+              if name == 'model' or name in changed and name not in NO_RECIPE}
     if args.model.startswith('local-dir:'):
         recipe['model'] = f'local-dir:{_folder_name(args.model.removeprefix("local-dir:"))}'
-    if store is not None:
+    if state.store is not None:
         # The only mode that views of a store may be mixed in.
         recipe.pop('mixup_mode', None)
-    stores = [] if store is None else getattr(store, 'stores', [store])
+    stores = [] if state.store is None else getattr(state.store, 'stores', [state.store])
     stores = [_describe_store(location, store, args.teacher_checkpoint)
               for location, store in zip(args.logits or [], stores)]
     # What others do not see are the folders, by which stores of the same name differ.
@@ -86,36 +98,29 @@ def record_run(
     for number, described in enumerate(stores):
         if described['name'] in names[:number]:
             described['name'] += f'-{number + 1}'
-    commit, before = source_commit(), _commits_before(folder)
+    launch = {'commit': source_commit(), 'environment': _environment(accelerator.device, accelerator.num_processes)}
     write_aside(folder / RUN_RECORD, json.dumps({
         'version': VERSION,
+        'flags': {
+            name: value for name, value in vars(args).items() if name != 'config' and value not in (None, [], {})},
+        'changed': changed,
         'recipe': recipe,
-        'train': {**_describe_data(args.dataset, args.train_split or 'train'), 'images': train_images},
+        'train': {**_describe_data(args.dataset, args.train_split or 'train'), 'images': data.num_samples},
         'val': {
             **_describe_data(args.val_dataset or args.dataset, args.val_split or str(val_set.split)),
             'images': len(val_set), 'flags': _evaluation_flags(args),
-            'imagenet1k_of_22k': to_imagenet1k and student.num_classes == NUM_CLASSES_22K},
+            'imagenet1k_of_22k': classes.to_imagenet1k and student.num_classes == NUM_CLASSES_22K},
         'stores': stores,
         'base': _base(args, student),
         'epochs': args.epochs + args.cooldown_epochs,
-        'images_per_update': images_per_update,
-        'processes': accelerator.num_processes,
-        'device': device_name(accelerator.device),
-        'versions': {'timm_tinyvit': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
-        'commits': [*before, commit] if commit and commit not in before[-1:] else before,
+        'images_per_update': data.images_per_update,
+        'launches': launches_of(folder, state.epoch, launch),
     }, indent=2).encode())
 
 
-def _commits_before(folder: Path) -> list[str]:
-    """The commits that an earlier start of the run had, whatever version of this package wrote them."""
-    try:
-        return [str(commit) for commit in json.loads((folder / RUN_RECORD).read_text(encoding='utf-8'))['commits']]
-    except (KeyError, OSError, TypeError, ValueError):
-        return []
-
-
 def read_run(folder: Path) -> dict[str, Any]:
-    """What `run.json` of a run says.
+    """What `run.json` of a run says; with the surroundings of the last launch as
+    `environment`, and as `commits` those of all launches, one after the other.
 
     Raises:
         InputError: There is none, or none that this package reads.
@@ -124,15 +129,52 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding='utf-8'))
         if record['version'] == VERSION:
-            return record
+            commits = [launch['commit'] for launch in record['launches'] if launch['commit']]
+            return record | {
+                'environment': record['launches'][-1]['environment'],
+                'commits': [commit for number, commit in enumerate(commits) if commit not in commits[:number][-1:]]}
     except OSError:
         raise InputError(
             f'{folder} has no {RUN_RECORD}, which each start of a run writes; name the folder of a run of '
             f'train_distill, or start it again, which ends at once where it is finished')
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError):
         pass
     raise InputError(f'{file} is not readable as the record of a run, or of another version of this package; start the '
                      f'run again, which writes it anew and ends at once where it is finished')
+
+
+def launches_of(folder: Path, epoch: int, launch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The launches of a run, this one included where its surroundings are not those of the one before it.
+
+    Args:
+        folder: Folder of the run; its record may be damaged, or missing.
+        epoch: Where the launch begins, from 0; those that began later are forgotten.
+        launch: Its `commit` and `environment`.
+    """
+    try:
+        launches = json.loads((folder / RUN_RECORD).read_text(encoding='utf-8'))['launches']
+        launches = [{name: before[name] for name in ('epoch', *launch)} for before in launches
+                    if before['epoch'] <= epoch]
+    except (KeyError, OSError, TypeError, ValueError):
+        launches = []
+    is_new = not launches or any(launches[-1][name] != value for name, value in launch.items())
+    return [*launches, {'epoch': epoch, **launch}] if is_new else launches
+
+
+def _environment(device: torch.device, num_processes: int) -> dict[str, Any]:
+    """What a launch runs in, as names and versions."""
+    environment = {
+        'timm_tinyvit': __version__,
+        'torch': str(torch.__version__),
+        **{name: version(name) for name in LIBRARIES},
+        'python': platform.python_version(),
+        'cuda': torch.version.cuda if device.type == 'cuda' else None,
+        'system': f'{platform.system()} {platform.machine()}',
+        'device': device_name(device),
+        'processes': num_processes,
+        'threads per process': torch.get_num_threads(),
+    }
+    return {name: value for name, value in environment.items() if value is not None}
 
 
 def mark_published(store: LogitStore, url: str, epochs: range) -> None:

@@ -5,6 +5,7 @@ the averaged weights. Whatever leaves the training loop is whole: checkpoints, w
 from, and the models that are evaluated and exported. Without FSDP2 every function here leaves things as they are.
 """
 
+import warnings
 from copy import copy, deepcopy
 from typing import Any
 from collections.abc import Callable
@@ -69,6 +70,10 @@ def prepare_student(
     Raises:
         InputError: The student cannot be sharded in this way.
     """
+    # Depthwise weights have one stride too many to tell the layouts apart; DDP asks each time and copies nothing.
+    warnings.filterwarnings('ignore', message='Grad strides do not match')
+    # TinyViT's blocks return views, which nothing changes in place.
+    warnings.filterwarnings('ignore', message=r'FSDP2-wrapped module \(FSDP(MBConv|TinyVitBlock)\) returned a view')
     if not accelerator.is_fsdp2:
         if ema is not None:
             ema.to(accelerator.device)

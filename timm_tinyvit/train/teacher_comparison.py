@@ -4,6 +4,7 @@ The teacher need not be at hand: what it said of a view is in the store. A bound
 at the end of a training.
 """
 
+import argparse
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +15,20 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..base.console import progress
+from ..base.console import best_effort, progress
+from ..data.classes import Classes
 from ..models.loading import ModelInput
 from ..store.ensemble import Ensemble
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
 from ..targets.sparse import SparseTargets
+from .batches import TrainBatches
+from .checkpoint import TrainState
+from .metrics import suffixed
 from .predictions import Predictions, Recorder, read_arrays, write_arrays
+from .task import SparseLogitTask
 
-__all__ = ['StoredViews', 'look_at_stored_views']
+__all__ = ['StoredViews', 'compare_with_teacher', 'look_at_stored_views']
 
 NUM_VIEWS = 1000
 SECONDS = 60.
@@ -72,6 +78,39 @@ class StoredViews:
         student, teacher = (
             Predictions(**{name: arrays[f'{who}_{name}'] for name in fields}) for who in ('student', 'teacher'))
         return cls(student, teacher, arrays['divergence'], **about)
+
+
+def compare_with_teacher(
+        args: argparse.Namespace,
+        task: SparseLogitTask,
+        data: TrainBatches,
+        state: TrainState,
+        classes: Classes,
+        path: Path,
+        stop: Callable[[], type[BaseException] | None],
+) -> None:
+    """Compare the most accurate weights of a finished training with the teacher; all processes together.
+
+    Args:
+        args: The flags of the trainer.
+        task: With the student.
+        data: Training batches.
+        state: Of the training.
+        classes: Of the student.
+        path: The file that takes the comparison.
+        stop: What to raise where the program is to stop; it breaks off then, and leaves no file.
+    """
+    weights = max(task.models(), key=lambda name: state.history[-1].get(suffixed('eval_top1', name), -1.))
+    model, epoch = task.whole_model(task.models()[weights]), state.epoch - 1
+    batches = data.epoch(epoch, stop=stop)
+    if state.accelerator.is_main_process:
+        with best_effort('the comparison with the teacher'):
+            views = look_at_stored_views(
+                model, task.normalize, batches, state.store, state.accelerator, epoch, classes.num_labels,
+                lambda: bool(stop()), suffixed('', weights), args.views_per_image)
+            if views is not None:
+                views.write(path)
+    state.accelerator.wait_for_everyone()
 
 
 @torch.inference_mode()

@@ -1,0 +1,34 @@
+"""Flags of training steps that the host reads late."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from timm_tinyvit.base.launch import StepFlags
+
+
+@pytest.mark.parametrize('delay, due', [(0, [[0], [1], [2]]), (1, [[], [0], [1]]), (2, [[], [], [0]])])
+def test_flags_are_read_so_many_steps_late_and_in_order(delay, due):
+    flags, read = StepFlags(Accelerator(cpu=True), delay), []
+    for step in range(3):
+        flags.push(step, torch.tensor(step == 1), step == 2)
+        read.append(list(flags.due()))
+    assert [[step for step, _ in steps] for steps in read] == due
+    left = list(flags.due(is_last=True))
+    assert sum(read, []) + left == [(0, [0., 0.]), (1, [1., 0.]), (2, [0., 1.])]
+    assert not list(flags.due(is_last=True))
+
+
+def test_on_a_cpu_flags_are_read_at_once():
+    assert StepFlags(Accelerator(cpu=True)).delay == 0
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason='needs a GPU; the tests above have another delay')
+def test_on_a_gpu_flags_are_read_one_step_late_without_waiting_for_it():
+    accelerator = Accelerator()
+    flags = StepFlags(accelerator)
+    assert flags.delay == 1
+    for step in range(3):
+        flags.push(step, torch.tensor(step == 1, device=accelerator.device), False)
+        assert [number for number, _ in flags.due()] == [step - 1] * (step > 0)
+    assert list(flags.due(is_last=True)) == [(2, [0., 0.])]

@@ -1,0 +1,18 @@
+"""The record of a run, for tests that make the folder of a run themselves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from timm_tinyvit.train.record import RUN_RECORD, VERSION
+
+
+def write_record(run: Path, flags: dict[str, Any] | None = None, launches: list[dict[str, Any]] | None = None) -> None:
+    """Write a `run.json` with these flags and launches, or change those of the one that is there."""
+    file = run / RUN_RECORD
+    record = json.loads(file.read_text()) if file.exists() else {'version': VERSION, 'flags': {}}
+    record['flags'] |= flags or {}
+    record.setdefault('launches', [{'epoch': 0, 'commit': None, 'environment': {}}])
+    if launches is not None:
+        record['launches'] = [{'commit': None, **launch} for launch in launches]
+    file.write_text(json.dumps(record))
