@@ -55,11 +55,10 @@ from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, col
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe, library_versions
-from timm_tinyvit.models.loading import ModelInput
+from timm_tinyvit.models.loading import ModelInput, set_image_size
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.targets.codec import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
-from timm_tinyvit.train.student import set_image_size
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'train_distill.py'
 RAND_AUGMENT, ERASING = 'rand-m9-mstd0.5-inc1', 0.25

@@ -24,8 +24,7 @@ from torch import nn
 
 from ..base.errors import InputError, reports_input_errors
 from ..config.arguments import ArgumentParser
-from ..models.loading import create_pretrained
-from ..train.student import look_at_zeros, set_image_size
+from ..models.loading import create_pretrained, look_at_zeros, set_image_size
 
 __all__ = ['FORMATS', 'export', 'main']
 

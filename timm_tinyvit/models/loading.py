@@ -1,17 +1,21 @@
 """Models with their weights, and their input: from a name, a folder or a file to a timm model."""
 
+import sys
 from pathlib import Path
 from textwrap import shorten
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, load_state_dict
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from torch import nn
 
 from ..base.errors import InputError
+from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
-__all__ = ['ModelInput', 'config_beside', 'create_pretrained']
+__all__ = ['ModelInput', 'config_beside', 'create_pretrained', 'load_weights', 'look_at_zeros', 'set_image_size']
 
 
 class ModelInput(nn.Module):
@@ -89,3 +93,81 @@ def config_beside(weights: str | None) -> Path | None:
     folder = path if path.is_dir() else path.parent
     # A run's checkpoints lie beside the folder of what it exported last.
     return next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
+
+
+def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
+    """Have a model take images of this height and width; one without such a setting takes any, or refuses later."""
+    if hasattr(model, 'set_input_size'):
+        model.set_input_size(img_size=size)
+
+
+def look_at_zeros(model: nn.Module, input_size: Sequence[int]) -> None:
+    """Give an empty image, [C, H, W], to a model: one of a fixed size says so only when it sees another one."""
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *input_size))
+
+
+def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None = None) -> None:
+    """Load weights into a timm model; from a head of ImageNet-22k to one of ImageNet-1k as the paper does.
+
+    Args:
+        model: The model, at its final size.
+        path: Safetensors, a checkpoint that loads with `weights_only`, or a folder with model.safetensors.
+        log: Told what becomes of a classifier of other classes; without it only ImageNet-22k's is taken.
+
+    Raises:
+        InputError: The file holds no weights.
+        ValueError: The weights are of another model.
+        OSError: There is no such file.
+    """
+    weights = _read_weights(path)
+    # timm's convention: the filter of an architecture stands in its module.
+    fit = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    if fit is not None:
+        weights = fit(weights, model)
+    there, classifier = _num_classes(model, weights), model.get_classifier()
+    try:
+        if _is_22k_to_1k(there, model.num_classes):
+            model.reset_classifier(NUM_CLASSES_22K)
+            model.load_state_dict(weights)
+            classifier_22k_to_1k(model)
+            if log:
+                log(f'{path}: the classifier of ImageNet-22k gives the rows of the classes of ImageNet-1k')
+        elif log and there not in (None, model.num_classes) and isinstance(classifier, nn.Linear):
+            name = next(name for name, module in model.named_modules() if module is classifier)
+            zeros = {f'{name}.{key}': torch.zeros_like(value) for key, value in classifier.state_dict().items()}
+            model.load_state_dict({**weights, **zeros})
+            log(f'{path}: its classifier has {there} classes, the student {model.num_classes}; it starts from zero')
+        else:
+            model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = shorten(' '.join(str(error).splitlines()[1:]), 100, placeholder=' ...')
+        raise ValueError(f'the weights {path} are of another model ({reason})')
+
+
+def _read_weights(path: str) -> dict[str, torch.Tensor]:
+    file = Path(path).expanduser()
+    file = file / HF_SAFE_WEIGHTS_NAME if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(f'there is no file {file}; give a file of weights, or a folder with one such as RUN/last')
+    try:
+        weights = load_state_dict(str(file), weights_only=True)
+    except Exception as error:
+        # Damaged archives and foreign pickles fail in as many ways as there are bytes.
+        raise InputError(f'the file {file} holds no weights that can be read ({type(error).__name__}); give '
+                         f'safetensors, or a checkpoint of torch that loads with weights_only')
+    if not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise InputError(f'the file {file} holds no weights; give a state dict')
+    return weights
+
+
+def _num_classes(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | None:
+    """Classes of the weights' classifier, under timm's or the official code's name."""
+    classifier = model.get_classifier()
+    names = [name for name, module in model.named_modules() if module is classifier]
+    found = [weights[f'{name}.bias'].shape[0] for name in (*names, 'head') if f'{name}.bias' in weights]
+    return found[0] if found else None
+
+
+def _is_22k_to_1k(there: int | None, here: int | None) -> bool:
+    return there == NUM_CLASSES_22K and here == len(imagenet1k_in_22k())
