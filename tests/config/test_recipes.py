@@ -65,7 +65,8 @@ def test_the_learning_rate_of_every_update_is_the_official_one(stage):
     args, official = settings_of(stage), STAGES[stage]
     images = official['batch_size'] * official['processes'] * official['grad_accum_steps']
     _, optimizer, rates = optimizer_of(args, images)
-    scheduler, epochs = create_schedule(args, optimizer, rates, official['updates_per_epoch'])
+    scheduler = create_schedule(args, optimizer, rates, official['updates_per_epoch'])
+    epochs = args.epochs + args.cooldown_epochs
     assert epochs == official['settings']['epochs']
     assert official['updates'][-1] == epochs * official['updates_per_epoch'] - 1
     for update, expected in zip(official['updates'], official['lr']):
@@ -106,7 +107,7 @@ def test_a_linear_schedule_falls_in_a_straight_line():
     args = settings_of('demo', '--sched', 'linear', '--lr', '1', '--min-lr', '0.2', '--warmup-epochs', '0',
                        '--epochs', '4')
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.)
-    scheduler, _ = create_schedule(args, optimizer, learning_rates(args, 1), 10)
+    scheduler = create_schedule(args, optimizer, learning_rates(args, 1), 10)
     for update, expected in ((0, 1.), (10, 0.8), (25, 0.5), (40, 0.2)):
         scheduler.step_update(update)
         assert optimizer.param_groups[0]['lr'] == pytest.approx(expected)

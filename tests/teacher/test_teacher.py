@@ -60,11 +60,11 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(tmp_path):
         (dict(name='no_such_model'), 'cannot be had'),
         (dict(name=str(tmp_path / 'nowhere')), 'cannot be had'),
         (dict(name=str(tmp_path / 'broken')), 'cannot be had'),
-        (dict(name='test_vit', checkpoint=str(tmp_path / 'none.pth')), 'cannot be had'),
+        (dict(name='test_vit', checkpoint=str(tmp_path / 'none.pth')), 'there is no file'),
         (dict(name='test_vit', checkpoint=str(tmp_path / 'other.safetensors')),
-         r'not those of test_vit with 1000 classes \(Missing key'),
+         r'are of another model \(Missing key.*give the model test_vit and the number of classes \(1000 here\)'),
         (dict(name='test_vit', checkpoint=str(tmp_path / 'nine.safetensors'), num_classes=10),
-         'not those of test_vit with 10 classes .*size mismatch for head'),
+         r'are of another model \(size mismatch for head.*\(10 here\)'),
         (dict(name=str(tmp_path / 'run')), 'is the folder of a run; give .*/best'),
     ]
     for case, words in cases:

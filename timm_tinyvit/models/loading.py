@@ -8,14 +8,17 @@ from collections.abc import Callable, Sequence
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models import load_checkpoint, load_state_dict
+from timm.models import load_state_dict
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 from torch import nn
 
 from ..base.errors import InputError
 from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
-__all__ = ['ModelInput', 'config_beside', 'create_pretrained', 'load_weights', 'look_at_zeros', 'set_image_size']
+__all__ = [
+    'ModelInput', 'config_beside', 'create_pretrained', 'is_22k_to_1k', 'load_weights', 'look_at_zeros',
+    'num_classes_of', 'read_weights', 'set_image_size',
+]
 
 
 class ModelInput(nn.Module):
@@ -58,24 +61,23 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
     elif (folder / 'best' / 'config.json').is_file():
         raise InputError(f'{name} is the folder of a run; give {name}/best, its most accurate model')
     kwargs = {} if num_classes is None else dict(num_classes=num_classes)
-    model = None
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
-        if checkpoint is not None:
-            load_checkpoint(model, checkpoint, weights_only=True)
     except Exception as error:
-        # Names, folders, Hub and checkpoints fail in as many ways as there are libraries behind them.
-        lines = str(error).splitlines()
-        if model is not None and isinstance(error, RuntimeError) and len(lines) > 1:
-            raise InputError(
-                f'the weights {checkpoint} are not those of {name} with {model.num_classes} classes '
-                f'({shorten(" ".join(lines[1:]), 100, placeholder=" ...")}); give the model and the number of classes '
-                f'that they were trained with')
+        # Names, folders and the Hub fail in as many ways as there are libraries behind them.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        weights = f'the weights {checkpoint}' if checkpoint else 'its pretrained weights'
+        weights = '' if checkpoint else ' with its pretrained weights'
         raise InputError(
-            f'the model {name} with {weights} cannot be had: {reason}; give a timm name, hf-hub:ORG/NAME, or a folder '
-            f'with config.json and model.safetensors')
+            f'the model {name}{weights} cannot be had: {reason}; give a timm name, hf-hub:ORG/NAME, or a folder with '
+            f'config.json and model.safetensors')
+    if checkpoint is not None:
+        try:
+            load_weights(model, checkpoint)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f'{error}; give the model {name} and the number of classes ({model.num_classes} here) '
+                             f'that they were trained with')
     if not getattr(model, 'num_classes', 0):
         raise InputError(f'the model {name} has no classifier; a teacher needs one')
     return model
@@ -120,14 +122,14 @@ def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None 
         ValueError: The weights are of another model.
         OSError: There is no such file.
     """
-    weights = _read_weights(path)
+    weights = read_weights(path)
     # timm's convention: the filter of an architecture stands in its module.
     fit = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if fit is not None:
         weights = fit(weights, model)
-    there, classifier = _num_classes(model, weights), model.get_classifier()
+    there, classifier = num_classes_of(model, weights), model.get_classifier()
     try:
-        if _is_22k_to_1k(there, model.num_classes):
+        if is_22k_to_1k(there, model.num_classes):
             model.reset_classifier(NUM_CLASSES_22K)
             model.load_state_dict(weights)
             classifier_22k_to_1k(model)
@@ -145,7 +147,12 @@ def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None 
         raise ValueError(f'the weights {path} are of another model ({reason})')
 
 
-def _read_weights(path: str) -> dict[str, torch.Tensor]:
+def read_weights(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file of weights, or of a folder with model.safetensors.
+
+    Raises:
+        InputError: There is no such file, or it holds no weights.
+    """
     file = Path(path).expanduser()
     file = file / HF_SAFE_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
@@ -161,7 +168,7 @@ def _read_weights(path: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _num_classes(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | None:
+def num_classes_of(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | None:
     """Classes of the weights' classifier, under timm's or the official code's name."""
     classifier = model.get_classifier()
     names = [name for name, module in model.named_modules() if module is classifier]
@@ -169,5 +176,6 @@ def _num_classes(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | No
     return found[0] if found else None
 
 
-def _is_22k_to_1k(there: int | None, here: int | None) -> bool:
-    return there == NUM_CLASSES_22K and here == len(imagenet1k_in_22k())
+def is_22k_to_1k(num_classes: int | None, wanted: int | None) -> bool:
+    """Whether a classifier of so many classes is that of ImageNet-22k, and the one wanted that of ImageNet-1k."""
+    return num_classes == NUM_CLASSES_22K and wanted == len(imagenet1k_in_22k())

@@ -14,7 +14,9 @@ from torch import nn
 
 from ..base.errors import InputError
 from ..models.imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k
-from ..models.loading import _is_22k_to_1k, _num_classes, _read_weights, load_weights, look_at_zeros, set_image_size
+from ..models.loading import (
+    is_22k_to_1k, load_weights, look_at_zeros, num_classes_of, read_weights, set_image_size,
+)
 
 __all__ = ['create_student', 'freeze_batch_norm']
 
@@ -41,10 +43,10 @@ def create_student(
         kwargs['drop_path_rate'] = args.drop_path
     try:
         if num_classes is None and args.initial_checkpoint:
-            num_classes = _num_classes(timm.create_model(args.model, **kwargs), _read_weights(args.initial_checkpoint))
+            num_classes = num_classes_of(timm.create_model(args.model, **kwargs), read_weights(args.initial_checkpoint))
         head = {} if num_classes is None else {'num_classes': num_classes}
         model = timm.create_model(args.model, pretrained=args.pretrained, **head, **kwargs)
-        if args.pretrained and _is_22k_to_1k(model.pretrained_cfg.get('num_classes'), num_classes):
+        if args.pretrained and is_22k_to_1k(model.pretrained_cfg.get('num_classes'), num_classes):
             model = classifier_22k_to_1k(
                 timm.create_model(args.model, pretrained=True, num_classes=NUM_CLASSES_22K, **kwargs))
         if size is not None:
