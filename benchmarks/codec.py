@@ -36,9 +36,11 @@ import numpy as np
 import torch
 
 from timm_tinyvit.targets.bitfields import FieldReader
-from timm_tinyvit.targets.codec import Codec, Float16Codec, create_codec
+from timm_tinyvit.targets.codec import Codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.compact import CompactCodec, SmallCompactCodec
 from timm_tinyvit.targets.draws import DrawsCodec
+from timm_tinyvit.targets.float16 import Float16Codec
 from timm_tinyvit.targets.sparse import SparseTargets
 from timm_tinyvit.targets.sparsifier import create_sparsifier
 

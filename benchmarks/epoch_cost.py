@@ -57,7 +57,7 @@ from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe, library_versions
 from timm_tinyvit.models.loading import ModelInput, set_image_size
 from timm_tinyvit.store.local import LogitStore, Manifest
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'train_distill.py'

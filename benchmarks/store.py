@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from timm_tinyvit.store.local import LogitStore, Manifest
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 
 BATCH = 256

@@ -19,7 +19,7 @@ from timm_tinyvit.data.fingerprint import check_fingerprint, dataset_fingerprint
 from timm_tinyvit.data.sources import class_names, find_column, load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe
 from timm_tinyvit.store.local import LogitStore, Manifest
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 
 

@@ -31,7 +31,7 @@ from timm_tinyvit.report.pictures import (
 from timm_tinyvit.report.statistics import filled_shards, label_mismatch, rows_of, store_statistics
 from timm_tinyvit.report.store import figures_of, plain_report, store_facts, store_page, text_report
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparsifier import create_sparsifier
 from timm_tinyvit.train.calibration import calibration
 from timm_tinyvit.train.predictions import Predictions

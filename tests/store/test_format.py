@@ -21,7 +21,7 @@ from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.store.arrow import HEADER_SIZE
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, MAGIC
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparsifier import create_sparsifier
 
 SPECIFICATION = Path(__file__).resolve().parents[2] / 'docs' / 'format.md'

@@ -24,7 +24,7 @@ from timm_tinyvit.data.views import Replay, ViewRecipe
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.keys import KeyIndex, hash_keys
 from timm_tinyvit.store.local import LogitStore, Manifest
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 
 ROWS = 300

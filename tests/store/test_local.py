@@ -23,7 +23,7 @@ from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.store.local import LogitStore, Manifest, write_aside
 from timm_tinyvit.store.shard import FOOTER_SIZE, ShardFormat
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 
 NUM_KILLS = 20
 RECIPE = dict(input_size=(3, 32, 32), auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from timm_tinyvit.targets.codec import Float16Codec, codecs, create_codec
+from timm_tinyvit.targets.codecs import codecs, create_codec
+from timm_tinyvit.targets.float16 import Float16Codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
 from timm_tinyvit.targets.sparsifier import create_sparsifier
 

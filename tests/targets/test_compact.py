@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from timm_tinyvit.targets.codec import Float16Codec
 from timm_tinyvit.targets.compact import CompactCodec, SmallCompactCodec
+from timm_tinyvit.targets.float16 import Float16Codec
 from timm_tinyvit.targets.sparse import SparseTargets
 
 # Logits of 60 augmented photographs by timm's tf_efficientnet_lite0 with its ImageNet-1k weights.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.models.saving import export_model
-from timm_tinyvit.targets.codec import codecs, create_codec
+from timm_tinyvit.targets.codecs import codecs, create_codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
 from timm_tinyvit.targets.sparsifier import _split_mix, _uniform, create_sparsifier, sparsifiers
 from timm_tinyvit.targets.variable import ladder

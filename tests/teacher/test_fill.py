@@ -34,7 +34,7 @@ from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.views import Replay, ViewRecipe
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore, Manifest
-from timm_tinyvit.targets.codec import create_codec
+from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.teacher.teacher import Teacher
 

@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
-from ..targets.codec import codecs
+from ..targets.codecs import codecs
 from ..train.metrics import read_metrics
 from ..train.record import read_run
 

@@ -18,7 +18,8 @@ import numpy as np
 from ..base.errors import InputError
 from ..base.files import remove_stale, write_aside
 from ..base.leases import exclusive
-from ..targets.codec import Codec, create_codec
+from ..targets.codec import Codec
+from ..targets.codecs import create_codec
 from .keys import KeyIndex
 from .manifest import Manifest
 from .reader import MAX_MAPS, MappedEpoch

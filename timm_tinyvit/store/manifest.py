@@ -12,7 +12,7 @@ from typing import Any, get_origin
 from collections.abc import Sequence
 
 from ..base.errors import InputError
-from ..targets.codec import create_codec
+from ..targets.codecs import create_codec
 
 __all__ = ['FORMAT', 'FORMAT_VERSION', 'Manifest', 'stored_epoch']
 

@@ -20,7 +20,7 @@ from ..models.loading import create_pretrained
 from ..models.names import hub_repo_of
 from ..store.keys import KeyIndex
 from ..store.local import LogitStore, Manifest
-from ..targets.codec import create_codec
+from ..targets.codecs import create_codec
 from ..targets.sparsifier import create_sparsifier
 from .fill import choose_shards
 from .teacher import Teacher

@@ -2,7 +2,7 @@
 
 from ..base.errors import InputError
 from ..base.text import readable_bytes
-from ..targets.codec import create_codec
+from ..targets.codecs import create_codec
 from ..targets.sparsifier import create_sparsifier
 
 __all__ = ['estimate_store']
