@@ -175,7 +175,7 @@ def _estimate(args: argparse.Namespace) -> str:
                 for key, default in STORE_DEFAULTS.items()}
     return estimate_store(
         args.num_samples, args.teacher_num_classes, len(args.epochs), settings['sparsifier'], settings['topk'],
-        settings['top_p'], settings['codec'], args.views_per_second, args.processes, args.keep_epochs or 2)
+        settings['codec'], args.views_per_second, args.processes, args.keep_epochs or 2)
 
 
 @reports_input_errors

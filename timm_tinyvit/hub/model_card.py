@@ -23,7 +23,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
-from ..targets.codecs import codecs
 from ..train.metrics import read_metrics
 from ..train.record import read_run
 
@@ -218,9 +217,8 @@ def render_card(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
         loader=jinja2.PackageLoader('timm_tinyvit.hub', 'cards'), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
     environment.filters.update(
-        code=lambda text: f'`{text}`', data_link=_data_link, is_variable=lambda codec: codecs()[codec].is_variable,
-        data_flag=_data_flag, listed=_listed, model_link=_model_link,
-        number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate,
+        code=lambda text: f'`{text}`', data_link=_data_link, data_flag=_data_flag, listed=_listed,
+        model_link=_model_link, number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate,
         standard_error=_standard_error, store_link=_store_link,
         store_name=_store_name, teacher_link=_teacher_link)
     text = environment.get_template(template).render(

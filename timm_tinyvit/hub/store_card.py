@@ -280,7 +280,7 @@ def render_card(
     teacher = dict(name='unknown', weights='', dtype='', device='', input_size=[]) | manifest.teacher
     repo = hub_repo_of(str(teacher['name']))
     kept = (f'{manifest.k} draws of a class' if manifest.sparsifier == 'sample' else
-            f'{"at most " if manifest.sparsifier == "nucleus" else ""}{manifest.k} of {manifest.num_classes:,} classes')
+            f'{manifest.k} of {manifest.num_classes:,} classes')
     facts = {
         'Teacher': (f'[`{teacher["name"]}`]({HUB}/{repo})' if repo else f'`{teacher["name"]}`')
         + f', weights `{str(teacher["weights"])[:16]}`, {teacher["dtype"]} on {teacher["device"]}, '
@@ -292,10 +292,8 @@ def render_card(
             f'number {manifest.stored_epochs.start}'),
         'Views': f'{views:,}, {"x".join(map(str, manifest.recipe.get("input_size", [])[-2:]))} pixels, '
                  f'seed {manifest.seed}',
-        'Targets': f'`{manifest.sparsifier}`, {kept}' + (
-            f', fewer where they cover {manifest.top_p:g} of the mass' if manifest.sparsifier == 'nucleus' else ''),
-        'Codec': f'`{manifest.codec}`, {manifest.record_width} bytes per view'
-                 + (' at most' if store.codec.is_variable else ''),
+        'Targets': f'`{manifest.sparsifier}`, {kept}',
+        'Codec': f'`{manifest.codec}`, {manifest.record_width} bytes per view',
         'Size': f'{readable_bytes(size)} in {counted(manifest.num_shards * manifest.epochs, "shard")}, '
                 f'{readable_bytes(size / manifest.epochs)} an epoch',
         'Identity': f'`{manifest.identity}`',

@@ -68,17 +68,15 @@ def store_facts(store: LogitStore) -> dict[str, str]:
     # A manifest that was written by another program may say less.
     unknown = dict.fromkeys(('name', 'weights', 'dtype', 'device'), 'unknown') | {'input_size': '??'}
     teacher = unknown | manifest.teacher
-    kept = f', top-p {manifest.top_p}' if manifest.sparsifier == 'nucleus' else ''
     where = 'the Hub' if isinstance(store, HubStore) else 'disk'
-    most = ' at most' if store.codec.is_variable else ''
     facts = {
         'store': str(store.path),
         'teacher': f'{teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, {teacher["device"]}, '
                    f'input {teacher["input_size"][-2]}x{teacher["input_size"][-1]})',
         'samples': f'{manifest.num_samples:,} of {manifest.num_classes:,} classes, '
                    f'{counted(manifest.epochs, "epoch")}, seed {manifest.seed}',
-        'targets': f'{manifest.sparsifier}, k = {manifest.k}{kept}, remainder {manifest.remainder}',
-        'codec': f'{manifest.codec}, records of {manifest.record_width} bytes per view{most}',
+        'targets': f'{manifest.sparsifier}, k = {manifest.k}, remainder {manifest.remainder}',
+        'codec': f'{manifest.codec}, records of {manifest.record_width} bytes per view',
         'shards': shards_on_disk(store),
         'size': f'{readable_bytes(size["bytes"])} on {where}, {readable_bytes(size["bytes_when_complete"])} when '
                 f'complete; files take {size["bytes_per_view"]:,.1f} bytes per view, with their headers',

@@ -17,7 +17,7 @@ HEADER_SIZE = 576  # a multiple of 64, as Arrow likes its data
 END_OF_STREAM = struct.pack('<II', 0xFFFFFFFF, 0)
 METADATA_VERSION = 4  # V5
 SCHEMA_MESSAGE, BATCH_MESSAGE = 1, 3
-BINARY_TYPE, FIXED_SIZE_BINARY_TYPE = 4, 15
+FIXED_SIZE_BINARY_TYPE = 15
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,20 @@ def _message(kind: int, header: _Object, body_size: int, size: int = 0) -> bytes
     return struct.pack('<Ii', 0xFFFFFFFF, len(out)) + out
 
 
-def stream_header(width: int | None, num_rows: int, buffers: Sequence[tuple[int, int]], metadata: str) -> bytes:
+def stream_header(width: int, num_rows: int, metadata: str) -> bytes:
     """The first `HEADER_SIZE` bytes of a stream of one batch of the column `record`.
 
     Args:
-        width: Bytes of a record, or None if they vary.
+        width: Bytes of a record.
         num_rows: Records in the batch.
-        buffers: Offset and size of each buffer of the column, validity first, counted from the end of this header.
         metadata: What the schema says under the key `timm_tinyvit`.
     """
-    kind = ('B', BINARY_TYPE) if width is None else ('B', FIXED_SIZE_BINARY_TYPE)
-    details = _table() if width is None else _table(('i', width))
-    column = _table(_text('record'), ('B', 0), kind, details, None, _vector())
+    column = _table(_text('record'), ('B', 0), ('B', FIXED_SIZE_BINARY_TYPE), _table(('i', width)), None, _vector())
     schema = _table(None, _vector(column), _vector(_table(_text(METADATA_KEY.decode()), _text(metadata))))
     start = _message(SCHEMA_MESSAGE, schema, 0)
-    body_size = sum(buffers[-1]) + -sum(buffers[-1]) % 8
-    batch = _table(('q', num_rows), _pairs((num_rows, 0)), _pairs(*buffers))
-    start += _message(BATCH_MESSAGE, batch, body_size, HEADER_SIZE - len(start))
+    size = width * num_rows
+    # Two buffers: no validity bits, as no record is null, and the records.
+    batch = _table(('q', num_rows), _pairs((num_rows, 0)), _pairs((0, 0), (0, size)))
+    start += _message(BATCH_MESSAGE, batch, size + -size % 8, HEADER_SIZE - len(start))
     assert len(start) == HEADER_SIZE
     return start

@@ -46,7 +46,7 @@ class LogitStore:
         self.path = path
         self.manifest = manifest
         self.codec: Codec = create_codec(manifest.codec, manifest.num_classes, manifest.k, manifest.remainder)
-        self._format = ShardFormat(manifest, self.codec)
+        self._format = ShardFormat(manifest)
         self._mapped: dict[int, MappedEpoch] = {}  # the one that was read last stands last
 
     def __getstate__(self) -> tuple[Path, Manifest]:

@@ -17,7 +17,7 @@ from ..targets.codecs import create_codec
 __all__ = ['FORMAT', 'FORMAT_VERSION', 'Manifest', 'stored_epoch']
 
 FORMAT = 'timm_tinyvit.logits'
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_SHARDS = 1 << 20
 MAX_DEPTH = 8
 MAX_EXCERPT = 200
@@ -35,14 +35,13 @@ class Manifest:
         num_samples: Rows of the data set.
         num_classes: Classes of the teacher.
         k: Entries per record.
-        record_width: Bytes per record; the most of them where their number varies.
+        record_width: Bytes per record.
         epochs: How many passes over the data the store is meant to hold.
         seed: The store's seed; a view is a function of (seed, epoch, sample).
         shard_size: Samples per shard; the last shard of an epoch holds the rest.
         first_epoch: Number of its first epoch, above 0 where the earlier ones were left out when it was copied.
         first_sample: Sample of its first row, above 0 where the earlier ones were left out when it was copied.
-        sparsifier: How classes are chosen: `topk`, `nucleus` or `sample`.
-        top_p: Mass that `nucleus` covers; 1 for the others.
+        sparsifier: How classes are chosen: `topk` or `sample`.
         remainder: What the other classes get, see `SparseTargets`.
         codec: Name of the codec of the records.
         key: Column whose values name the samples, or empty where their position does.
@@ -64,7 +63,6 @@ class Manifest:
     first_epoch: int = 0
     first_sample: int = 0
     sparsifier: str = 'topk'
-    top_p: float = 1.0
     remainder: str = 'uniform'
     codec: str = 'float16'
     key: str = ''
@@ -128,7 +126,7 @@ class Manifest:
         limits = dict(
             num_samples=(1, 1 << 40), num_classes=(1, 1 << 31), k=(1, 1 << 16), record_width=(1, 1 << 20),
             shard_size=(1, 1 << 32), epochs=(0, 100_000), first_epoch=(0, 100_000), first_sample=(0, 1 << 40),
-            top_p=(0, 1), seed=(-1 << 63, (1 << 63) - 1))
+            seed=(-1 << 63, (1 << 63) - 1))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(
@@ -163,7 +161,7 @@ class Manifest:
         if values.get('version') != FORMAT_VERSION:
             raise InputError(
                 f'{source} has format version {_excerpt(values.get("version"))}, this package reads {FORMAT_VERSION}; '
-                f'install the version of timm_tinyvit that wrote it')
+                f'fill the store again, or install the version of timm_tinyvit that wrote it')
         types = {item.name: item.type for item in fields(cls)}
         if set(values) != set(types):
             odd = sorted(set(values) ^ set(types))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .shard import MappedShard, ShardFormat, shard_name
+from .shard import ShardFormat, shard_name
 
 __all__ = ['MAX_MAPS', 'MappedEpoch']
 
@@ -29,7 +29,7 @@ class MappedEpoch:
         self.epoch = epoch
         self._format = shard_format
         self._folder = folder
-        self._shards: dict[int, MappedShard] = {}
+        self._shards: dict[int, memoryview] = {}
         # Of each shard the address of its records, 0 as long as it is not mapped.
         self._addresses = np.zeros(shard_format.manifest.num_shards, dtype=np.int64)
         self._memory, self._first_address = np.empty(0), 0
@@ -43,15 +43,12 @@ class MappedEpoch:
 
         Raises:
             InputError: A shard is missing or damaged.
-            ValueError: A record of variable length has a length that there is not.
         """
         shards, rows = np.divmod(rows, self._format.manifest.shard_size)
         addresses = self._addresses[shards]
         if not addresses.all():
             self._map(shards)
             addresses = self._addresses[shards]
-        if self._format.codec.is_variable:
-            return self._join(shards, rows)
         width = self._format.manifest.record_width
         return self._memory[addresses - self._first_address + rows * width].view(np.uint8).reshape(-1, width)
 
@@ -65,9 +62,8 @@ class MappedEpoch:
         # Only now, as a bad shard may be among them.
         self._shards.update(new)
         for shard, mapped in new.items():
-            self._addresses[shard] = np.frombuffer(mapped.data, dtype=np.uint8).ctypes.data
-        if not self._format.codec.is_variable:
-            self._span()
+            self._addresses[shard] = np.frombuffer(mapped, dtype=np.uint8).ctypes.data
+        self._span()
 
     def _span(self) -> None:
         """See all maps as one array with a record at every byte, so that a batch from any shards is one gather.
@@ -78,14 +74,6 @@ class MappedEpoch:
         mapped = np.flatnonzero(self._addresses)
         first, last = (mapped[place(self._addresses[mapped])] for place in (np.argmin, np.argmax))
         self._first_address = self._addresses[first]
-        size = self._addresses[last] - self._first_address + len(self._shards[last].data) - width + 1
-        start = np.frombuffer(self._shards[first].data, dtype=np.uint8, count=width).view(f'V{width}')
+        size = self._addresses[last] - self._first_address + len(self._shards[last]) - width + 1
+        start = np.frombuffer(self._shards[first], dtype=np.uint8, count=width).view(f'V{width}')
         self._memory = np.lib.stride_tricks.as_strided(start, (size,), (1,), writeable=False)
-
-    def _join(self, shards: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        parts = []
-        for shard, row in zip(shards.tolist(), rows.tolist()):
-            data, offsets = self._shards[shard]
-            parts.append(data[offsets[row]:offsets[row + 1]])
-        ends = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        return self._format.codec.unpack(np.frombuffer(bytearray().join(parts), dtype=np.uint8), ends)

@@ -1,9 +1,8 @@
 """SparseTargets to records and back.
 
-A codec turns every row of a `SparseTargets` into `width` bytes, or, where lengths vary, into as many bytes as it takes,
-which in memory are padded to `width`. Encoding happens once, on the way to disk, in numpy; decoding happens in every
-training step, on whatever device the records are: there all shapes are static and nothing waits for the device. `check`
-is the part that can fail; it runs where the records come from disk.
+A codec turns every row of a `SparseTargets` into `width` bytes. Encoding happens once, on the way to disk, in numpy;
+decoding happens in every training step, on whatever device the records are: there all shapes are static and nothing
+waits for the device. `check` is the part that can fail; it runs where the records come from disk.
 
 The last byte of a record is never zero, since readers of Arrow files like to strip trailing zero bytes.
 """
@@ -28,13 +27,11 @@ class Codec(ABC):
 
     Attributes:
         name: Its name, as in `--codec`.
-        width: Bytes of a record in memory.
-        is_variable: Whether records are shorter on disk than in memory; then it has `pack` and `unpack` too.
+        width: Bytes of a record.
         takes_padding: Whether fewer than k entries of a record may be valid.
     """
     name: str
     width: int
-    is_variable = False
     takes_padding = False
 
     def __init__(self, num_classes: int, k: int, remainder: str = 'uniform'):
@@ -66,14 +63,6 @@ class Codec(ABC):
         Raises:
             ValueError: Records were to be checked, and `encode` cannot have written one of them.
         """
-
-    def pack(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Records in memory, uint8 [B, width], as they are on disk: uint8 [bytes], with offsets int64 [B + 1]."""
-        raise NotImplementedError(f'records of codec {self.name} are the same on disk and in memory')
-
-    def unpack(self, data: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-        """The opposite of `pack`; raises a ValueError that names the first record of a length that there is not."""
-        raise NotImplementedError(f'records of codec {self.name} are the same on disk and in memory')
 
     def _check_shape(self, records: np.ndarray) -> None:
         if records.ndim != 2 or records.shape[1] != self.width:

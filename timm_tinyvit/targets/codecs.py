@@ -4,14 +4,13 @@ from .codec import Codec
 from .compact import CompactCodec, SmallCompactCodec
 from .draws import DrawsCodec
 from .float16 import Float16Codec
-from .variable import VariableCodec
 
 __all__ = ['codecs', 'create_codec']
 
 
 def codecs() -> dict[str, type[Codec]]:
     """The codecs by name."""
-    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, VariableCodec, DrawsCodec, Float16Codec)}
+    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, DrawsCodec, Float16Codec)}
 
 
 def create_codec(name: str, num_classes: int, k: int, remainder: str = 'uniform') -> Codec:

@@ -117,8 +117,7 @@ class CompactCodec(Codec):
         num_valid = targets.num_valid.cpu().numpy()
         if (num_valid != self.k).any():
             raise ValueError(
-                f'targets have {num_valid.min()} to {num_valid.max()} valid entries, not {self.k}; '
-                f'use compact-variable or float16')
+                f'targets have {num_valid.min()} to {num_valid.max()} valid entries, not {self.k}; use float16')
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_classes:
             raise ValueError(f'targets name classes from {ids.min()} to {ids.max()}, not 0 to {self.num_classes - 1}')
         if np.isnan(log_probs).any() or self.has_rest and targets.log_rest.isnan().any():

@@ -5,24 +5,20 @@ What is kept of a view is a function of its logits and of (seed, epoch, index) a
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from .codec import Codec
-from .compact import MAX_K
 from .sparse import SparseTargets, check_logits
-from .variable import ladder
 
-__all__ = ['Nucleus', 'Sample', 'Sparsifier', 'TopK', 'create_sparsifier', 'sparsifiers']
+__all__ = ['Sample', 'Sparsifier', 'TopK', 'create_sparsifier', 'sparsifiers']
 
 
 class Sparsifier(ABC):
     """What every sparsifier provides; a subclass sets the attributes and is listed in `sparsifiers`.
 
     Args:
-        k: Most classes that are kept of a view; the number of draws of `Sample`.
-        top_p: Mass that `Nucleus` covers.
+        k: Classes that are kept of a view; the number of draws of `Sample`.
         seed: The store's seed, for `Sample`.
 
     Attributes:
@@ -39,11 +35,10 @@ class Sparsifier(ABC):
     default_codec: str
     makes_padding = False
 
-    def __init__(self, k: int, top_p: float = 1.0, seed: int = 0):
+    def __init__(self, k: int, seed: int = 0):
         if k < 1:
             raise ValueError(f'k = {k} keeps no class; choose k from 1 on')
         self.k = k
-        self.top_p = top_p
         self.seed = seed
 
     @abstractmethod
@@ -78,32 +73,6 @@ class TopK(Sparsifier):
 
     def __call__(self, logits: torch.Tensor, epoch: int | Sequence[int], indices: Sequence[int]) -> SparseTargets:
         return SparseTargets.from_logits(logits, self.k)
-
-
-class Nucleus(Sparsifier):
-    """The fewest most probable classes with a mass of `top_p`, at most k, rounded up to the next size of `ladder`."""
-    name = 'nucleus'
-    remainder = 'uniform'
-    default_codec = 'compact-variable'
-    makes_padding = True
-
-    def __init__(self, k: int, top_p: float = 1.0, seed: int = 0):
-        super().__init__(k, top_p, seed)
-        if not 0 < top_p <= 1:
-            raise ValueError(f'top_p is {top_p}; choose a mass above 0, up to 1')
-        if k > MAX_K:
-            raise ValueError(f'the sparsifier {self.name} keeps at most {MAX_K:,} classes, not k = {k}')
-
-    def __call__(self, logits: torch.Tensor, epoch: int | Sequence[int], indices: Sequence[int]) -> SparseTargets:
-        targets = SparseTargets.from_logits(logits, self.k)
-        sizes = torch.tensor(ladder(targets.num_classes, self.k), device=logits.device)
-        enough = (targets.log_probs.double().exp().cumsum(dim=1) < self.top_p).sum(dim=1) + 1
-        num_valid = sizes[torch.searchsorted(sizes, enough.clamp(max=self.k))]
-        targets = replace(targets, num_valid=num_valid)
-        left = targets.log_probs.masked_fill(targets.valid, -torch.inf)
-        if targets.log_rest is not None:
-            left = torch.cat([left, targets.log_rest[:, None]], dim=1)
-        return replace(targets, log_rest=left.logsumexp(dim=1))
 
 
 class Sample(Sparsifier):
@@ -152,16 +121,15 @@ def _uniform(state: torch.Tensor, count: int) -> torch.Tensor:
 
 def sparsifiers() -> dict[str, type[Sparsifier]]:
     """The sparsifiers by name."""
-    return {kind.name: kind for kind in (TopK, Nucleus, Sample)}
+    return {kind.name: kind for kind in (TopK, Sample)}
 
 
-def create_sparsifier(name: str, k: int, top_p: float = 1.0, seed: int = 0) -> Sparsifier:
+def create_sparsifier(name: str, k: int, seed: int = 0) -> Sparsifier:
     """The sparsifier of a name.
 
     Args:
         name: One of `sparsifiers`.
-        k: Most classes that are kept of a view; the number of draws of `sample`.
-        top_p: Mass that `nucleus` covers.
+        k: Classes that are kept of a view; the number of draws of `sample`.
         seed: The store's seed, for `sample`.
 
     Raises:
@@ -170,4 +138,4 @@ def create_sparsifier(name: str, k: int, top_p: float = 1.0, seed: int = 0) -> S
     known = sparsifiers()
     if name not in known:
         raise ValueError(f'there is no sparsifier {name!r}; use one of {", ".join(sorted(known))}')
-    return known[name](k, top_p, seed)
+    return known[name](k, seed)

@@ -39,7 +39,7 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
     ]
     same_records, other, listed, errors = 0, 0, 0, []
     batch_size = manifest.teacher['batch_size']
-    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
+    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.seed)
     for start in range(0, count, batch_size):
         part = keys[start:start + batch_size]
         batch = collate(data.__getitems__(part))

@@ -92,14 +92,13 @@ def create_store(
         replay = Replay(ViewRecipe(**view_arguments(args)), settings['store_seed'])
     refuse_keys(replay, settings['key'])
     try:
-        top_p = settings['top_p'] if settings['sparsifier'] == 'nucleus' else 1.0
-        sparsifier = create_sparsifier(settings['sparsifier'], settings['topk'], top_p)
+        sparsifier = create_sparsifier(settings['sparsifier'], settings['topk'])
         name = settings['codec'] or sparsifier.default_codec
         codec = create_codec(name, teacher.num_classes, settings['topk'], sparsifier.remainder)
         sparsifier.check_codec(codec)
     except ValueError as error:
         raise InputError(
-            f'{error} (--sparsifier, --topk, --top-p, --codec; the teacher {teacher.name} has '
+            f'{error} (--sparsifier, --topk, --codec; the teacher {teacher.name} has '
             f'{teacher.num_classes} classes)')
     for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
                             ('store_seed', -1 << 63, (1 << 63) - 1)):
@@ -134,7 +133,6 @@ def create_store(
         first_epoch=first_epoch,
         first_sample=first_sample,
         sparsifier=sparsifier.name,
-        top_p=top_p,
         remainder=sparsifier.remainder,
         codec=codec.name,
         key=settings['key'],

@@ -14,7 +14,6 @@ def estimate_store(
         epochs: int,
         sparsifier: str,
         k: int,
-        top_p: float = 1.0,
         codec: str | None = None,
         views_per_second: float | None = None,
         num_processes: int = 1,
@@ -27,8 +26,7 @@ def estimate_store(
         num_classes: Classes of the teacher.
         epochs: Epochs of the store.
         sparsifier: Name of the sparsifier.
-        k: Most classes kept of a view, or the draws of `sample`.
-        top_p: Mass that `nucleus` covers.
+        k: Classes kept of a view, or the draws of `sample`.
         codec: Name of the codec; the sparsifier's own by default.
         views_per_second: Views that one process's teacher looks at in a second; None to leave the time out.
         num_processes: Processes that fill the store.
@@ -38,24 +36,22 @@ def estimate_store(
         InputError: The settings do not go together.
     """
     try:
-        chosen = create_sparsifier(sparsifier, k, top_p)
+        chosen = create_sparsifier(sparsifier, k)
         record = create_codec(codec or chosen.default_codec, num_classes, k, chosen.remainder)
         chosen.check_codec(record)
     except ValueError as error:
-        raise InputError(f'{error} (--sparsifier, --topk, --top-p, --codec)')
-    most = 'at most ' if record.is_variable else ''
-    width = record.width + 3 if record.is_variable else record.width  # an offset of 4 bytes for the byte in memory
+        raise InputError(f'{error} (--sparsifier, --topk, --codec)')
     views = num_samples * epochs
     official = f', {readable_bytes(views * (4 * k + 4))} in the official format' if num_classes <= 1 << 15 else ''
     lines = [
         f'views            {num_samples:,} samples x {epochs} epochs = {views:,}',
-        f'record           {most}{width} bytes ({sparsifier}, k = {k} of {num_classes:,} classes, {record.name})',
-        f'epoch            {most}{readable_bytes(num_samples * width)}',
-        f'store            {most}{readable_bytes(views * width)}{official}',
+        f'record           {record.width} bytes ({sparsifier}, k = {k} of {num_classes:,} classes, {record.name})',
+        f'epoch            {readable_bytes(num_samples * record.width)}',
+        f'store            {readable_bytes(views * record.width)}{official}',
     ]
     if epochs > keep_epochs:
-        lines.append(f'from the Hub     {most}{readable_bytes(keep_epochs * num_samples * width)} on disk in training, '
-                     f'with --keep-epochs {keep_epochs}')
+        kept = readable_bytes(keep_epochs * num_samples * record.width)
+        lines.append(f'from the Hub     {kept} on disk in training, with --keep-epochs {keep_epochs}')
     if views_per_second:
         hours = views / views_per_second / num_processes / 3600
         lines.append(

@@ -177,7 +177,7 @@ def fill_store(
     """
     manifest = store.manifest
     chosen = choose_shards(manifest, shards, store.path)
-    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.top_p, manifest.seed)
+    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.seed)
     num_views = 0
     with Claims(expire, beat) as claims, StoreProgress(store, epochs, chosen, show_progress) as progress:
 

@@ -246,8 +246,6 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
     found |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
               if manifest.recipe[entry] != plain[entry]}
     settings = store_settings(manifest)
-    if manifest.sparsifier != 'nucleus':
-        del settings['top_p']
     usual = {**STORE_DEFAULTS, 'codec': sparsifiers()[manifest.sparsifier].default_codec}
     found |= {flag: value for flag, value in settings.items() if value != usual[flag]}
     if manifest.teacher['dtype'] != 'float32':
