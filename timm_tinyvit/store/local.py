@@ -272,11 +272,6 @@ class LogitStore:
             InputError: An index is not in the store, or a shard is missing or damaged.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        outside = indices.view(np.uint64) >= self.manifest.num_samples  # negative ones too
-        if outside.any():
-            raise InputError(
-                f'sample {indices[outside][0]} was asked of a store of {self.manifest.num_samples} samples; '
-                f'use the data set that the store was made from')
         mapped = self._mapped.pop(epoch, None)
         if mapped is None:
             mapped = MappedEpoch(self._format, self.shard_path(epoch, 0).parent, epoch)
@@ -286,7 +281,8 @@ class LogitStore:
             del self._mapped[next(iter(self._mapped))]
         try:
             return mapped.read(indices)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f'the store {self.path} holds a bad record in epoch {epoch}: {error}')
+        except IndexError:
+            outside = next(index for index in indices.tolist() if not 0 <= index < self.manifest.num_samples)
+            raise InputError(
+                f'sample {outside} was asked of a store of {self.manifest.num_samples} samples; use the data set that '
+                f'the store was made from')
