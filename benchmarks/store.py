@@ -71,8 +71,7 @@ def make_targets(args: argparse.Namespace) -> SparseTargets:
 def part_of(targets: SparseTargets, start: int) -> SparseTargets:
     rows = slice(start, start + WRITE_BATCH)
     return SparseTargets(
-        targets.ids[rows], targets.log_probs[rows], targets.log_rest[rows], targets.num_valid[rows],
-        targets.num_classes, targets.remainder)
+        targets.ids[rows], targets.log_probs[rows], targets.log_rest[rows], targets.num_classes)
 
 
 def make_store(args: argparse.Namespace, path: Path, num_samples: int, epochs: int) -> LogitStore:

@@ -174,8 +174,8 @@ def _estimate(args: argparse.Namespace) -> str:
     settings = {key: default if getattr(args, key) is None else getattr(args, key)
                 for key, default in STORE_DEFAULTS.items()}
     return estimate_store(
-        args.num_samples, args.teacher_num_classes, len(args.epochs), settings['sparsifier'], settings['topk'],
-        settings['codec'], args.views_per_second, args.processes, args.keep_epochs or 2)
+        args.num_samples, args.teacher_num_classes, len(args.epochs), settings['topk'], settings['codec'],
+        args.views_per_second, args.processes, args.keep_epochs or 2)
 
 
 @reports_input_errors

@@ -92,8 +92,7 @@ def make_store(path, dataset, epochs=2):
     store = LogitStore.create(path, manifest)
     for epoch in range(epochs):
         ids = torch.stack([torch.full((rows,), 500 + epoch), torch.arange(rows)], dim=1)
-        targets = SparseTargets(
-            ids, torch.tensor([[-1., -2.]]).expand(rows, 2), torch.full((rows,), -0.7), torch.full((rows,), 2), 1000)
+        targets = SparseTargets(ids, torch.tensor([[-1., -2.]]).expand(rows, 2), torch.full((rows,), -0.7), 1000)
         records = codec.encode(targets)
         for shard in range(manifest.num_shards):
             store.write_shard(epoch, shard, records[shard * 32:(shard + 1) * 32])

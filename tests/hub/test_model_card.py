@@ -159,8 +159,8 @@ def filling_commands(card):
 
 @pytest.mark.parametrize('flags', [
     [],
-    ['--sparsifier', 'nucleus', '--top-p', '0.8', '--topk', '4', '--shard-size', '20', '--store-seed', '3',
-     '--teacher-batch-size', '12', '--epochs', '3', '--teacher-amp-dtype', 'bfloat16', '--mixup', '0.8',
+    ['--topk', '4', '--shard-size', '20', '--store-seed', '3', '--teacher-batch-size', '12',
+     '--epochs', '3', '--teacher-amp-dtype', 'bfloat16', '--mixup', '0.8',
      '--cutmix', '1', '--aa', 'rand-m9-mstd0.5-inc1', '--scale', '0.5', '1', '--decoder', 'torch', '--img-size', '40'],
     ['--codec', 'float16', '--no-aug', '--target-key', 'label', '--input-key', 'image', '--key', 'name'],
 ], ids=['of the run', 'much', 'other'])
@@ -219,7 +219,7 @@ def test_a_teacher_that_anybody_can_have_is_named_and_each_store_has_its_own(run
 def test_no_command_is_told_of_a_store_that_none_makes(filled_store):
     store = LogitStore.open(filled_store)
     assert provenance._store_flags(store.manifest)
-    for change in (dict(first_epoch=1), dict(first_sample=10), dict(sparsifier='mine'), dict(teacher={'name': 'x'})):
+    for change in (dict(first_epoch=1), dict(first_sample=10), dict(teacher={'name': 'x'})):
         assert provenance._store_flags(replace(store.manifest, **change)) is None
 
 
@@ -297,18 +297,6 @@ def test_the_terms_of_a_gated_repo_are_kept(run):
     assert card.data.get('extra_gated_prompt') == 'Be good.' and card.data.get('extra_gated_fields') == {'Name': 'text'}
     assert card.data.get('other') is None
     assert str(run_card(run, 'best', 'org/student', before=str(card))) == str(card)
-
-
-def test_records_of_varying_length_are_said_to_be_so(run, tmp_path):
-    copy = copy_of(run, tmp_path)
-    record = read_run(copy)
-    for codec, sparsifier, words in (
-        ('compact', 'topk', ' in\n5 bytes;'), ('compact-variable', 'topk', ' in\nat most 5 bytes;'),
-        ('compact-variable', 'nucleus', ', in at most 5 bytes each;'), ('compact', 'nucleus', ', in 5 bytes each;'),
-    ):
-        record['stores'][0].update(codec=codec, sparsifier=sparsifier)
-        (copy / 'run.json').write_text(json.dumps(record))
-        assert words in section(run_card(copy, 'best', 'org/student'), 'Training')
 
 
 def test_a_local_store_that_was_published_is_linked(filled_store, tmp_path):

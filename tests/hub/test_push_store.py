@@ -527,7 +527,7 @@ def test_a_card_of_a_store_names_data_teacher_and_kind(views, monkeypatch):
     assert card.text.count('    --epochs 4 --logits ') == 2
     assert "load_split('org/images', 'train[:120]', is_training=True)" in card.text
     assert '\n## The sample\n\n`sample.parquet`' in card.text
-    assert 'mixed in pairs' not in card.text and 'random draws' not in card.text
+    assert 'mixed in pairs' not in card.text
     # In a folder: another name serves.
     card = card_of(views, monkeypatch, dict(split='train'))
     assert card.data.get('source_datasets') is None and '--dataset DATA --model' in card.text
@@ -539,7 +539,3 @@ def test_a_card_of_a_store_names_data_teacher_and_kind(views, monkeypatch):
 def test_a_card_of_a_store_says_what_is_special_in_it(views, monkeypatch):
     recipe = {**views[0].manifest.recipe, 'mixup': 0.8}
     assert 'Views are mixed in pairs' in card_of(views, monkeypatch, recipe=recipe).text
-    draws = card_of(views, monkeypatch, sparsifier='sample').text
-    assert 'A view has 3 random draws' in draws and '`sample`, 3 draws of a class |' in draws
-    nucleus = card_of(views, monkeypatch, sparsifier='nucleus', top_p=0.9).text
-    assert '`nucleus`, at most 3 of 10 classes, fewer where they cover 0.9 of the mass |' in nucleus

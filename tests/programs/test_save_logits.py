@@ -193,7 +193,7 @@ def test_describe_prints_completeness_size_and_accuracy(store, capsys):
     save_logits.main(['--logits', str(store), '--describe', '--dataset', DATA, '--train-split', 'train[:100]'])
     said = capsys.readouterr().out
     assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said
-    assert '20 bytes per view' in said and 'topk, k = 3' in said
+    assert '18 bytes per view' in said and 'the 3 most probable classes, and the mass of the others' in said
     labels = np.array(load_split(DATA, 'train[:100]', True)['label'])
     opened = LogitStore.open(store)
     accuracy = []

@@ -88,7 +88,7 @@ def test_what_a_run_learns_from_is_said_and_flags_that_do_nothing_are_told(disti
     assert '--min-lr is 0.1 and above the learning rate of 0.001' in said.err
     here = [*SMALL, '--epochs', '1', '--warmup-epochs', '0', '--output', tmp_path, '--logits', store]
     for flags, words in ((['--topk', '100'], '--topk 3, and 100'), (['--codec', 'float16'], '--codec compact, and'),
-                         (['--sparsifier', 'sample'], '--sparsifier topk'), (['--store-seed', '5'], '--store-seed 0')):
+                         (['--store-seed', '5'], '--store-seed 0')):
         assert words in message_of([*here, *flags], capsys)
     train_distill.main([str(word) for word in (*here, '--topk', '3', '--alpha', '0.5', '--experiment', 'both')])
     assert f'learning from the store {store} and labels\n' in capsys.readouterr().out

@@ -32,15 +32,13 @@ from timm_tinyvit.report.statistics import filled_shards, label_mismatch, rows_o
 from timm_tinyvit.report.store import figures_of, plain_report, store_facts, store_page, text_report
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.targets.codecs import create_codec
-from timm_tinyvit.targets.sparsifier import create_sparsifier
+from timm_tinyvit.targets.sparse import SparseTargets
 from timm_tinyvit.train.calibration import calibration
 from timm_tinyvit.train.predictions import Predictions
 
 SPLIT = 'train[:120]'
 DATA = ['--dataset', str(EXAMPLES), '--train-split', SPLIT]
-KINDS = {
-    'topk': ('topk', 3, 'compact'), 'all classes': ('topk', 7, 'float16'),
-    'nucleus': ('nucleus', 6, 'compact-variable'), 'sample': ('sample', 12, 'draws')}
+KINDS = {'few classes': (3, 'compact'), 'most classes': (6, 'float16'), 'all classes': (7, 'float16')}
 
 
 @pytest.fixture(scope='module')
@@ -53,19 +51,18 @@ def make_store(filled_store, tmp_path):
     """A store of 50 samples in 4 epochs of 7 classes, without two shards; `name` is one of `KINDS`."""
 
     def make(name, **recipe):
-        sparsifier, k, codec = KINDS[name]
+        k, codec = KINDS[name]
         like = LogitStore.open(filled_store).manifest
-        sparsifier = create_sparsifier(sparsifier, k, 0.8)
-        codec = create_codec(codec, 7, k, sparsifier.remainder)
+        codec = create_codec(codec, 7, k)
         store = LogitStore.create(tmp_path / name, replace(
             like, num_samples=50, num_classes=7, k=k, record_width=codec.width, shard_size=20, codec=codec.name,
-            sparsifier=sparsifier.name, top_p=0.8, remainder=sparsifier.remainder, recipe=like.recipe | recipe))
+            recipe=like.recipe | recipe))
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(50, 7, generator=generator)
         for epoch in range(4):
             # Views of an image resemble each other.
             logits = 3 * (image + 0.5 * torch.randn(50, 7, generator=generator))
-            records = codec.encode(sparsifier(logits, epoch, range(50)))
+            records = codec.encode(SparseTargets.from_logits(logits, k))
             for shard in range(3):
                 if (epoch, shard) not in ((1, 2), (3, 0)):
                     store.write_shard(epoch, shard, records[20 * shard:20 * shard + 20])
@@ -82,12 +79,12 @@ def dense_targets(store):
             if row // manifest.shard_size in shards:
                 targets = store.codec.decode(torch.from_numpy(store.read(epoch, [row])))
                 dense = np.full(manifest.num_classes, np.nan)
-                for place in range(int(targets.num_valid[0])):
+                for place in range(targets.k):
                     dense[targets.ids[0, place]] = math.exp(targets.log_probs[0, place])
                 rest = 0. if targets.log_rest is None else math.exp(targets.log_rest[0])
                 others = np.isnan(dense)
                 dense[others] = rest / max(1, others.sum())
-                found[epoch, row] = dense, int(targets.num_valid[0]), ~others
+                found[epoch, row] = dense, targets.k, ~others
     return found
 
 
@@ -204,7 +201,7 @@ def test_a_bin_of_few_samples_is_drawn_with_a_long_interval():
 
 
 def test_a_sample_is_evenly_spaced_over_what_is_filled_and_reads_no_more(make_store):
-    store = make_store('topk')
+    store = make_store('few classes')
     read = []
     found = store_statistics(store, epochs=range(4), max_samples=10, max_epochs=2, advance=read.append)
     assert found.epochs == [0, 3] and found.rows.tolist() == [0, 5, 10, 16, 21, 27, 32, 38, 43, 49]
@@ -222,7 +219,7 @@ def test_a_sample_is_evenly_spaced_over_what_is_filled_and_reads_no_more(make_st
 
 
 def test_comparing_samples_in_parts_changes_nothing(make_store, monkeypatch):
-    store = make_store('nucleus')
+    store = make_store('most classes')
     whole = store_statistics(store)
     monkeypatch.setattr('timm_tinyvit.report.statistics.COMPARED_ENTRIES', 4 * 6 * 7)
     monkeypatch.setattr('timm_tinyvit.report.statistics.READ_SAMPLES', 9)
@@ -235,7 +232,7 @@ def test_comparing_samples_in_parts_changes_nothing(make_store, monkeypatch):
 
 
 def test_the_chosen_samples_are_the_extreme_ones(make_store):
-    store = make_store('topk')
+    store = make_store('few classes')
     labels = np.arange(50) % 7
     statistics = store_statistics(store, labels)
     chosen = choose_samples(statistics)
@@ -315,7 +312,7 @@ def test_text_and_json_say_the_same(filled_store, labels, capsys):
 
 def test_a_part_of_a_store_is_told_from_the_whole(make_store):
     """Ten of twelve shards: two epochs are complete, and 170 of 200 views are there."""
-    store = make_store('nucleus')
+    store = make_store('most classes')
     size = plain_report(store, None)['size']
     assert (size['shards'], size['all_shards'], size['complete_epochs']) == (10, 12, 2)
     assert (size['views'], size['all_views'], size['bytes']) == (170, 200, store.size())
@@ -324,13 +321,12 @@ def test_a_part_of_a_store_is_told_from_the_whole(make_store):
     accuracies = sorted(100 * statistics.by_epoch('right'))
     assert figures_of(statistics, store)['teacher accuracy'].endswith(f', {accuracies[0]:.2f} to {accuracies[3]:.2f}')
     assert accuracies[0] < accuracies[3]
-    header, *rows = [line.split() for line in text_report(store, statistics).splitlines()[-5:]]
-    assert header[-1] == 'classes' and [row[1] for row in rows] == ['50', '40', '50', '30']
-    assert [row[-1] for row in rows] == [f'{np.nanmean(listed):.1f}' for listed in statistics.num_listed]
+    _, *rows = [line.split() for line in text_report(store, statistics).splitlines()[-5:]]
+    assert [row[1] for row in rows] == ['50', '40', '50', '30']
 
 
 def test_an_epoch_that_has_none_of_the_samples_has_no_figures(make_store):
-    store = make_store('topk')
+    store = make_store('few classes')
     statistics = store_statistics(store, np.arange(50) % 7, epochs=[0, 3], rows=np.arange(10))
     header, first, second = (line.split() for line in text_report(store, statistics).splitlines()[-3:])
     assert 'classes' not in header and '-' not in first and second == ['3', '0', *['-'] * 6]
@@ -338,7 +334,7 @@ def test_an_epoch_that_has_none_of_the_samples_has_no_figures(make_store):
 
 def test_the_most_frequent_mistakes_are_counted_by_view(make_store, monkeypatch):
     monkeypatch.setattr('timm_tinyvit.report.store.can_plot', lambda: False)
-    store, labels = make_store('topk'), np.arange(50) % 7
+    store, labels = make_store('few classes'), np.arange(50) % 7
     statistics = store_statistics(store, labels)
     counts = Counter(zip(np.tile(labels, 4).tolist(), statistics.top.ravel().tolist()))
     mistakes = {pair: count for pair, count in counts.items() if pair[1] not in (-1, pair[0])}
@@ -482,27 +478,16 @@ def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
     assert 'of the label<' not in (tmp_path / 'page.html').read_text()
 
 
-def test_a_store_of_draws_speaks_of_the_most_frequent_draw(make_store, labels):
-    store, other = make_store('sample'), make_store('topk')
-    texts = [figures_of(store_statistics(each, labels[:50] % 7), each) for each in (store, other)]
-    for name in ('teacher accuracy', 'confidence', 'calibration'):
-        assert texts[0][name].endswith(', of the most frequent draw') and 'draw' not in texts[1][name]
-    assert texts[0]['mass covered'].endswith(', of the draws') and 'draw' not in texts[1]['mass covered']
-    pages = [store_page(each, store_statistics(each, labels[:50] % 7), list('abcdefg'), {}).html()
-             for each in (store, other)]
-    assert ['The store holds draws' in page for page in pages] == [True, False]
-
-
 def test_plots_of_a_store_are_of_one_size(make_store, labels):
     """So that they stand in an even grid."""
-    store = make_store('nucleus')
+    store = make_store('most classes')
     page = store_page(store, store_statistics(store, labels[:50] % 7), list('abcdefg'), {}).html()
     sizes = re.findall(r'<svg width="(\d+)" height="(\d+)"', page)
-    assert len(sizes) == 9 and len(set(sizes)) == 1
+    assert len(sizes) == 8 and len(set(sizes)) == 1
 
 
 def test_plots_show_the_statistics(make_store, labels):
-    statistics = store_statistics(make_store('nucleus'), labels[:50] % 7)
+    statistics = store_statistics(make_store('most classes'), labels[:50] % 7)
     for figure, _, caption in store_plots.plot_histograms(statistics):
         assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(100)
         assert caption in ('170 views', '50 samples') and figure.axes[0].get_ylabel().startswith('share of ')
@@ -521,7 +506,7 @@ def test_plots_show_the_statistics(make_store, labels):
 
 
 def test_one_epoch_is_no_epochs(make_store, labels):
-    store = make_store('topk')
+    store = make_store('few classes')
     said = figures_of(store_statistics(store, labels[:50] % 7, epochs=[2]), store)['teacher accuracy']
     assert 'on the views of 1 epoch, ' in said
 

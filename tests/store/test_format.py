@@ -22,7 +22,7 @@ from timm_tinyvit.store.arrow import HEADER_SIZE
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, MAGIC
 from timm_tinyvit.targets.codecs import create_codec
-from timm_tinyvit.targets.sparsifier import create_sparsifier
+from timm_tinyvit.targets.sparse import SparseTargets
 
 SPECIFICATION = Path(__file__).resolve().parents[2] / 'docs' / 'format.md'
 NUM_SHARD_CASES = 8000
@@ -34,20 +34,17 @@ TEACHER = dict(
 
 def make_store(path, codec='compact', classes=1000, k=10, seed=0):
     """A store of 2 epochs of 10 samples in 3 shards, and its records by epoch."""
-    nucleus = codec == 'compact-variable'
     manifest = Manifest(
         num_samples=10, num_classes=classes, k=k, record_width=create_codec(codec, classes, k).width, epochs=2,
-        seed=seed, shard_size=4, codec=codec, sparsifier='nucleus' if nucleus else 'topk',
-        top_p=0.9 if nucleus else 1.0,
-        teacher=TEACHER, recipe={'vflip': 0.0, 'input_size': [3, 32, 32]}, dataset={'num_samples': 10, 'hash': '0'})
+        seed=seed, shard_size=4, codec=codec, teacher=TEACHER, recipe={'vflip': 0.0, 'input_size': [3, 32, 32]},
+        dataset={'num_samples': 10, 'hash': '0'})
     store = LogitStore.create(path, manifest)
-    sparsifier = create_sparsifier(manifest.sparsifier, k, manifest.top_p)
     records = []
     for epoch in range(2):
         generator = torch.Generator().manual_seed(10 * seed + epoch)
         scale = torch.linspace(1, 8, 10)[:, None]
         logits = scale * torch.randn(10, classes, generator=generator)
-        records.append(store.codec.encode(sparsifier(logits, epoch, range(10))))
+        records.append(store.codec.encode(SparseTargets.from_logits(logits, k)))
         for shard in range(3):
             store.write_shard(epoch, shard, records[-1][4 * shard:4 * shard + 4])
     return store, np.stack(records)
@@ -74,9 +71,10 @@ def identity_of(manifest):
 def decode_float16(record, num_classes, k):
     """Classes, probabilities and rest mass."""
     ids, log_probs = np.frombuffer(record, '<u2', k), np.frombuffer(record, '<f2', k, 2 * k)
-    log_rest, num_valid = struct.unpack_from('<fH', record, 4 * k)
+    rest = np.exp(struct.unpack_from('<f', record, 4 * k)[0]) if k < num_classes else 0.
+    assert len(record) == 4 * k + 4 * (k < num_classes) + 2
     assert tuple(record[-2:]) == (sum(record[:-2]) % 256, 1 + sum(record[:-2]) % 255)
-    return ids[:num_valid], np.exp(log_probs[:num_valid].astype(float)), np.exp(log_rest) if k < num_classes else 0.
+    return ids, np.exp(log_probs.astype(float)), rest
 
 
 def class_fields(k, num_classes):
@@ -151,31 +149,14 @@ def test_a_reader_made_from_the_specification_reads_the_same(codec, classes, k, 
                 assert metadata == {
                     'format': 'timm_tinyvit.logits', 'store': identity_of(manifest), 'epoch': epoch, 'shard': row // 4}
             ids, probs, rest = decode(rows[row % 4], classes, k)
-            assert targets.ids[row, :targets.num_valid[row]].tolist() == list(ids)
+            assert targets.ids[row].tolist() == list(ids)
             np.testing.assert_allclose(targets.log_probs[row].exp().numpy(), probs, rtol=2e-4, atol=1e-12)
             np.testing.assert_allclose(probs.sum() + rest, 1, atol=2e-3 if codec == 'float16' else 1e-9)
             if k < classes:
                 np.testing.assert_allclose(targets.log_rest[row].exp().item(), rest, rtol=1e-4)
 
 
-def test_records_of_variable_length_are_those_that_the_specification_names(tmp_path):
-    store, _ = make_store(tmp_path / 'store', 'compact-variable', 1000, 100)
-    sizes = [100]
-    for size in (96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1):
-        if create_codec('compact', 1000, size).width < create_codec('compact', 1000, sizes[0]).width:
-            sizes.insert(0, size)
-    by_width = {create_codec('compact', 1000, size).width: size for size in sizes}
-    targets = store.codec.decode(torch.from_numpy(store.read(1, range(10))), check=True)
-    rows = [record for shard in range(3) for record in read_shard(tmp_path / 'store', 1, shard)[0]]
-    assert len({len(record) for record in rows}) > 3
-    for row, record in enumerate(rows):
-        ids, probs, _ = decode_compact(record, 1000, by_width[len(record)])
-        valid = targets.num_valid[row]
-        assert targets.ids[row, :valid].tolist() == ids
-        np.testing.assert_allclose(targets.log_probs[row, :valid].exp().numpy(), probs, rtol=2e-4)
-
-
-def specified_header(store, epoch, shard, data_size):
+def specified_header(store, epoch, shard):
     """The header of a shard: the bytes in docs/format.md with the shard's numbers in their places."""
     lines = re.findall(r'^ *\d+  ((?:[0-9a-f]{8} ?){8})$', SPECIFICATION.read_text(), re.MULTILINE)
     header, manifest = bytearray.fromhex(''.join(lines)), asdict(store.manifest)
@@ -183,31 +164,22 @@ def specified_header(store, epoch, shard, data_size):
     text += f'"epoch":{epoch:9}, "shard":{shard:9}}}'
     header[236:236 + len(text)] = text.encode()
     rows = min(manifest['shard_size'], manifest['num_samples'] - shard * manifest['shard_size'])
-    numbers = {440: rows, 464: rows, 408: -(-data_size // 8) * 8, 512: data_size}
-    width = manifest['record_width']
-    if store.codec.is_variable:
-        start, width = -(-4 * (rows + 1) // 8) * 8, 0
-        numbers |= {512: 4 * (rows + 1), 520: start, 528: data_size, 408: start + -(-data_size // 8) * 8}
-        header[121], header[152:160], header[484] = 4, bytes.fromhex('0400040000000000'), 3
-    struct.pack_into('<i', header, 164, width)
-    for place, number in numbers.items():
+    size = rows * manifest['record_width']
+    struct.pack_into('<i', header, 164, manifest['record_width'])
+    for place, number in {440: rows, 464: rows, 408: -(-size // 8) * 8, 512: size}.items():
         struct.pack_into('<q', header, place, number)
     return header
 
 
-@pytest.mark.parametrize('codec', ['float16', 'compact-variable'])
+@pytest.mark.parametrize('codec', ['float16', 'compact'])
 def test_the_bytes_of_a_shard_are_those_that_the_specification_shows(codec, tmp_path):
     store, records = make_store(tmp_path / 'store', codec)
     for epoch, shard in ((0, 0), (1, 2)):
         content, values = store.shard_path(epoch, shard).read_bytes(), read_shard(tmp_path / 'store', epoch, shard)[0]
         body = b''.join(values)
-        if store.codec.is_variable:
-            offsets = np.cumsum([0, *map(len, values)]).astype('<i4').tobytes()
-            body = offsets + bytes(-len(offsets) % 8) + body
-        else:
-            assert body == records[epoch, 4 * shard:4 * shard + 4].tobytes()
-            assert len(content) == 608 + -(-len(body) // 8) * 8
-        expected = specified_header(store, epoch, shard, len(b''.join(values))) + body + bytes(-len(body) % 8)
+        assert body == records[epoch, 4 * shard:4 * shard + 4].tobytes()
+        assert len(content) == 608 + -(-len(body) // 8) * 8
+        expected = specified_header(store, epoch, shard) + body + bytes(-len(body) % 8)
         assert content[:-FOOTER_SIZE] == expected + b'\xff' * 4 + bytes(4)
 
 
@@ -265,13 +237,11 @@ def foreign_streams(records):
                 yield sink.getvalue().to_pybytes()
 
 
-def bad_offsets(content, rows, chance):
-    """A shard of variable lengths with offsets that cannot be."""
+def bad_records(content, rows, width, chance):
+    """A shard with one bit changed in each of its records."""
     content = bytearray(content)
-    place = HEADER_SIZE + 4 * chance.randint(0, rows)
-    number, = struct.unpack_from('<i', content, place)
-    other = chance.choice([-1, number + chance.randint(1, 9), number - chance.randint(1, 9), 1 << 30, -(1 << 31)])
-    struct.pack_into('<i', content, place, other)
+    for row in range(rows):
+        content[HEADER_SIZE + row * width + chance.randrange(width)] ^= 1 << chance.randrange(8)
     return bytes(content)
 
 
@@ -307,8 +277,8 @@ def outcome(path, expected, epoch, index, check=False):
 def attack_shards(folder, num_cases, report):
     """Read shards that are damaged, exchanged or hostile, and say how it went."""
     chance = random.Random(0)
-    stores = [make_store(folder / codec, codec) for codec in ('compact', 'compact-variable', 'float16')]
-    others = [make_store(folder / f'other-{codec}', codec, seed=1)[0] for codec in ('compact', 'compact-variable')]
+    stores = [make_store(folder / codec, codec) for codec in ('compact', 'float16')]
+    others = [make_store(folder / f'other-{codec}', codec, seed=1)[0] for codec in ('compact', 'float16')]
     files = [file.read_bytes() for store in [*(store for store, _ in stores), *others]
              for file in sorted(store.path.glob('*/*.arrow'))]
     streams = [[list(foreign_streams(records[0, :rows])) for rows in (4, 2)] for _, records in stores]
@@ -319,15 +289,15 @@ def attack_shards(folder, num_cases, report):
         path, rows = store.shard_path(epoch, shard), store.manifest.shard_rows(shard)
         content = path.read_bytes()
         body = content[:-FOOTER_SIZE]
-        kind = chance.choice(['damaged', 'damaged', 'exchanged', 'foreign', 'header', 'offsets', 'cut'])
+        kind = chance.choice(['damaged', 'damaged', 'exchanged', 'foreign', 'header', 'records', 'cut'])
         if kind == 'damaged':
             attack = damaged(content, chance)
         elif kind == 'exchanged':
             attack = chance.choice(files)
         elif kind == 'header':
             attack = sealed(damaged(body[:HEADER_SIZE], chance) + body[HEADER_SIZE:])
-        elif kind == 'offsets' and store.codec.is_variable:
-            attack = sealed(bad_offsets(body, rows, chance))
+        elif kind == 'records':
+            attack = sealed(bad_records(body, rows, store.codec.width, chance))
         elif kind == 'cut':
             attack = sealed(body[:chance.randrange(len(body))])
         else:
@@ -335,14 +305,14 @@ def attack_shards(folder, num_cases, report):
         path.write_bytes(attack)
         report(
             f'{kind} {case} of {store.manifest.codec}',
-            outcome(store.path, records, epoch, 4 * shard + chance.randrange(rows), check=kind == 'offsets'))
+            outcome(store.path, records, epoch, 4 * shard + chance.randrange(rows), check=kind == 'records'))
         path.write_bytes(content)
 
 
 HOSTILE = [
     None, True, -1, 0, 1, 1 << 20, 1 << 31, 1 << 32, 1 << 40, 1 << 62, 1 << 63, -1 << 63, 10 ** 30, 10 ** 4000, 0.5,
     -0.5, 1e308, float('nan'), float('inf'), '', 'a' * 100_000, '/etc/passwd', '../../../etc/passwd', 'C:\\Windows',
-    '\ud800', '\0', 'a\nb', '\x1b[2J', '%s%s%n', '{0}', 'float16', 'draws', 'none', 'sample', [], {}, [[]], [None],
+    '\ud800', '\0', 'a\nb', '\x1b[2J', '%s%s%n', '{0}', 'float16', 'compact', 'none', [], {}, [[]], [None],
     {'': None}, [0] * 10_000, {str(number): number for number in range(1000)}]
 REPEATED_K, ABSURD_K = '"k": 10, "k": 11', ['"k": 1e999', '"k": NaN', '"k": -Infinity', f'"k": {"9" * 5000}']
 
@@ -365,14 +335,13 @@ def hostile_manifest(manifest, chance):
             value = chance.choice([[value], {'': value}]) if isinstance(value, (list, dict)) else [value]
     elif kind == 3:
         # Numbers that fit each other and ask for much.
-        codec = chance.choice(['float16', 'compact', 'compact-variable', 'draws'])
+        codec = chance.choice(['float16', 'compact'])
         classes, k = chance.choice([1 << 16, 1 << 31]), chance.choice([1, 1000, 65_535])
-        remainder = 'none' if codec == 'draws' else 'uniform'
         with suppress(ValueError):
-            values['record_width'] = create_codec(codec, classes, k, remainder).width
+            values['record_width'] = create_codec(codec, classes, k).width
         values.update(
             num_samples=chance.choice([1 << 20, 1 << 31, 1 << 40]), shard_size=chance.choice([1, 4, 1 << 20, 1 << 32]),
-            epochs=chance.choice([1, 2, 100_000]), codec=codec, num_classes=classes, k=k, remainder=remainder)
+            epochs=chance.choice([1, 2, 100_000]), codec=codec, num_classes=classes, k=k)
     if kind not in (1, 3):
         where[name] = value
     try:

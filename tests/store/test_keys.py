@@ -59,8 +59,8 @@ def make_store(path, rows, key):
     KeyIndex.write(store.path, manifest, hashes)
     for epoch in range(2):
         ids = torch.stack([torch.full((len(hashes),), 500 + epoch), torch.arange(len(hashes))], dim=1)
-        targets = SparseTargets(ids, torch.tensor([[-1., -2.]]).expand(ids.shape), torch.full(ids.shape[:1], -0.7),
-                                torch.full(ids.shape[:1], 2), 1000)
+        targets = SparseTargets(
+            ids, torch.tensor([[-1., -2.]]).expand(ids.shape), torch.full(ids.shape[:1], -0.7), 1000)
         for shard in range(manifest.num_shards):
             store.write_shard(epoch, shard, codec.encode(targets)[shard * 64:(shard + 1) * 64])
     return store

@@ -1,7 +1,5 @@
 """Records: what a codec writes it reads again, and what is damaged it sees."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ import torch
 from timm_tinyvit.targets.codecs import codecs, create_codec
 from timm_tinyvit.targets.float16 import Float16Codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
-from timm_tinyvit.targets.sparsifier import create_sparsifier
 
 
 def teacher_logits(rows, classes, seed=0):
@@ -21,7 +18,7 @@ def teacher_logits(rows, classes, seed=0):
 
 
 def round_trip(targets):
-    codec = create_codec('float16', targets.num_classes, targets.k, targets.remainder)
+    codec = create_codec('float16', targets.num_classes, targets.k)
     records = codec.encode(targets)
     codec.check(records)
     return codec, records, codec.decode(torch.from_numpy(records))
@@ -32,16 +29,15 @@ def test_ids_come_back_exactly_and_log_probabilities_within_half_precision(class
     targets = SparseTargets.from_logits(teacher_logits(64, classes), k)
     codec, records, decoded = round_trip(targets)
     assert records.shape == (64, codec.width) and records.dtype == np.uint8
-    assert codec.width == (4 if classes <= 65_536 else 6) * k + 8
+    assert codec.width == (4 if classes <= 65_536 else 6) * k + (6 if k < classes else 2)
     assert torch.equal(decoded.ids, targets.ids) and decoded.ids.dtype == torch.int64
-    assert torch.equal(decoded.num_valid, targets.num_valid)
     # Half precision keeps eleven binary digits.
     torch.testing.assert_close(decoded.log_probs, targets.log_probs, rtol=2 ** -11, atol=2 ** -25)
     if k == classes:
-        assert targets.log_rest is None and (decoded.log_rest == -torch.inf).all()
+        assert targets.log_rest is None and decoded.log_rest is None
     else:
         assert torch.equal(decoded.log_rest, targets.log_rest)
-    assert (decoded.num_classes, decoded.remainder) == (classes, 'uniform')
+    assert decoded.num_classes == classes
 
 
 def test_the_stored_target_is_the_teachers_to_a_thousandth_and_sums_to_one():
@@ -60,10 +56,9 @@ def test_the_stored_target_is_the_teachers_to_a_thousandth_and_sums_to_one():
 def test_ids_beyond_the_sign_bit_stay_positive(classes):
     ids = torch.tensor([[classes - 1, 32_768, 32_767, 0]])
     targets = SparseTargets(
-        ids=ids, log_probs=torch.full((1, 4), -2.), log_rest=torch.tensor([-1.]), num_valid=torch.tensor([4]),
-        num_classes=classes)
+        ids=ids, log_probs=torch.full((1, 4), -2.), log_rest=torch.tensor([-1.]), num_classes=classes)
     codec, _, decoded = round_trip(targets)
-    assert codec.width == 4 * (2 if classes <= 65_536 else 4) + 8 + 8
+    assert codec.width == 4 * (2 if classes <= 65_536 else 4) + 8 + 6
     assert torch.equal(decoded.ids, ids)
 
 
@@ -76,23 +71,12 @@ def test_classes_without_any_mass_are_held():
     assert torch.equal(decoded.densify(), torch.eye(6)[[0, 0]])
 
 
-def test_padded_rows_and_samples_without_remainder_come_back():
-    targets = SparseTargets.from_logits(teacher_logits(6, 100), 75)
-    num_valid = torch.tensor([1, 2, 0, 75, 40, 74])
-    for given in (
-            replace(targets, num_valid=num_valid),
-            replace(targets, num_valid=num_valid, remainder='none', log_rest=None)):
-        _, _, decoded = round_trip(given)
-        assert torch.equal(decoded.num_valid, num_valid) and decoded.remainder == given.remainder
-        assert (decoded.log_rest is None) == (given.log_rest is None)
-
-
 def test_the_layout_is_the_one_that_the_docstring_names():
     targets = SparseTargets(
         ids=torch.tensor([[258, 3]]), log_probs=torch.tensor([[-0.5, -2.]]), log_rest=torch.tensor([-3.]),
-        num_valid=torch.tensor([2]), num_classes=1000)
+        num_classes=1000)
     record = Float16Codec(1000, 2).encode(targets)[0].tobytes()
-    body = b'\x02\x01\x03\x00' + b'\x00\xb8\x00\xc0' + b'\x00\x00\x40\xc0' + b'\x02\x00'
+    body = b'\x02\x01\x03\x00' + b'\x00\xb8\x00\xc0' + b'\x00\x00\x40\xc0'
     assert record == body + bytes([sum(body) % 256, 1 + sum(body) % 255])
 
 
@@ -108,8 +92,8 @@ def test_the_last_byte_is_never_zero():
 def test_every_other_value_of_every_byte_is_seen(classes, k, refused):
     targets = SparseTargets.from_logits(teacher_logits(3, classes), k)
     codec, records, _ = round_trip(targets)
-    # The high byte of the number of valid entries: 0 and 255 are equal modulo 255.
-    assert not records[:, -3].any()
+    # Among them is a zero: 0 and 255 are equal modulo 255.
+    assert (records[:, :-2] == 0).any()
     for row in range(3):
         others = np.setdiff1d(np.arange(codec.width * 256), np.arange(codec.width) * 256 + records[row])
         for damage in others.tolist():
@@ -138,22 +122,13 @@ def test_a_class_that_the_teacher_does_not_have_is_seen(refused):
         narrow.check(records)
 
 
-def test_more_valid_entries_than_there_are_is_seen(refused):
-    targets = SparseTargets.from_logits(teacher_logits(3, 50), 4)
-    codec = create_codec('float16', 50, 4)
-    records = codec.encode(replace(targets, num_valid=torch.tensor([4, 4, 5])))
-    with refused('record 2 of 3', '5', error=ValueError):
-        codec.check(records)
-
-
 def test_records_of_another_width_and_targets_of_another_kind_are_refused(refused):
     targets = SparseTargets.from_logits(teacher_logits(3, 50), 4)
     codec = create_codec('float16', 50, 4)
     for records in (np.zeros((3, codec.width - 1), np.uint8), np.zeros(codec.width, np.uint8)):
         with refused(str(codec.width), error=ValueError):
             codec.check(records)
-    for other in (
-            create_codec('float16', 50, 5), create_codec('float16', 51, 4), create_codec('float16', 50, 4, 'none')):
+    for other in (create_codec('float16', 50, 5), create_codec('float16', 51, 4)):
         with refused('codec was made for', error=ValueError):
             other.encode(targets)
 
@@ -172,7 +147,7 @@ def test_records_decode_the_same_wherever_they_lie_in_memory():
         }
         for name, (part, rows) in slices.items():
             found = codec.decode(part)
-            for field in ('ids', 'log_probs', 'log_rest', 'num_valid'):
+            for field in ('ids', 'log_probs', 'log_rest'):
                 assert torch.equal(getattr(found, field), getattr(decoded, field)[rows]), name
 
 
@@ -184,14 +159,12 @@ def test_encoding_and_decoding_again_changes_nothing():
 
 @pytest.mark.parametrize('name', codecs())
 def test_decoding_can_check_on_the_way(name, refused):
-    sparsifier = create_sparsifier({'draws': 'sample', 'compact-variable': 'nucleus'}.get(name, 'topk'), 20, top_p=0.9)
-    targets = sparsifier(teacher_logits(16, 1000), 0, range(16))
-    codec = create_codec(name, 1000, 20, sparsifier.remainder)
+    targets = SparseTargets.from_logits(teacher_logits(16, 1000), 20)
+    codec = create_codec(name, 1000, 20)
     records = codec.encode(targets)
     plain, checked = (codec.decode(torch.from_numpy(records), check=check) for check in (False, True))
-    for field in ('ids', 'log_probs', 'log_rest', 'num_valid'):
-        assert getattr(plain, field) is getattr(checked, field) is None or torch.equal(
-            getattr(plain, field), getattr(checked, field))
+    for field in ('ids', 'log_probs', 'log_rest'):
+        assert torch.equal(getattr(plain, field), getattr(checked, field))
     records[9, 3] ^= 4
     with refused('record 9 of 16', error=ValueError):
         codec.check(records)
@@ -208,7 +181,5 @@ def test_unknown_codecs_and_impossible_k_are_refused(refused):
     for k in (0, 11):
         with refused(f'k = {k}', '10 classes', error=ValueError):
             create_codec('float16', 10, k)
-    with refused('remainder', "'half'", error=ValueError):
-        create_codec('float16', 10, 2, 'half')
     with refused('65,535', error=ValueError):
         create_codec('float16', 70_000, 65_536)

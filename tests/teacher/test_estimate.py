@@ -8,22 +8,18 @@ from timm_tinyvit.teacher.estimate import estimate_store
 
 
 def test_the_papers_stores_take_less_than_half_of_their_official_bytes():
-    in1k = estimate_store(1_281_167, 1000, 300, 'topk', 10)
+    in1k = estimate_store(1_281_167, 1000, 300, 10)
     assert '384,350,100' in in1k and '18 bytes' in in1k and '6.9 GB' in in1k and '16.9 GB in the official' in in1k
-    in22k = estimate_store(14_197_122, 21_841, 90, 'topk', 100)
+    in22k = estimate_store(14_197_122, 21_841, 90, 100)
     assert '194 bytes' in in22k and '247.9 GB' in in22k and '516.2 GB in the official' in in22k
     assert '5.5 GB on disk in training, with --keep-epochs 2' in in22k
 
 
 def test_hours_follow_from_the_teachers_speed_and_the_processes():
-    text = estimate_store(3600, 1000, 100, 'topk', 10, views_per_second=10, num_processes=5)
+    text = estimate_store(3600, 1000, 100, 10, views_per_second=10, num_processes=5)
     assert '2.0 hours' in text and 'each of 5' in text
-    assert 'hours' not in estimate_store(3600, 1000, 100, 'topk', 10)
-    assert '3.5 views/s' in estimate_store(3600, 1000, 100, 'topk', 10, views_per_second=3.5)
-
-
-def test_records_of_variable_length_are_estimated_from_above():
-    assert 'at most' in estimate_store(1000, 1000, 1, 'nucleus', 100, top_p=0.99)
+    assert 'hours' not in estimate_store(3600, 1000, 100, 10)
+    assert '3.5 views/s' in estimate_store(3600, 1000, 100, 10, views_per_second=3.5)
 
 
 def test_the_program_prints_it_without_a_store_a_teacher_or_data(capsys):
@@ -45,9 +41,7 @@ def test_what_the_program_needs_to_know_is_one_sentence(capsys, one_sentence):
     one_sentence(capsys.readouterr().err.strip(), '--teacher-num-classes')
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (('topk', 2000), ['2000', '--topk']), (('best', 10), ["'best'", '--sparsifier']),
-])
+@pytest.mark.parametrize('arguments, words', [((2000,), ['2000', '--topk']), ((10, 'best'), ["'best'", '--codec'])])
 def test_settings_that_do_not_go_together_are_one_sentence(arguments, words, refused):
     with refused(*words):
         estimate_store(1000, 1000, 1, *arguments)

@@ -32,7 +32,7 @@ RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
 
 # What a new store gets where no flag says otherwise.
 STORE_DEFAULTS = dict(
-    sparsifier='topk', topk=10, codec=None, key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
+    topk=10, codec='compact', key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
 
 # Flag of timm's train.py -> entry of ViewRecipe.
 VIEW_FLAGS = {
@@ -49,7 +49,7 @@ VIEW_FLAGS = {
 def store_settings(manifest: Manifest) -> dict[str, Any]:
     """The settings of `STORE_DEFAULTS` as a store has them."""
     return dict(
-        sparsifier=manifest.sparsifier, topk=manifest.k, codec=manifest.codec, key=manifest.key,
+        topk=manifest.k, codec=manifest.codec, key=manifest.key,
         shard_size=manifest.shard_size, store_seed=manifest.seed,
         teacher_batch_size=manifest.teacher.get('batch_size'))
 
@@ -150,19 +150,16 @@ def add_store_arguments(parser: argparse.ArgumentParser, several: bool = False) 
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
     group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
     for name, kind, metavar, help in (
-        ('sparsifier', str, 'NAME', 'which classes are kept: topk or sample'),
-        ('topk', int, 'K', 'classes kept per view; for sample the number of draws'),
+        ('topk', int, 'K', 'most probable classes that are kept of a view'),
         ('codec', str, 'NAME', 'format of the records, as in compact or float16'),
         ('key', str, 'NAME', 'column of strings or integers that identify samples; without one, their position does'),
         ('shard_size', int, 'N', 'samples per file of the store'),
         ('store_seed', int, 'S', 'seed of the views'),
         ('teacher_batch_size', int, 'N', 'views per teacher batch'),
     ):
-        default = STORE_DEFAULTS[name]
-        what = {None: 'what suits the sparsifier', '': 'none'}.get(default, default)
         group.add_argument(
             f'--{name.replace("_", "-")}', type=kind, metavar=metavar,
-            help=f'{help} (default: the store\'s, or {what} for a new one)')
+            help=f'{help} (default: the store\'s, or {STORE_DEFAULTS[name] or "none"} for a new one)')
 
 
 def view_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -280,7 +277,7 @@ def check_store_flags(store: LogitStore | Ensemble, args: argparse.Namespace) ->
     """
     for part in store.stores if isinstance(store, Ensemble) else [store]:
         there = store_settings(part.manifest)
-        for name in ('sparsifier', 'topk', 'codec', 'store_seed'):
+        for name in ('topk', 'codec', 'store_seed'):
             given, value = getattr(args, name), there[name]
             if given not in (None, value):
                 flag = f'--{name.replace("_", "-")}'

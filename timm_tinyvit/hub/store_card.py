@@ -160,11 +160,8 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 def most_probable(targets: SparseTargets, count: int) -> list[tuple[list[int], list[float]]]:
     """Of each of B targets the most probable listed classes, up to so many, and their probabilities."""
-    probs = targets.log_probs.double().exp().masked_fill(~targets.valid, -1)
-    probs, order = probs.topk(min(count, probs.shape[1]), dim=1)
-    classes = targets.ids.gather(1, order)
-    return [([index for index, prob in zip(*row) if prob >= 0], [prob for prob in row[1] if prob >= 0])
-            for row in zip(classes.tolist(), probs.tolist())]
+    probs, order = targets.log_probs.double().exp().topk(min(count, targets.k), dim=1)
+    return list(zip(targets.ids.gather(1, order).tolist(), probs.tolist()))
 
 
 def draw_views(store: LogitStore, epochs: Sequence[int], data: LabelledViews) -> bytes:
@@ -279,8 +276,7 @@ def render_card(
     views = manifest.num_samples * manifest.epochs
     teacher = dict(name='unknown', weights='', dtype='', device='', input_size=[]) | manifest.teacher
     repo = hub_repo_of(str(teacher['name']))
-    kept = (f'{manifest.k} draws of a class' if manifest.sparsifier == 'sample' else
-            f'{manifest.k} of {manifest.num_classes:,} classes')
+    kept = f'{manifest.k} of {manifest.num_classes:,} classes'
     facts = {
         'Teacher': (f'[`{teacher["name"]}`]({HUB}/{repo})' if repo else f'`{teacher["name"]}`')
         + f', weights `{str(teacher["weights"])[:16]}`, {teacher["dtype"]} on {teacher["device"]}, '
@@ -292,7 +288,7 @@ def render_card(
             f'number {manifest.stored_epochs.start}'),
         'Views': f'{views:,}, {"x".join(map(str, manifest.recipe.get("input_size", [])[-2:]))} pixels, '
                  f'seed {manifest.seed}',
-        'Targets': f'`{manifest.sparsifier}`, {kept}',
+        'Targets': kept,
         'Codec': f'`{manifest.codec}`, {manifest.record_width} bytes per view',
         'Size': f'{readable_bytes(size)} in {counted(manifest.num_shards * manifest.epochs, "shard")}, '
                 f'{readable_bytes(size / manifest.epochs)} an epoch',
@@ -322,7 +318,7 @@ def render_card(
         bytes_per_view=f'{size / views:.3g}', facts=facts, repo=repo_id, name=repo_id.partition('/')[2],
         data_flags=flags, data_name=source, columns=''.join(f', {key}={name!r}' for key, name in columns.items()),
         epochs=manifest.epochs, is_mixed=is_mixed,
-        is_draws=manifest.sparsifier == 'sample', data_words=_data_words(manifest, data),
+        data_words=_data_words(manifest, data),
         kept_size=readable_bytes(min(2, manifest.epochs) * size / manifest.epochs),
         size=readable_bytes(size), first_epoch=manifest.first_epoch, statistics=statistics, statistics_words=words,
         picture=PICTURE if has_picture else '',

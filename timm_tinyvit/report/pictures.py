@@ -233,8 +233,7 @@ def _note(kind: str, statistics: StoreStatistics, place: int) -> str:
 
 def _bars(targets: SparseTargets, row: int, labels: list[int], names: Sequence[str]) -> list[Bar]:
     """The most probable classes of a row, the labels, and what is left."""
-    valid = targets.valid[row]
-    found = sorted(zip(targets.log_probs[row, valid].exp().tolist(), targets.ids[row, valid].tolist()), reverse=True)
+    found = sorted(zip(targets.log_probs[row].exp().tolist(), targets.ids[row].tolist()), reverse=True)
     shown = {number: share for share, number in found[:NUM_BARS]}
     for label in labels:
         shown.setdefault(label, float(label_probability(targets, np.full(len(targets), label))[row]))

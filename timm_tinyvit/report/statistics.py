@@ -1,8 +1,8 @@
 """What a store says of its teacher: how sure it is, how often right, and whether it is of one mind about an image.
 
 One pass reads the same samples in some of the epochs, so that what it takes is bounded for stores of any size. It goes
-epoch after epoch, as a store on the Hub wants to be read. Probabilities are those that a student learns from: where the
-remainder rule is `uniform`, the mass that is not listed is spread evenly over the other classes.
+epoch after epoch, as a store on the Hub wants to be read. Probabilities are those that a student learns from: the mass
+that is not listed is spread evenly over the other classes.
 """
 
 from dataclasses import dataclass
@@ -251,8 +251,8 @@ def store_statistics(
             ordered, order = probs.sort(dim=1, descending=True)
             top[place, part] = targets.ids.gather(1, order[:, :1])[:, 0]
             confidence[place, part] = ordered[:, 0]
-            entropy[place, part] = _entropy(probs).sum(dim=1) + _unlisted(targets) * _entropy(share)
-            num_listed[place, part] = targets.num_valid
+            entropy[place, part] = _entropy(probs).sum(dim=1) + (manifest.num_classes - k) * _entropy(share)
+            num_listed[place, part] = targets.k
             sums += ordered.cumsum(dim=1)[:, [size - 1 for size in sizes]].sum(dim=0).numpy()
             if labels is not None:
                 names = [labels[rows[part]]]
@@ -264,7 +264,7 @@ def store_statistics(
                     np.min(names, axis=0) >= 0, np.any(names == top[place, part], axis=0), np.nan)
             held, slots = np.isin(part, compared), np.searchsorted(compared, part)
             slots = slots[held]
-            kept_ids[place, slots] = targets.ids.masked_fill(~targets.valid, -1)[held]
+            kept_ids[place, slots] = targets.ids[held]
             kept_probs[place, slots] = probs[held]
             kept_shares[place, slots] = share[held]
             advance(len(part))
@@ -278,7 +278,7 @@ def store_statistics(
 def label_probability(targets: SparseTargets, labels: np.ndarray) -> np.ndarray:
     """What targets give to the class of the label, float64 [B], for labels, int64 [B]; NaN for label -1."""
     probs, share = _probabilities(targets)
-    match = targets.valid & (targets.ids == torch.from_numpy(labels)[:, None])
+    match = targets.ids == torch.from_numpy(labels)[:, None]
     found = torch.where(match.any(dim=1), (probs * match).sum(dim=1), share)
     return np.where(labels >= 0, found.numpy(), np.nan)
 
@@ -326,16 +326,11 @@ def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_cla
 
 
 def _probabilities(targets: SparseTargets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of listed classes, float64 [B, k] with 0 for padding, and of each other class [B]."""
-    probs = targets.log_probs.double().exp().masked_fill(~targets.valid, 0)
+    """Of listed classes, float64 [B, k], and of each other class [B]."""
+    probs = targets.log_probs.double().exp()
     if targets.log_rest is None:
         return probs, torch.zeros(len(targets), dtype=torch.float64)
-    return probs, targets.log_rest.double().exp() / _unlisted(targets).clamp(min=1)
-
-
-def _unlisted(targets: SparseTargets) -> torch.Tensor:
-    """Number of classes that are not listed [B]."""
-    return targets.num_classes - targets.num_valid
+    return probs, targets.log_rest.double().exp() / (targets.num_classes - targets.k)
 
 
 def _entropy(probs: Any) -> Any:

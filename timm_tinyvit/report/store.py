@@ -75,7 +75,7 @@ def store_facts(store: LogitStore) -> dict[str, str]:
                    f'input {teacher["input_size"][-2]}x{teacher["input_size"][-1]})',
         'samples': f'{manifest.num_samples:,} of {manifest.num_classes:,} classes, '
                    f'{counted(manifest.epochs, "epoch")}, seed {manifest.seed}',
-        'targets': f'{manifest.sparsifier}, k = {manifest.k}, remainder {manifest.remainder}',
+        'targets': f'the {manifest.k} most probable classes, and the mass of the others',
         'codec': f'{manifest.codec}, records of {manifest.record_width} bytes per view',
         'shards': shards_on_disk(store),
         'size': f'{readable_bytes(size["bytes"])} on {where}, {readable_bytes(size["bytes_when_complete"])} when '
@@ -94,9 +94,6 @@ def store_facts(store: LogitStore) -> dict[str, str]:
 def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]:
     """The statistics of a store in words."""
     found, manifest = statistics.summary(), store.manifest
-    # A store of draws knows no other top class.
-    is_draws = manifest.sparsifier == 'sample'
-    most_drawn = ', of the most frequent draw' if is_draws else ''
     looked = (f'{len(statistics.epochs)} of {manifest.epochs} epochs, {len(statistics.rows):,} of '
               f'{manifest.num_samples:,} samples, {found["views"]:,} views')
     figures = {'looked at': looked}
@@ -106,20 +103,18 @@ def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]
         scored = accuracy[np.isfinite(accuracy)]
         figures['teacher accuracy'] = (
             f'{100 * found["accuracy"]:.2f}% top-1 on the {views} of {counted(len(scored), "epoch")}, '
-            f'{scored.min():.2f} to {scored.max():.2f}{most_drawn}')
+            f'{scored.min():.2f} to {scored.max():.2f}')
         if found['majority_accuracy'] is not None and len(scored) > 1:
             figures['by majority'] = f'{100 * found["majority_accuracy"]:.2f}% top-1 where the epochs vote'
-    figures['confidence'] = f'{100 * found["confidence"]:.2f}% for the top class in the mean{most_drawn}'
+    figures['confidence'] = f'{100 * found["confidence"]:.2f}% for the top class in the mean'
     if found['calibration_error'] is not None:
         figures['calibration'] = (
-            f'expected calibration error {100 * found["calibration_error"]:.2f}% ({NUM_BINS} bins){most_drawn}')
+            f'expected calibration error {100 * found["calibration_error"]:.2f}% ({NUM_BINS} bins)')
     if found['label_probability'] is not None:
         both = 'both labels' if statistics.is_mixed else 'the label'
         figures['label'] = f'{100 * found["label_probability"]:.2f}% for {both} in the mean'
-    draws = ', of single draws: the teacher is less sure' if is_draws else ''
-    figures['entropy'] = f'{found["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}{draws}'
-    covered = ', '.join(f'{100 * share:.2f}% by {size}' for size, share in found['mass'].items())
-    figures['mass covered'] = f'{covered}, of the draws' if is_draws else covered
+    figures['entropy'] = f'{found["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}'
+    figures['mass covered'] = ', '.join(f'{100 * share:.2f}% by {size}' for size, share in found['mass'].items())
     listed = statistics.num_listed[np.isfinite(statistics.num_listed)]
     if listed.min() < listed.max():
         figures['classes kept'] = f'{listed.mean():.2f} in the mean, {listed.min():.0f} to {listed.max():.0f}'
@@ -208,9 +203,6 @@ def store_page(
     page.facts(facts)
     page.heading('The teacher')
     page.facts(figures_of(statistics, store))
-    if store.manifest.sparsifier == 'sample':
-        page.paragraph('The store holds draws: the top class is the one that was drawn most often, and its probability '
-                       'the share of the draws.')
     _add_plots(page, plot_histograms, plot_reliability, statistics=statistics)
     page.heading('Epoch by epoch')
     page.table(*table_of(statistics))

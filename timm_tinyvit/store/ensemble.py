@@ -2,8 +2,8 @@
 
 The soft-target cross-entropy is linear in the target. So the loss on the average of what several teachers say, each
 softened by the temperature, is the average of the losses on what each says, and nothing need be merged on disk: records
-travel side by side, and decode to one `SparseTargets` per teacher. Stores may differ in teacher, sparsifier, k, codec,
-shard size and epochs; the epochs that all of them hold are used.
+travel side by side, and decode to one `SparseTargets` per teacher. Stores may differ in teacher, k, codec, shard
+size and epochs; the epochs that all of them hold are used.
 """
 
 from dataclasses import replace

@@ -45,7 +45,7 @@ class LogitStore:
     def __init__(self, path: Path, manifest: Manifest):
         self.path = path
         self.manifest = manifest
-        self.codec: Codec = create_codec(manifest.codec, manifest.num_classes, manifest.k, manifest.remainder)
+        self.codec: Codec = create_codec(manifest.codec, manifest.num_classes, manifest.k)
         self._format = ShardFormat(manifest)
         self._mapped: dict[int, MappedEpoch] = {}  # the one that was read last stands last
 

@@ -41,8 +41,6 @@ class Manifest:
         shard_size: Samples per shard; the last shard of an epoch holds the rest.
         first_epoch: Number of its first epoch, above 0 where the earlier ones were left out when it was copied.
         first_sample: Sample of its first row, above 0 where the earlier ones were left out when it was copied.
-        sparsifier: How classes are chosen: `topk` or `sample`.
-        remainder: What the other classes get, see `SparseTargets`.
         codec: Name of the codec of the records.
         key: Column whose values name the samples, or empty where their position does.
         teacher: Name, weights' hash, mean, std, input size, dtype, batch size and device kind of the teacher.
@@ -62,8 +60,6 @@ class Manifest:
     shard_size: int
     first_epoch: int = 0
     first_sample: int = 0
-    sparsifier: str = 'topk'
-    remainder: str = 'uniform'
     codec: str = 'float16'
     key: str = ''
     teacher: dict[str, Any] = field(default_factory=dict)
@@ -137,7 +133,7 @@ class Manifest:
                 f'{source} cannot be: {shards:,} shards of {self.shard_size:,} samples, expected {MAX_SHARDS:,} at '
                 f'most; choose a larger --shard-size')
         try:
-            width = create_codec(self.codec, self.num_classes, self.k, self.remainder).width
+            width = create_codec(self.codec, self.num_classes, self.k).width
         except ValueError as error:
             raise InputError(f'{source} cannot be: {str(error)[:MAX_EXCERPT]}')
         if width != self.record_width:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 import torch
 
-from .sparse import REMAINDERS, SparseTargets
+from .sparse import SparseTargets
 
 __all__ = ['Codec']
 
@@ -23,26 +23,21 @@ class Codec(ABC):
     Args:
         num_classes: Number of classes of the teacher.
         k: Number of entries per record.
-        remainder: The remainder rule of the decoded targets, see `SparseTargets`.
 
     Attributes:
         name: Its name, as in `--codec`.
         width: Bytes of a record.
-        takes_padding: Whether fewer than k entries of a record may be valid.
+        has_rest: Whether there are classes that a record does not name.
     """
     name: str
     width: int
-    takes_padding = False
 
-    def __init__(self, num_classes: int, k: int, remainder: str = 'uniform'):
+    def __init__(self, num_classes: int, k: int):
         if not 1 <= k <= num_classes:
             raise ValueError(f'k = {k} does not fit {num_classes} classes; choose k from 1 to {num_classes}')
-        if remainder not in REMAINDERS:
-            raise ValueError(f'the remainder rule is {remainder!r}; use one of {", ".join(REMAINDERS)}')
         self.num_classes = num_classes
         self.k = k
-        self.remainder = remainder
-        self.has_rest = remainder == 'uniform' and k < num_classes
+        self.has_rest = k < num_classes
 
     @abstractmethod
     def encode(self, targets: SparseTargets) -> np.ndarray:
@@ -69,8 +64,6 @@ class Codec(ABC):
             raise ValueError(f'records are {list(records.shape)}, but codec {self.name} reads [B, {self.width}]')
 
     def _check_targets(self, targets: SparseTargets) -> None:
-        found = (targets.num_classes, targets.k, targets.remainder)
-        expected = (self.num_classes, self.k, self.remainder)
+        found, expected = (targets.num_classes, targets.k), (self.num_classes, self.k)
         if found != expected:
-            raise ValueError(
-                f'targets have (classes, k, remainder) = {found}, but the codec was made for {expected}')
+            raise ValueError(f'targets have (classes, k) = {found}, but the codec was made for {expected}')

@@ -2,7 +2,6 @@
 
 from .codec import Codec
 from .compact import CompactCodec, SmallCompactCodec
-from .draws import DrawsCodec
 from .float16 import Float16Codec
 
 __all__ = ['codecs', 'create_codec']
@@ -10,16 +9,16 @@ __all__ = ['codecs', 'create_codec']
 
 def codecs() -> dict[str, type[Codec]]:
     """The codecs by name."""
-    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, DrawsCodec, Float16Codec)}
+    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, Float16Codec)}
 
 
-def create_codec(name: str, num_classes: int, k: int, remainder: str = 'uniform') -> Codec:
+def create_codec(name: str, num_classes: int, k: int) -> Codec:
     """The codec of a name, for records of k of num_classes classes.
 
     Raises:
-        ValueError: No codec has this name, k does not fit, or the remainder rule is unknown.
+        ValueError: No codec has this name, or k does not fit.
     """
     known = codecs()
     if name not in known:
         raise ValueError(f'there is no codec {name!r}; use one of {", ".join(sorted(known))}')
-    return known[name](num_classes, k, remainder)
+    return known[name](num_classes, k)

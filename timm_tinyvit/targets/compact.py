@@ -51,7 +51,6 @@ class CompactCodec(Codec):
     Args:
         num_classes: Number of classes of the teacher, 2 to 65,536.
         k: Number of entries per record, 1 to 1,024.
-        remainder: The remainder rule of the decoded targets, `uniform`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -59,12 +58,8 @@ class CompactCodec(Codec):
     name = 'compact'
     is_small = False
 
-    def __init__(self, num_classes: int, k: int, remainder: str = 'uniform'):
-        super().__init__(num_classes, k, remainder)
-        if remainder != 'uniform':
-            raise ValueError(
-                f'codec {self.name} holds targets with the remainder rule uniform, not {remainder}; '
-                f'use draws or float16')
+    def __init__(self, num_classes: int, k: int):
+        super().__init__(num_classes, k)
         if not 2 <= num_classes <= MAX_CLASSES:
             raise ValueError(f'codec {self.name} holds 2 to {MAX_CLASSES:,} classes, not {num_classes}; use float16')
         if k > MAX_K:
@@ -108,16 +103,12 @@ class CompactCodec(Codec):
         """Records, uint8 [B, width], of targets on any device.
 
         Raises:
-            ValueError: The targets are of another k, another number of classes or another remainder rule, name a
-                class twice or one that there is not, or have padding.
+            ValueError: The targets are of another k or another number of classes, name a class twice or one that
+                there is not, or hold NaN.
         """
         self._check_targets(targets)
         ids = targets.ids.cpu().numpy()  # [B, k]
         log_probs = targets.log_probs.float().cpu().numpy()
-        num_valid = targets.num_valid.cpu().numpy()
-        if (num_valid != self.k).any():
-            raise ValueError(
-                f'targets have {num_valid.min()} to {num_valid.max()} valid entries, not {self.k}; use float16')
         if ids.size and not 0 <= ids.min() <= ids.max() < self.num_classes:
             raise ValueError(f'targets name classes from {ids.min()} to {ids.max()}, not 0 to {self.num_classes - 1}')
         if np.isnan(log_probs).any() or self.has_rest and targets.log_rest.isnan().any():
@@ -196,7 +187,7 @@ class CompactCodec(Codec):
             if check:
                 self.check(records.cpu().numpy())
             fields = self._decode(records, torch)
-        return SparseTargets(*fields, self.num_classes, self.remainder)
+        return SparseTargets(*fields, self.num_classes)
 
     def _symbols(self, reader: FieldReader, check: bool) -> tuple[Array, Array]:
         """The class ids, int64 [B, k], and the numbers of their levels, integer [B, ceil(k / 2)]."""
@@ -210,8 +201,8 @@ class CompactCodec(Codec):
             refuse(numbers >= self._limits, f'has levels beyond {self.levels}')
         return ids, numbers
 
-    def _decode(self, records: Array, xp: Any, check: bool = False) -> tuple[Array, Array, Array | None, Array]:
-        """ids, log_probs, log_rest and num_valid of the targets of records [B, width]."""
+    def _decode(self, records: Array, xp: Any, check: bool = False) -> tuple[Array, Array, Array | None]:
+        """ids, log_probs and log_rest of the targets of records [B, width]."""
         if check:
             self._check_shape(records)
         reader = FieldReader(self._layout, records, xp)
@@ -227,7 +218,7 @@ class CompactCodec(Codec):
             log_rest = -xp.log1p(xp.exp(-logit))
             log_norm += log_rest - logit
         log_probs += log_norm[:, None]
-        return ids, log_probs, log_rest, xp.full((len(records),), self.k, device=records.device)
+        return ids, log_probs, log_rest
 
     def _device_table(self, device: torch.device) -> torch.Tensor:
         if device not in self._tables:

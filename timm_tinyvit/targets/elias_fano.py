@@ -1,7 +1,7 @@
-"""Sets and multisets of classes as bits, after Elias and Fano.
+"""Sets of classes as bits, after Elias and Fano.
 
-Of k classes in ascending order, c_0 <= c_1 <= ..., the gaps m_j = c_j - j of a set, or m_j = c_j where classes may
-repeat, never fall from one entry to the next, and reach M = C - k, or M = C - 1, at most. Two fields keep them:
+Of k classes in ascending order, c_0 < c_1 < ..., the gaps m_j = c_j - j never fall from one entry to the next, and
+reach M = C - k at most. Two fields keep them:
 
     classes    where the k ones of a string of U bits are: the string itself, or its rank where that is shorter
     low        k numbers of l bits
@@ -52,18 +52,15 @@ class ClassSets:
     Args:
         k: Number of entries.
         num_classes: Number of classes there are.
-        repeats: Whether a class may come several times.
 
     Attributes:
         fields: The two fields, for a `FieldLayout`.
     """
 
-    def __init__(self, k: int, num_classes: int, repeats: bool = False):
+    def __init__(self, k: int, num_classes: int):
         self.k = k
         self.num_classes = num_classes
-        self.repeats = repeats
-        max_gap = num_classes - (1 if repeats else k)
-        self._num_places, self._low_bits, self._has_rank = _layout(k, max_gap)
+        self._num_places, self._low_bits, self._has_rank = _layout(k, num_classes - k)
         self._num_sets = comb(self._num_places, k) if self._has_rank else None
         rank_bits = (self._num_sets - 1).bit_length() if self._has_rank else 0
         self.fields = [
@@ -71,16 +68,14 @@ class ClassSets:
             ('low', k, self._low_bits),
         ]
         entries = np.arange(k)
-        self._excess = (entries << self._low_bits) - (0 if repeats else entries)  # of p_j << l over c_j
+        self._excess = (entries << self._low_bits) - entries  # of p_j << l over c_j
         self._row_excess = np.zeros((0, k), dtype=np.int64)
         self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def numbers(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """The numbers of the two fields for class ids in ascending order, integer [B, k]."""
         entries = np.arange(self.k, dtype=np.int32)
-        gaps = ids.astype(np.int32)
-        if not self.repeats:
-            gaps -= entries
+        gaps = ids.astype(np.int32) - entries
         places = (gaps >> self._low_bits) + entries
         if self._has_rank:
             classes = _binomials(self.k, self._num_places)[entries, places].sum(axis=1)[:, None]
@@ -127,11 +122,10 @@ class ClassSets:
             ids += reader.numbers('low')
         ids -= excess
         if check:
-            falls = np.less if self.repeats else np.less_equal
             # Fast over the rows as one; only from row to row may the classes fall.
             flat = ids.reshape(-1)
-            if np.count_nonzero(falls(flat[1:], flat[:-1])) > np.count_nonzero(falls(ids[1:, 0], ids[:-1, -1])):
-                refuse(falls(ids[:, 1:], ids[:, :-1]), 'does not name its classes in order')
+            if np.count_nonzero(flat[1:] <= flat[:-1]) > np.count_nonzero(ids[1:, 0] <= ids[:-1, -1]):
+                refuse(ids[:, 1:] <= ids[:, :-1], 'does not name its classes in order')
             refuse(ids[:, -1] >= self.num_classes, f'names a class beyond {self.num_classes}')
         return ids
 

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ['REMAINDERS', 'SparseTargets', 'check_logits', 'sparse_soft_target_cross_entropy']
+__all__ = ['SparseTargets', 'check_logits', 'sparse_soft_target_cross_entropy']
 
-REMAINDERS = ('uniform', 'none')
 CACHED_LOGITS = 1 << 18  # 1 MiB
 
 
@@ -31,38 +30,30 @@ def check_logits(logits: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """Teacher probabilities of B views, k of C classes each, at temperature 1.
+    """Teacher probabilities of B views, k of C classes each, at temperature 1; the other classes have equal shares.
 
     Attributes:
-        ids: Class ids, int64 [B, k]; entries from `num_valid` on are padding.
+        ids: Class ids, int64 [B, k], all of a row different.
         log_probs: Natural-log probabilities of these classes, float [B, k].
-        log_rest: Log of the probability mass of all other classes, float [B], minus infinity where there are none; or
-            None where no row has such mass: k equals the number of classes, or the remainder rule is `none`.
-        num_valid: How many entries of a row count, int64 [B].
+        log_rest: Log of the probability mass of all other classes, float [B]; None where k = C leaves no other class.
         num_classes: C.
-        remainder: What the other classes get: `uniform`, equal shares of the rest mass, as in the paper; `none`,
-            nothing, for unbiased samples whose listed masses are the whole estimate.
     """
     ids: torch.Tensor
     log_probs: torch.Tensor
     log_rest: torch.Tensor | None
-    num_valid: torch.Tensor
     num_classes: int
-    remainder: str = 'uniform'
 
     def __post_init__(self) -> None:
-        if self.remainder not in REMAINDERS:
-            raise ValueError(f'the remainder rule is {self.remainder!r}; use one of {", ".join(REMAINDERS)}')
         if self.ids.ndim != 2 or self.ids.shape != self.log_probs.shape:
             raise ValueError(
                 f'ids and log_probs must both be [B, k], but are {list(self.ids.shape)} and '
                 f'{list(self.log_probs.shape)}')
-        for name in ('log_rest', 'num_valid'):
-            value = getattr(self, name)
-            if value is not None and value.shape != self.ids.shape[:1]:
-                raise ValueError(f'{name} must be [B] = {[len(self)]}, but is {list(value.shape)}')
         if self.k > self.num_classes:
             raise ValueError(f'k = {self.k} is more than the {self.num_classes} classes; choose a smaller k')
+        found = None if self.log_rest is None else list(self.log_rest.shape)
+        expected = [len(self)] if self.k < self.num_classes else None
+        if found != expected:
+            raise ValueError(f'log_rest is {found}, but must be {expected} for {self.k} of {self.num_classes} classes')
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -70,11 +61,6 @@ class SparseTargets:
     @property
     def k(self) -> int:
         return self.ids.shape[1]
-
-    @property
-    def valid(self) -> torch.Tensor:
-        """Which entries are not padding, bool [B, k]."""
-        return torch.arange(self.k, device=self.ids.device) < self.num_valid[:, None]
 
     @classmethod
     def from_logits(cls, logits: torch.Tensor, k: int) -> 'SparseTargets':
@@ -85,7 +71,7 @@ class SparseTargets:
             k: Number of classes to keep, 1 to C.
 
         Returns:
-            Targets with the remainder rule `uniform`, on the device of `logits`.
+            Targets on the device of `logits`.
 
         Raises:
             ValueError: The logits are not [B, C], hold NaN or infinity, or k is out of range.
@@ -100,27 +86,7 @@ class SparseTargets:
         if k < num_classes:
             # From the other classes themselves: 1 - sum(top) has no digits left where the teacher is sure.
             log_rest = log_probs.scatter(1, ids, -math.inf).logsumexp(dim=1)
-        num_valid = torch.full((len(logits),), k, device=logits.device)
-        return cls(ids, top, log_rest, num_valid, num_classes)
-
-    @classmethod
-    def from_draws(cls, draws: torch.Tensor, num_classes: int) -> 'SparseTargets':
-        """The estimate that N random classes of each row are: each class drawn gets the share of its draws.
-
-        Args:
-            draws: Class ids in ascending order, int64 [B, N]; a class may come several times.
-            num_classes: C.
-
-        Returns:
-            Targets of min(N, C) entries with the remainder rule `none`, in class order, on the device of `draws`.
-        """
-        batch, num_draws = draws.shape
-        is_first = torch.cat([torch.ones_like(draws[:, :1]), (draws[:, 1:] != draws[:, :-1]).long()], dim=1)
-        entries = is_first.cumsum(dim=1) - 1  # [B, N]
-        ids = draws.new_zeros(batch, min(num_draws, num_classes)).scatter_(1, entries, draws)
-        counts = torch.zeros_like(ids).scatter_add_(1, entries, torch.ones_like(draws))
-        log_probs = (counts.clamp(min=1) / num_draws).log()
-        return cls(ids, log_probs, None, entries[:, -1] + 1, num_classes, remainder='none')
+        return cls(ids, top, log_rest, num_classes)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> 'SparseTargets':
         """The same targets on another device."""
@@ -130,38 +96,20 @@ class SparseTargets:
             ids=self.ids.to(**move),
             log_probs=self.log_probs.to(**move),
             log_rest=None if self.log_rest is None else self.log_rest.to(**move),
-            num_valid=self.num_valid.to(**move),
         )
 
-    def probabilities(self, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities at a temperature: of the listed classes, and of each class that is not listed.
-
-        With the rule `uniform` a row is a distribution and sums to one. With `none` it is an estimate of one and
-        keeps the mass of its listed classes; it is unbiased at temperature 1 alone.
-
-        Returns:
-            The listed probabilities [B, k], zero in the padding, and the probability of any other class [B].
-        """
+    def split(self, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense target at a temperature as a sum: `rest` [B] in every class, and `delta` [B, k] more at `ids`."""
         if not temperature > 0:
             raise ValueError(f'the temperature is {temperature}; it must be above 0')
-        valid = self.valid
-        scaled = (self.log_probs / temperature).masked_fill(~valid, -math.inf)  # [B, k]
-        if self.remainder == 'none':
-            log_mass = self.log_probs.masked_fill(~valid, -math.inf).logsumexp(dim=1)
-            log_norm = scaled.logsumexp(dim=1) - log_mass
-            return (scaled - log_norm[:, None]).exp(), torch.zeros_like(log_norm)
+        scaled = self.log_probs / temperature  # [B, k]
         if self.log_rest is None:
             return scaled.softmax(dim=1), torch.zeros_like(scaled[:, 0])
-        num_rest = (self.num_classes - self.num_valid).to(scaled.dtype)
-        log_num_rest = num_rest.clamp(min=1).log()
-        rest = ((self.log_rest - log_num_rest) / temperature).masked_fill(num_rest == 0, -math.inf)  # [B]
+        log_num_rest = math.log(self.num_classes - self.k)
+        rest = (self.log_rest - log_num_rest) / temperature  # [B]
         log_norm = torch.cat([scaled, (rest + log_num_rest)[:, None]], dim=1).logsumexp(dim=1)
-        return (scaled - log_norm[:, None]).exp(), (rest - log_norm).exp()
-
-    def split(self, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense target as a sum: `rest` [B] in every class, and `delta` [B, k] more at `ids`, 0 in the padding."""
-        probs, rest = self.probabilities(temperature)
-        return torch.where(self.valid, probs - rest[:, None], 0.), rest
+        rest = (rest - log_norm).exp()
+        return (scaled - log_norm[:, None]).exp() - rest[:, None], rest
 
     def densify(self, temperature: float = 1.0) -> torch.Tensor:
         """The dense target [B, C] that these targets stand for, at a temperature."""

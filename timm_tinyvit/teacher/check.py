@@ -9,7 +9,7 @@ from ..base.console import progress, result
 from ..base.errors import InputError
 from ..data.dataset import SparseLogitDataset, collate
 from ..store.local import LogitStore
-from ..targets.sparsifier import create_sparsifier
+from ..targets.sparse import SparseTargets
 from .teacher import Teacher
 
 __all__ = ['NUM_CHECKED', 'check_store', 'verify_store']
@@ -37,27 +37,23 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
         (int(epoch), int(index)) for epoch, index in
         zip(picks.choice(epochs, count), picks.integers(len(data), size=count))
     ]
-    same_records, other, listed, errors = 0, 0, 0, []
+    same_records, other, errors = 0, 0, []
     batch_size = manifest.teacher['batch_size']
-    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.seed)
     for start in range(0, count, batch_size):
         part = keys[start:start + batch_size]
         batch = collate(data.__getitems__(part))
         stored = store.codec.decode(batch['record'])
-        # By what the views were drawn by, as when the store was filled: with keys it is not the position.
-        fresh = sparsifier(teacher(batch['view']), [epoch for epoch, _ in part], batch['index'].tolist()).to('cpu')
+        fresh = SparseTargets.from_logits(teacher(batch['view']), manifest.k).to('cpu')
         same_records += int((store.codec.encode(fresh) == batch['record'].numpy()).all(axis=1).sum())
-        same = (stored.ids[:, :, None] == fresh.ids[:, None, :]) & fresh.valid[:, None, :]  # [B, k, k]
-        same &= stored.valid[:, :, None]
-        other += int((stored.valid & ~same.any(dim=2)).sum())
-        listed += int(stored.valid.sum())
+        same = stored.ids[:, :, None] == fresh.ids[:, None, :]  # [B, k, k]
+        other += int((~same.any(dim=2)).sum())
         rows, here, there = same.nonzero(as_tuple=True)
         errors.append((stored.log_probs[rows, here] - fresh.log_probs[rows, there]).abs())
     error = torch.cat(errors)
     return {
         'views': count,
         'same_records': same_records,
-        'share_of_other_ids': other / listed,
+        'share_of_other_ids': other / (count * manifest.k),
         'mean_error': error.mean().item(),
         'largest_error': error.max().item(),
     }

@@ -21,7 +21,6 @@ from ..models.names import hub_repo_of
 from ..store.keys import KeyIndex
 from ..store.local import LogitStore, Manifest
 from ..targets.codecs import create_codec
-from ..targets.sparsifier import create_sparsifier
 from .fill import choose_shards
 from .teacher import Teacher
 
@@ -92,14 +91,10 @@ def create_store(
         replay = Replay(ViewRecipe(**view_arguments(args)), settings['store_seed'])
     refuse_keys(replay, settings['key'])
     try:
-        sparsifier = create_sparsifier(settings['sparsifier'], settings['topk'])
-        name = settings['codec'] or sparsifier.default_codec
-        codec = create_codec(name, teacher.num_classes, settings['topk'], sparsifier.remainder)
-        sparsifier.check_codec(codec)
+        codec = create_codec(settings['codec'], teacher.num_classes, settings['topk'])
     except ValueError as error:
         raise InputError(
-            f'{error} (--sparsifier, --topk, --codec; the teacher {teacher.name} has '
-            f'{teacher.num_classes} classes)')
+            f'{error} (--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes)')
     for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
                             ('store_seed', -1 << 63, (1 << 63) - 1)):
         if not low <= settings[name] <= high:
@@ -132,8 +127,6 @@ def create_store(
         shard_size=settings['shard_size'],
         first_epoch=first_epoch,
         first_sample=first_sample,
-        sparsifier=sparsifier.name,
-        remainder=sparsifier.remainder,
         codec=codec.name,
         key=settings['key'],
         teacher=teacher.describe(settings['teacher_batch_size']),

@@ -3,7 +3,6 @@
 from ..base.errors import InputError
 from ..base.text import readable_bytes
 from ..targets.codecs import create_codec
-from ..targets.sparsifier import create_sparsifier
 
 __all__ = ['estimate_store']
 
@@ -12,9 +11,8 @@ def estimate_store(
         num_samples: int,
         num_classes: int,
         epochs: int,
-        sparsifier: str,
         k: int,
-        codec: str | None = None,
+        codec: str = 'compact',
         views_per_second: float | None = None,
         num_processes: int = 1,
         keep_epochs: int = 2,
@@ -25,9 +23,8 @@ def estimate_store(
         num_samples: Rows of the data set.
         num_classes: Classes of the teacher.
         epochs: Epochs of the store.
-        sparsifier: Name of the sparsifier.
-        k: Classes kept of a view, or the draws of `sample`.
-        codec: Name of the codec; the sparsifier's own by default.
+        k: Classes kept of a view.
+        codec: Name of the codec.
         views_per_second: Views that one process's teacher looks at in a second; None to leave the time out.
         num_processes: Processes that fill the store.
         keep_epochs: Epochs that are on disk in a training from the Hub.
@@ -36,16 +33,14 @@ def estimate_store(
         InputError: The settings do not go together.
     """
     try:
-        chosen = create_sparsifier(sparsifier, k)
-        record = create_codec(codec or chosen.default_codec, num_classes, k, chosen.remainder)
-        chosen.check_codec(record)
+        record = create_codec(codec, num_classes, k)
     except ValueError as error:
-        raise InputError(f'{error} (--sparsifier, --topk, --codec)')
+        raise InputError(f'{error} (--topk, --codec)')
     views = num_samples * epochs
     official = f', {readable_bytes(views * (4 * k + 4))} in the official format' if num_classes <= 1 << 15 else ''
     lines = [
         f'views            {num_samples:,} samples x {epochs} epochs = {views:,}',
-        f'record           {record.width} bytes ({sparsifier}, k = {k} of {num_classes:,} classes, {record.name})',
+        f'record           {record.width} bytes (k = {k} of {num_classes:,} classes, {record.name})',
         f'epoch            {readable_bytes(num_samples * record.width)}',
         f'store            {readable_bytes(views * record.width)}{official}',
     ]

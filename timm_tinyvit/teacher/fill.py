@@ -22,7 +22,7 @@ from ..base.leases import Claims
 from ..data.dataset import Key, SparseLogitDataset, collate
 from ..data.streaming import StreamedRows
 from ..store.local import LogitStore, Manifest
-from ..targets.sparsifier import Sparsifier, create_sparsifier
+from ..targets.sparse import SparseTargets
 from .progress import StoreProgress
 from .teacher import Teacher
 
@@ -97,7 +97,6 @@ class _ClaimedBatches:
 def fill_shard(
         store: LogitStore,
         teacher: Teacher,
-        sparsifier: Sparsifier,
         epoch: int,
         shard: int,
         batches: Iterable[dict[str, torch.Tensor]],
@@ -108,7 +107,6 @@ def fill_shard(
     Args:
         store: The store.
         teacher: Its teacher.
-        sparsifier: Its sparsifier.
         epoch: The shard's epoch.
         shard: Its number.
         batches: All of its views in order: `view` uint8 [B, 3, H, W], `index` int64 [B].
@@ -120,7 +118,7 @@ def fill_shard(
     records: list[np.ndarray] = []
     for batch in batches:
         try:
-            targets = sparsifier(teacher(batch['view']), epoch, batch['index'].tolist())
+            targets = SparseTargets.from_logits(teacher(batch['view']), store.manifest.k)
         except ValueError as error:
             raise InputError(f'epoch {epoch}, shard {shard}: {error}')
         records.append(store.codec.encode(targets))
@@ -177,7 +175,6 @@ def fill_store(
     """
     manifest = store.manifest
     chosen = choose_shards(manifest, shards, store.path)
-    sparsifier = create_sparsifier(manifest.sparsifier, manifest.k, manifest.seed)
     num_views = 0
     with Claims(expire, beat) as claims, StoreProgress(store, epochs, chosen, show_progress) as progress:
 
@@ -195,7 +192,7 @@ def fill_store(
             for batch in stream:
                 epoch, shard = batches.claimed.popleft()
                 others = islice(stream, batches.num_batches(shard) - 1)
-                fill_shard(store, teacher, sparsifier, epoch, shard, chain([batch], others), progress.add)
+                fill_shard(store, teacher, epoch, shard, chain([batch], others), progress.add)
                 progress.finish()
                 claims.release(store.shard_path(epoch, shard))
                 num_views += manifest.shard_rows(shard)

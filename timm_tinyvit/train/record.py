@@ -29,7 +29,6 @@ from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.names import hub_repo_of, public_name
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
-from ..targets.sparsifier import sparsifiers
 from ..version import __version__
 from .batches import TrainBatches
 from .checkpoint import TrainState
@@ -222,7 +221,7 @@ def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | 
         'name': url or Path(location).expanduser().resolve().name, 'on_hub': url is not None,
         'identity': manifest.identity, 'teacher': {**manifest.teacher, 'name': teacher},
         'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
-        'sparsifier': manifest.sparsifier, 'k': manifest.k, 'codec': manifest.codec,
+        'k': manifest.k, 'codec': manifest.codec,
         'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
         'is_mixed': ViewRecipe.from_dict(manifest.recipe).is_mixed, 'flags': _store_flags(manifest),
     }
@@ -232,10 +231,10 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
     """The flags of save_logits, but for teacher and data, that make a store with such records.
 
     Returns:
-        None where no flags do: of a part of a larger store, of a sparsifier that this package does not know, and where
-        the manifest, of another program, says less of the teacher.
+        None where no flags do: of a part of a larger store, and where the manifest, of another program, says less of
+        the teacher.
     """
-    if manifest.first_epoch or manifest.first_sample or manifest.sparsifier not in sparsifiers():
+    if manifest.first_epoch or manifest.first_sample:
         return None
     if not {'batch_size', 'dtype'} <= manifest.teacher.keys():
         return None
@@ -246,8 +245,7 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
     found |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
               if manifest.recipe[entry] != plain[entry]}
     settings = store_settings(manifest)
-    usual = {**STORE_DEFAULTS, 'codec': sparsifiers()[manifest.sparsifier].default_codec}
-    found |= {flag: value for flag, value in settings.items() if value != usual[flag]}
+    found |= {flag: value for flag, value in settings.items() if value != STORE_DEFAULTS[flag]}
     if manifest.teacher['dtype'] != 'float32':
         found['teacher_amp_dtype'] = manifest.teacher['dtype']
     words = []
