@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_tinyvit.targets.compact import CompactCodec, SmallCompactCodec
+from timm_tinyvit.targets.compact import CompactCodec
 from timm_tinyvit.targets.float16 import Float16Codec
 from timm_tinyvit.targets.sparse import SparseTargets
 
@@ -18,7 +18,6 @@ GRID = [
     (k, num_classes) for num_classes in (2, 10, 100, 1000, 21841, 65536) for k in (1, 2, 3, 10, 16, 17, 24, 100, 200)
     if k <= num_classes
 ]
-KINDS = (CompactCodec, SmallCompactCodec)
 
 
 def random_targets(k, num_classes, batch=24, seed=0, scale=3.):
@@ -30,7 +29,7 @@ def random_targets(k, num_classes, batch=24, seed=0, scale=3.):
 def seal(codec, record):
     """Give a record, one number, the check that makes it a multiple of the modulus; written from the format."""
     _, bits, _, _, start = codec._layout._fields['check']
-    first, modulus = {2: (1, 3), 8: (1, 227), 16: (256, 65269)}[bits]
+    first, modulus = {8: (1, 227), 16: (256, 65269)}[bits]
     record &= (1 << start) - 1
     check = next(c for c in range(first, first + modulus) if (record + (c << start)) % modulus == 0)
     return np.frombuffer((record + (check << start)).to_bytes(codec.width, 'little'), dtype=np.uint8)
@@ -45,16 +44,14 @@ def teacher_log_probs():
     return torch.from_numpy(np.load(TEACHER_LOGITS)['logits']).double().log_softmax(dim=1)
 
 
-@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('k, num_classes', GRID)
-def test_classes_come_back_exactly_and_masses_sum_to_one(kind, k, num_classes):
-    codec, targets = kind(num_classes, k), random_targets(k, num_classes)
+def test_classes_come_back_exactly_and_masses_sum_to_one(k, num_classes):
+    codec, targets = CompactCodec(num_classes, k), random_targets(k, num_classes)
     records = codec.encode(targets)
     assert records.shape == (len(targets), codec.width) and records.dtype == np.uint8
     codec.check(records)
     decoded = codec.decode(torch.from_numpy(records))
     torch.testing.assert_close(decoded.ids, targets.ids.sort(dim=1).values, rtol=0, atol=0)
-    assert decoded.num_valid.tolist() == [k] * len(targets)
     mass = decoded.log_probs.exp().sum(dim=1)
     if k < num_classes:
         mass += decoded.log_rest.exp()
@@ -66,10 +63,9 @@ def test_classes_come_back_exactly_and_masses_sum_to_one(kind, k, num_classes):
     torch.testing.assert_close(mass, torch.ones_like(mass))
 
 
-@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('k, num_classes', [(10, 1000), (100, 1000)])
-def test_a_less_probable_class_never_becomes_the_more_probable_one(kind, k, num_classes):
-    codec, targets = kind(num_classes, k), random_targets(k, num_classes)
+def test_a_less_probable_class_never_becomes_the_more_probable_one(k, num_classes):
+    codec, targets = CompactCodec(num_classes, k), random_targets(k, num_classes)
     decoded = codec.decode(torch.from_numpy(codec.encode(targets)))
     order = targets.ids.argsort(dim=1).argsort(dim=1)
     log_probs = decoded.log_probs.gather(1, order)  # most probable first again
@@ -77,20 +73,16 @@ def test_a_less_probable_class_never_becomes_the_more_probable_one(kind, k, num_
     assert ((log_probs[:, :1] - log_probs) - (targets.log_probs[:, :1] - targets.log_probs)).abs().max() < 1.5
 
 
-@pytest.mark.parametrize('kind, k, num_classes, width', [
-    (CompactCodec, 10, 1000, 18), (SmallCompactCodec, 10, 1000, 16), (CompactCodec, 100, 1000, 137),
-    (CompactCodec, 100, 21841, 194), (CompactCodec, 5, 1000, 11), (CompactCodec, 200, 1000, 267),
+@pytest.mark.parametrize('k, num_classes, width', [
+    (10, 1000, 18), (100, 1000, 137), (100, 21841, 194), (5, 1000, 11), (200, 1000, 267),
 ])
-def test_records_are_as_small_as_promised(kind, k, num_classes, width):
-    assert kind(num_classes, k).width == width
+def test_records_are_as_small_as_promised(k, num_classes, width):
+    assert CompactCodec(num_classes, k).width == width
 
 
 @pytest.mark.parametrize('scale', [1, 2], ids=['teacher', 'sharp teacher'])
-@pytest.mark.parametrize('kind, k, bar', [
-    (CompactCodec, 10, 0.003), (SmallCompactCodec, 10, 0.01), (CompactCodec, 100, 0.01), (CompactCodec, 200, 0.01),
-    (CompactCodec, 5, 0.003), (CompactCodec, 20, 0.01), (CompactCodec, 50, 0.01),
-])
-def test_records_stay_as_close_to_a_real_teacher_as_float16(teacher_log_probs, kind, k, bar, scale):
+@pytest.mark.parametrize('k, bar', [(10, 0.003), (100, 0.01), (200, 0.01), (5, 0.003), (20, 0.01), (50, 0.01)])
+def test_records_stay_as_close_to_a_real_teacher_as_float16(teacher_log_probs, k, bar, scale):
     log_probs = (teacher_log_probs * scale).log_softmax(dim=1)
     targets = SparseTargets.from_logits(log_probs.float(), k)
 
@@ -99,15 +91,12 @@ def test_records_stay_as_close_to_a_real_teacher_as_float16(teacher_log_probs, k
         return (log_probs.exp() * (log_probs - dense.log())).sum(dim=1).mean().item()
 
     half = divergence(Float16Codec(1000, k))
-    assert divergence(kind(1000, k)) - half <= max(bar * half, 5e-4)
+    assert divergence(CompactCodec(1000, k)) - half <= max(bar * half, 5e-4)
 
 
-@pytest.mark.parametrize('kind, k, num_classes', [
-    (CompactCodec, 1, 2), (CompactCodec, 10, 1000), (SmallCompactCodec, 10, 1000), (CompactCodec, 20, 21841),
-    (CompactCodec, 100, 1000), (CompactCodec, 12, 12),
-])
-def test_every_changed_bit_is_an_error(kind, k, num_classes):
-    codec = kind(num_classes, k)
+@pytest.mark.parametrize('k, num_classes', [(1, 2), (10, 1000), (20, 21841), (100, 1000), (12, 12)])
+def test_every_changed_bit_is_an_error(k, num_classes):
+    codec = CompactCodec(num_classes, k)
     records = codec.encode(random_targets(k, num_classes, batch=4))
     for record in records:
         for bit in range(8 * codec.width):
@@ -211,16 +200,14 @@ def test_random_bytes_are_refused(k, num_classes):
     assert refused > 480
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_the_last_byte_is_never_zero(kind):
+def test_the_last_byte_is_never_zero():
     for k, num_classes in ((1, 2), (3, 10), (10, 1000), (17, 1000), (100, 1000), (200, 200)):
-        assert kind(num_classes, k).encode(random_targets(k, num_classes, batch=2000))[:, -1].all()
+        assert CompactCodec(num_classes, k).encode(random_targets(k, num_classes, batch=2000))[:, -1].all()
 
 
-@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('k, num_classes', [(1, 2), (3, 10), (10, 1000), (100, 1000), (100, 100), (17, 65536)])
-def test_torch_decodes_what_numpy_decodes_without_looking_at_the_data(kind, k, num_classes):
-    codec, targets = kind(num_classes, k), random_targets(k, num_classes)
+def test_torch_decodes_what_numpy_decodes_without_looking_at_the_data(k, num_classes):
+    codec, targets = CompactCodec(num_classes, k), random_targets(k, num_classes)
     records = codec.encode(targets)
     for ours, theirs in zip(codec._decode(torch.from_numpy(records), torch), codec._decode(records, np)):
         assert (ours is None) == (theirs is None)
@@ -250,10 +237,9 @@ def test_a_record_decodes_the_same_in_batches_of_any_size(k, num_classes):
         torch.testing.assert_close(part.log_probs, whole.log_probs[rows])
 
 
-@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('k', [3, 10, 100])
-def test_a_teacher_that_is_sure_and_one_that_knows_nothing(kind, k):
-    codec = kind(1000, k)
+def test_a_teacher_that_is_sure_and_one_that_knows_nothing(k):
+    codec = CompactCodec(1000, k)
     logits = torch.zeros(3, 1000)
     logits[0, 7] = 1e4  # all mass on one class
     logits[2, :2] = 20  # two that tie
@@ -270,8 +256,7 @@ def test_a_teacher_that_is_sure_and_one_that_knows_nothing(kind, k):
 
 def test_half_precision_targets_and_sliced_records_are_taken():
     codec, targets = CompactCodec(1000, 10), random_targets(10, 1000)
-    half = SparseTargets(
-        targets.ids, targets.log_probs.half(), targets.log_rest.half(), targets.num_valid, 1000)
+    half = SparseTargets(targets.ids, targets.log_probs.half(), targets.log_rest.half(), 1000)
     records = codec.encode(half)
     wide = np.zeros((len(records), 30), dtype=np.uint8)
     wide[:, 5:23] = records
@@ -284,7 +269,6 @@ def test_half_precision_targets_and_sliced_records_are_taken():
     (dict(num_classes=65537, k=5), '2 to 65,536 classes'), (dict(num_classes=1, k=1), '2 to 65,536 classes'),
     (dict(num_classes=10, k=0), 'k = 0'), (dict(num_classes=10, k=11), 'k = 11'),
     (dict(num_classes=2000, k=1025), 'at most 1,024 entries'),
-    (dict(num_classes=10, k=3, remainder='none'), 'use draws or float16'),
 ])
 def test_what_does_not_fit_is_said_in_a_sentence(arguments, reason):
     with pytest.raises(ValueError, match=reason):
@@ -303,7 +287,6 @@ def test_targets_that_are_not_what_the_codec_was_made_for_are_refused():
             ('row 1 of the targets names a class twice', changed(ids=torch.tensor([[1, 2, 3], [4, 5, 4]]))),
             ('name classes', changed(ids=torch.tensor([[1, 2, 3], [4, 5, 1000]]))),
             ('name classes', changed(ids=torch.tensor([[1, 2, 3], [4, 5, -1]]))),
-            ('use compact-variable or float16', changed(num_valid=torch.tensor([3, 2]))),
             ('NaN', changed(log_probs=torch.full((2, 3), math.nan))),
             ('NaN', changed(log_rest=torch.full((2,), math.nan))),
     ):
@@ -311,12 +294,10 @@ def test_targets_that_are_not_what_the_codec_was_made_for_are_refused():
             codec.encode(other)
 
 
-def read_by_the_format(record, num_classes, k, small=False):
+def read_by_the_format(record, num_classes, k):
     """A record as the docstrings of the format read, in whole numbers: [(class, probability)], rest."""
     bits = int.from_bytes(record, 'little')
     n, range_bits, rest_bits = (22, 4, 7) if k <= 16 else (45, 5, 8) if k <= 128 else (90, 5, 8)
-    if small:
-        n, range_bits, rest_bits = (11, 5, 6) if k <= 16 else (32, 5, 8) if k <= 128 else (45, 5, 8)
     pair_bits = (n * n - 1).bit_length()
     layouts = []
     for low in range(17):
@@ -363,16 +344,15 @@ def read_by_the_format(record, num_classes, k, small=False):
     return [(c, weight / sum(weights) * (1 - rest_mass)) for c, weight in zip(ids, weights)], rest_mass
 
 
-@pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('k, num_classes', [
     (1, 2), (3, 10), (10, 1000), (10, 65536), (20, 1000), (24, 65536), (50, 50), (100, 1000), (100, 21841), (200, 1000),
 ])
-def test_a_reader_written_from_the_format_reads_the_same(kind, k, num_classes):
-    codec, targets = kind(num_classes, k), random_targets(k, num_classes)
+def test_a_reader_written_from_the_format_reads_the_same(k, num_classes):
+    codec, targets = CompactCodec(num_classes, k), random_targets(k, num_classes)
     records = codec.encode(targets)
     decoded = codec.decode(torch.from_numpy(records))
     for row in range(0, len(targets), 5):
-        entries, rest = read_by_the_format(records[row].tobytes(), num_classes, k, kind.is_small)
+        entries, rest = read_by_the_format(records[row].tobytes(), num_classes, k)
         assert [class_id for class_id, _ in entries] == decoded.ids[row].tolist()
         np.testing.assert_allclose([mass for _, mass in entries], decoded.log_probs[row].exp(), rtol=1e-4)
         if decoded.log_rest is not None:

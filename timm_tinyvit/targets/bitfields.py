@@ -7,12 +7,12 @@ Bit i of a record is bit i % 8 of byte i // 8. A field is one number, or several
     bits      every field in turn, without gaps: one number with its lowest bit first; of several numbers the b % 8
               bits that are left, bit after bit: the lowest of each number, then the next of each
     spare     zeros, so that the check ends with a byte
-    check     one number of 2, 8 or 16 bits; unless a codec chooses, 8 up to 218 bits of fields, else 16
+    check     one number of 8 bits, of 16 where the fields have more than 218
 
 The record, read as one number, is a multiple of q, and the check is the one from f to f + q - 1 that makes it so:
-f = 1 and q = 3 with 2 bits, 1 and 227 with 8, 256 and 65269 with 16. The last byte is never zero, and a record with one
-bit changed is refused. With 8 bits or more so is one with a bit moved from anywhere to anywhere: all powers of two in a
-record differ modulo q, as 2 has the order 226 modulo 227 and 65268 modulo 65269.
+f = 1 and q = 227 with 8 bits, 256 and 65269 with 16. The last byte is never zero. A record with one bit changed is
+refused, and so is one with a bit moved from anywhere to anywhere: all powers of two in a record differ modulo q, as 2
+has the order 226 modulo 227 and 65268 modulo 65269.
 
 Reading is written once, for numpy and torch: `xp` is either, and what is used of both has the same name.
 """
@@ -58,13 +58,12 @@ class FieldLayout:
     Args:
         fields: Name, count and bits of each: how many numbers, and of how many bits. One number has 62 bits at most,
             and what has more than 56 comes first; of several each has 16 at most.
-        check_bits: 2, 8 or 16; None for as many as it takes to see every moved bit.
 
     Attributes:
         width: Bytes of a record.
     """
 
-    def __init__(self, fields: Sequence[tuple[str, int, int]], check_bits: int | None = None):
+    def __init__(self, fields: Sequence[tuple[str, int, int]]):
         self._bits_from = sum(count * (bits // 8) for _, count, bits in fields if count > 1)
         self._planes_to = self._bits_from  # the byte after the last bit of several numbers
         byte, bit = 0, 8 * self._bits_from
@@ -76,13 +75,12 @@ class FieldLayout:
             bit += count * (bits - 8 * whole)
             if count > 1:
                 self._planes_to = -(-bit // 8)
-        if check_bits is None:
-            check_bits = 8 if bit <= 218 else 16
+        check_bits = 8 if bit <= 218 else 16
         spare_bits = -(bit + check_bits) % 8
         self._fields['spare'] = _Field(1, spare_bits, 0, 0, bit)
         self._fields['check'] = _Field(1, check_bits, 0, 0, bit + spare_bits)
         self.width = (bit + spare_bits + check_bits) // 8
-        self._check_first, self._modulus = {2: (1, 3), 8: (1, 227), 16: (256, 65269)}[check_bits]
+        self._check_first, self._modulus = (1, 227) if check_bits == 8 else (256, 65269)
         # Products and sums of bytes with these stay below 2^53, where float64, the fast way, is exact.
         self._check_weights = np.array([pow(256, byte, self._modulus) for byte in range(self.width)], dtype=np.float64)
 

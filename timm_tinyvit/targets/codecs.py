@@ -1,7 +1,7 @@
 """The codecs there are, by name."""
 
 from .codec import Codec
-from .compact import CompactCodec, SmallCompactCodec
+from .compact import CompactCodec
 from .float16 import Float16Codec
 
 __all__ = ['codecs', 'create_codec']
@@ -9,7 +9,7 @@ __all__ = ['codecs', 'create_codec']
 
 def codecs() -> dict[str, type[Codec]]:
     """The codecs by name."""
-    return {codec.name: codec for codec in (CompactCodec, SmallCompactCodec, Float16Codec)}
+    return {codec.name: codec for codec in (CompactCodec, Float16Codec)}
 
 
 def create_codec(name: str, num_classes: int, k: int) -> Codec:

@@ -12,8 +12,7 @@ the number of levels n.
     range      1 number of 5 bits, up to k = 16 of 4
     rest       1 number of 8 bits, up to k = 16 of 7; no bits where k = C, which leaves no other class
 
-n is 22 up to k = 16, 45 up to 128, else 90. In the small setting n is 11, 32 and 45, and up to k = 16 `range` has 5
-bits, `rest` 6 and the check 2.
+n is 22 up to k = 16, 45 up to 128, else 90.
 
 Probabilities. Number i of `levels` is v_2i + n * v_(2i+1), where v_j, 0 to n - 1, is the level of entry j; `odd` is the
 level of the last entry. With R = 2^(4 * range / (2^bits - 1)), 1 to 16, the probability of entry j is in proportion to
@@ -34,7 +33,7 @@ from .codec import Codec
 from .elias_fano import ClassSets
 from .sparse import SparseTargets
 
-__all__ = ['MAX_CLASSES', 'MAX_K', 'CompactCodec', 'SmallCompactCodec']
+__all__ = ['CompactCodec']
 
 MAX_K = 1024
 MAX_CLASSES = 1 << 16
@@ -56,7 +55,6 @@ class CompactCodec(Codec):
         ValueError: An argument is out of range.
     """
     name = 'compact'
-    is_small = False
 
     def __init__(self, num_classes: int, k: int):
         super().__init__(num_classes, k)
@@ -64,10 +62,9 @@ class CompactCodec(Codec):
             raise ValueError(f'codec {self.name} holds 2 to {MAX_CLASSES:,} classes, not {num_classes}; use float16')
         if k > MAX_K:
             raise ValueError(f'codec {self.name} holds at most {MAX_K:,} entries, not k = {k}; use float16')
-        large, medium, small = (45, 32, 11) if self.is_small else (90, 45, 22)
         # So many that rounding adds 0.3% at most to the divergence from the teacher at k = 10, 1% at k = 200.
-        self.levels = small if k <= 16 else medium if k <= 128 else large
-        range_bits, rest_bits = (5, 8) if k > 16 else (5, 6) if self.is_small else (4, 7)
+        self.levels = 22 if k <= 16 else 45 if k <= 128 else 90
+        range_bits, rest_bits = (5, 8) if k > 16 else (4, 7)
         if not self.has_rest:
             rest_bits = 0
         self._pair_bits = (self.levels ** 2 - 1).bit_length()
@@ -78,7 +75,7 @@ class CompactCodec(Codec):
             ('odd', k % 2, (self.levels - 1).bit_length()),
             ('range', 1, range_bits),
             ('rest', 1, rest_bits),
-        ], check_bits=2 if self.is_small and k <= 16 else None)
+        ])
         self.width = self._layout.width
 
         # The step of u from level to level for each range.
@@ -151,7 +148,7 @@ class CompactCodec(Codec):
         weights = np.exp(log_probs)
         weights /= weights.sum(axis=1, keepdims=True)
         best_cost = None
-        for offset in range(-2, 5) if len(self._steps) > 16 else range(-1, 3):
+        for offset in range(-1, 3):
             ranges = (reach + offset).clip(0, len(self._steps) - 1)
             levels = levels_of(ranges)
             u = 1 - self._steps[ranges][:, None] * levels
@@ -224,12 +221,3 @@ class CompactCodec(Codec):
         if device not in self._tables:
             self._tables[device] = torch.from_numpy(self._table).to(device)
         return self._tables[device]
-
-
-class SmallCompactCodec(CompactCodec):
-    """The small setting: 16 bytes for 10 of 1,000 classes, 131 for 100 of 1,000, 188 for 100 of 21,841.
-
-    Probabilities are coarser, and up to k = 16 the check sees every changed bit, but only every other moved one.
-    """
-    name = 'compact-small'
-    is_small = True
