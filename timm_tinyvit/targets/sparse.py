@@ -98,23 +98,33 @@ class SparseTargets:
             log_rest=None if self.log_rest is None else self.log_rest.to(**move),
         )
 
-    def split(self, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The dense target at a temperature as a sum: `rest` [B] in every class, and `delta` [B, k] more at `ids`."""
-        if not temperature > 0:
-            raise ValueError(f'the temperature is {temperature}; it must be above 0')
-        scaled = self.log_probs / temperature  # [B, k]
-        if self.log_rest is None:
-            return scaled.softmax(dim=1), torch.zeros_like(scaled[:, 0])
-        log_num_rest = math.log(self.num_classes - self.k)
-        rest = (self.log_rest - log_num_rest) / temperature  # [B]
-        log_norm = torch.cat([scaled, (rest + log_num_rest)[:, None]], dim=1).logsumexp(dim=1)
-        rest = (rest - log_norm).exp()
-        return (scaled - log_norm[:, None]).exp() - rest[:, None], rest
-
     def densify(self, temperature: float = 1.0) -> torch.Tensor:
         """The dense target [B, C] that these targets stand for, at a temperature."""
-        delta, rest = self.split(temperature)
+        delta, rest = _split(self.log_probs, self.log_rest, self.num_classes, _check_temperature(temperature))
         return rest[:, None].expand(-1, self.num_classes).scatter_add(1, self.ids, delta)
+
+
+def _check_temperature(temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f'the temperature is {temperature}; it must be above 0')
+    return float(temperature)
+
+
+def _split(
+        log_probs: torch.Tensor,
+        log_rest: torch.Tensor | None,
+        num_classes: int,
+        temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dense target at a temperature as a sum: `delta` [B, k] at the listed classes, and `rest` [B] everywhere."""
+    scaled = log_probs / temperature  # [B, k]
+    if log_rest is None:
+        return scaled.softmax(dim=1), torch.zeros_like(scaled[:, 0])
+    log_num_rest = math.log(num_classes - log_probs.shape[1])
+    rest = (log_rest - log_num_rest) / temperature  # [B], of each other class
+    log_norm = torch.cat([scaled, (rest + log_num_rest)[:, None]], dim=1).logsumexp(dim=1)
+    rest = (rest - log_norm).exp()
+    return (scaled - log_norm[:, None]).exp() - rest[:, None], rest
 
 
 def _passes(logits: torch.Tensor) -> Iterator[slice]:
@@ -131,34 +141,37 @@ def _scaled(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> tor
 
 
 class _SparseSoftTargetCrossEntropy(torch.autograd.Function):
-    """Rows of -sum_c t_c log softmax(z / T)_c, where t is `rest` everywhere plus `delta` at `ids`."""
+    """-sum_c t_c log softmax(z / T)_c of every row, where t is `rest` everywhere plus `delta` at `ids`."""
 
     @staticmethod
-    def forward(ctx, logits, ids, delta, rest, temperature):
+    def forward(ctx, logits, ids, log_probs, log_rest, temperature, reduction):
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        delta, rest = _split(log_probs, log_rest, logits.shape[1], temperature)
+        delta, rest = delta.to(dtype), rest.to(dtype)
         loss = torch.empty_like(rest)
         for part in _passes(logits):
-            log_probs = _scaled(logits[part], temperature, delta.dtype).log_softmax(dim=1)  # [b, C]
+            log_probs = _scaled(logits[part], temperature, dtype).log_softmax(dim=1)  # [b, C]
             listed = (delta[part] * log_probs.gather(1, ids[part])).sum(dim=1)
             loss[part] = -rest[part] * log_probs.sum(dim=1) - listed
         ctx.save_for_backward(logits, ids, delta, rest)
-        ctx.temperature = temperature
-        return loss
+        ctx.temperature, ctx.reduction = temperature, reduction
+        return loss if reduction == 'none' else loss.mean() if reduction == 'mean' else loss.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         logits, ids, delta, rest = ctx.saved_tensors
-        scale = (grad_output / ctx.temperature)[:, None]
-        mass = (delta.sum(dim=1) + rest * logits.shape[1])[:, None] * scale
+        scale = grad_output / ctx.temperature / (len(logits) if ctx.reduction == 'mean' else 1)
+        scale = scale.expand(len(logits))[:, None]
         delta, rest = -delta * scale, rest[:, None] * scale
         grad = torch.empty_like(logits)
         for part in _passes(logits):
             out = grad[part] if grad.dtype == delta.dtype else None
             probs = torch.softmax(_scaled(logits[part], ctx.temperature, delta.dtype), dim=1, out=out)
-            probs.mul_(mass[part]).sub_(rest[part]).scatter_add_(1, ids[part], delta[part])
+            probs.mul_(scale[part]).sub_(rest[part]).scatter_add_(1, ids[part], delta[part])
             if out is None:
                 grad[part] = probs
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _function(logits: torch.Tensor, k: int) -> type[torch.autograd.Function]:
@@ -197,12 +210,7 @@ def sparse_soft_target_cross_entropy(
         raise ValueError(
             f'student logits are {list(logits.shape)}, but the targets are for [{len(targets)}, '
             f'{targets.num_classes}]; give the student the number of classes of its store')
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    delta, rest = targets.split(temperature)
-    function = _function(logits, targets.k)
-    loss = function.apply(logits, targets.ids, delta.to(dtype), rest.to(dtype), float(temperature))
-    if reduction == 'none':
-        return loss
-    if reduction not in ('mean', 'sum'):
+    if reduction not in ('mean', 'sum', 'none'):
         raise ValueError(f'reduction is {reduction!r}; use mean, sum or none')
-    return loss.mean() if reduction == 'mean' else loss.sum()
+    return _function(logits, targets.k).apply(
+        logits, targets.ids, targets.log_probs, targets.log_rest, _check_temperature(temperature), reduction)
