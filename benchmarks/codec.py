@@ -12,10 +12,6 @@ above zero, as happens where the teacher is sure, is counted as 1e-8 here. Rates
 official writer's loop is written here as it is there; so is the reader's parsing, unless `--cream` names a checkout of
 microsoft/Cream, whose own data set then parses. Neither touches a file; benchmarks/store.py measures that.
 
-The nucleus is of at most the largest k. Its records have as many bytes as they take on disk, 4 for the offset of each
-included, and stand beside the compact codec with as many bytes. Of random samples there are the bytes alone: what they
-lose is not bias but variance, and the tests show that.
-
 With 24 epochs of 180 photographs on two cores: 10 minutes for the logits, 3 minutes for the rest.
 """
 
@@ -37,15 +33,11 @@ import torch
 
 from timm_tinyvit.targets.bitfields import FieldReader
 from timm_tinyvit.targets.codec import Codec
-from timm_tinyvit.targets.codecs import create_codec
-from timm_tinyvit.targets.compact import CompactCodec, SmallCompactCodec
-from timm_tinyvit.targets.draws import DrawsCodec
+from timm_tinyvit.targets.compact import CompactCodec
 from timm_tinyvit.targets.float16 import Float16Codec
 from timm_tinyvit.targets.sparse import SparseTargets
-from timm_tinyvit.targets.sparsifier import create_sparsifier
 
-CODECS = (Float16Codec, CompactCodec, SmallCompactCodec)
-OFFSET_BYTES = 4  # of a record of variable length
+CODECS = (Float16Codec, CompactCodec)
 PART = 512  # rows at a time
 
 
@@ -57,7 +49,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, default=24, help='augmented views of each photograph')
     parser.add_argument('--save-logits', metavar='FILE', help='keep the logits made from the photographs')
     parser.add_argument('--k', type=int, nargs='+', default=[5, 10, 20, 50, 100, 200])
-    parser.add_argument('--top-p', type=float, nargs='+', default=[0.5, 0.8, 0.9, 0.95, 0.98, 0.99])
     parser.add_argument('--cream', metavar='PATH', help='checkout of microsoft/Cream, to parse with its own data set')
     parser.add_argument('--json', action='store_true', help='one JSON line per figure')
     args = parser.parse_args()
@@ -196,63 +187,35 @@ def compact_in(num_classes: int, width: int) -> CompactCodec:
 def measure_fidelity(report: Callable, teacher: str, log_probs: torch.Tensor, ks: list[int]) -> None:
     num_classes = log_probs.shape[1]
     report(
-        f'\n| teacher {teacher}: k | official | float16 | compact | above float16 | small | above float16 '
-        f'| compact in the official bytes |\n|' + '---|' * 8)
+        f'\n| teacher {teacher}: k | official | float16 | compact | above float16 | compact in the official bytes |\n|'
+        + '---|' * 6)
     for k in ks:
         codecs = [kind(num_classes, k) for kind in CODECS]
         width, kl = 4 * k + 4, divergence(log_probs, lambda part, k=k: official_probs(part.exp(), k))
-        half, compact, small = kls = [divergence(log_probs, through(codec)) for codec in codecs]
+        half, compact = kls = [divergence(log_probs, through(codec)) for codec in codecs]
         same_width = compact_in(num_classes, width)
         same = divergence(log_probs, through(same_width))
         cells = [f'{width} B {kl:.4f}', *(f'{codec.width} B {value:.4f}' for codec, value in zip(codecs, kls))]
-        above = [f'{100 * (value / half - 1):.2f}%, {value - half:.1e}' for value in (compact, small)]
         report(
-            f'| {k} | {cells[0]} | {cells[1]} | {cells[2]} | {above[0]} | {cells[3]} | {above[1]} '
+            f'| {k} | {" | ".join(cells)} | {100 * (compact / half - 1):.2f}%, {compact - half:.1e} '
             f'| k = {same_width.k}: {same:.4f}, {kl / same:.1f} times closer |')
         report(None, teacher=teacher, k=k, codec='official', bytes=width, kl=kl)
         for codec, value in zip(codecs, kls):
             report(None, teacher=teacher, k=k, codec=codec.name, bytes=codec.width, kl=value, above=value / half - 1)
         same_figure = dict(official_k=k, bytes=width, k=same_width.k, kl=same, ratio=kl / same)
         report(None, teacher=teacher, codec=same_width.name, **same_figure)
-    for codec in (kind(num_classes, k) for kind in CODECS[1:] for k in ks):
+    for codec in (CompactCodec(num_classes, k) for k in ks):
         ideal = entropy(codec, log_probs)
         report(
             f'{codec.name}, k = {codec.k}: {codec.width} bytes, entropy of its symbols {ideal:.1f}',
             teacher=teacher, k=codec.k, codec=codec.name, bytes=codec.width, entropy_bytes=ideal)
 
 
-def measure_nucleus(report: Callable, teacher: str, log_probs: torch.Tensor, k: int, masses: list[float]) -> None:
-    num_classes = log_probs.shape[1]
-    codec = create_codec('compact-variable', num_classes, k)
-    report(
-        f'\n| teacher {teacher}: top_p, k = {k} | classes | compact-variable | compact in as many bytes |\n|'
-        + '---|' * 4)
-    for top_p in masses:
-        targets = create_sparsifier('nucleus', k, top_p)(log_probs.float(), 0, range(len(log_probs)))
-        records = codec.encode(targets)
-        width = len(codec.pack(records)[0]) / len(records) + OFFSET_BYTES
-        size = targets.num_valid.double().mean().item()
-        parts = iter(torch.from_numpy(records).split(PART))
-        kl = divergence(log_probs, lambda _, parts=parts: codec.decode(next(parts), check=True).densify())
-        fixed = compact_in(num_classes, round(width))
-        fixed_kl = divergence(log_probs, through(fixed))
-        report(
-            f'| {top_p} | {size:.1f} | {width:.1f} B {kl:.4f} | k = {fixed.k}: {fixed.width} B {fixed_kl:.4f}, '
-            f'{fixed_kl / kl:.2f} times the KL |')
-        report(
-            None, teacher=teacher, sparsifier='nucleus', top_p=top_p, k=k, classes=size, codec=codec.name, bytes=width,
-            kl=kl, compact_k=fixed.k, compact_bytes=fixed.width, compact_kl=fixed_kl)
-
-
 def measure_rates(report: Callable, logits: torch.Tensor, k: int, cream: str | None) -> None:
-    num_classes = logits.shape[1]
-    rates = {'official': official_rates(SparseTargets.from_logits(logits.float(), k), cream)}
-    for sparsifier, codec_name in (
-            ('topk', 'float16'), ('topk', 'compact'), ('topk', 'compact-small'), ('nucleus', 'compact-variable'),
-            ('sample', 'draws')):
-        keep = create_sparsifier(sparsifier, k, top_p=0.95)
-        targets = keep(logits.float(), 0, range(len(logits)))
-        codec = create_codec(codec_name, num_classes, k, keep.remainder)
+    targets = SparseTargets.from_logits(logits.float(), k)
+    rates = {'official': official_rates(targets, cream)}
+    for kind in CODECS:
+        codec = kind(targets.num_classes, k)
         records = codec.encode(targets)
         batch = torch.from_numpy(records[:256])
         rates[codec.name] = {
@@ -290,14 +253,12 @@ def main() -> None:
     for teacher, scale in (('as it is', 1), ('sharp', 2)):
         log_probs = (logits * scale).log_softmax(dim=1)
         measure_fidelity(report, teacher, log_probs, ks)
-        measure_nucleus(report, teacher, log_probs, max(ks), args.top_p)
-    kinds = (*CODECS, DrawsCodec)
-    report('\nBytes at other numbers of classes: official, ' + ', '.join(kind.name for kind in kinds))
+    report('\nBytes at other numbers of classes: official, ' + ', '.join(kind.name for kind in CODECS))
     for classes in (100, 1000, 21841, 65536):
         for k in (k for k in args.k if k <= classes):
             # The official ids are signed numbers of two bytes.
             official = 4 * k + 4 if classes <= 1 << 15 else None
-            widths = {'official': official, **{kind.name: kind(classes, k).width for kind in kinds}}
+            widths = {'official': official, **{kind.name: kind(classes, k).width for kind in CODECS}}
             report(f'{classes:6,} classes, k = {k:3}: ' + ', '.join(map(str, widths.values())))
             report(None, classes=classes, k=k, bytes=widths)
     report('\nRecords per second and core, encoded 1,024 at a time, checked and decoded 256 at a time')

@@ -101,8 +101,6 @@ def others(few: int) -> tuple[Row, ...]:
         Row('alpha0.5', 'loss', 'alpha 0.5', f'{TINY_5M} --alpha 0.5', 'k10'),
         Row('few-epochs', 'stored epochs', f'{few} epochs stored', TINY_5M, 'few-epochs'),
         Row('float16', 'codec', 'float16', TINY_5M, 'float16'),
-        Row('nucleus', 'sparsifier', 'nucleus, mass 0.99', TINY_5M, 'nucleus'),
-        Row('sample', 'sparsifier', 'sample, 10 draws', TINY_5M, 'sample'),
         Row('views2', 'views per image', '2 views per image', TWO_VIEWS, 'k10'),
         Row('views2-plain', 'views per image', '2 views, labels only', TWO_VIEWS, None, 'tiny_vit_5m-plain'),
         Row('temperature4', 'loss', 'temperature 4', f'{TINY_5M} --temperature 4', 'k10'),
@@ -116,8 +114,7 @@ def stores(few: int) -> dict[str, str]:
     """The flags of each store of a grid, beside the data's and the views'."""
     return {
         'k10': '--topk 10', 'k3': '--topk 3', 'k1': '--topk 1', 'one-epoch': '--topk 10 --epochs 1',
-        'few-epochs': f'--topk 10 --epochs {few}', 'float16': '--topk 10 --codec float16',
-        'nucleus': '--sparsifier nucleus --top-p 0.99 --topk 10', 'sample': '--sparsifier sample --topk 10'}
+        'few-epochs': f'--topk 10 --epochs {few}', 'float16': '--topk 10 --codec float16'}
 
 
 def plan(rows: Sequence[Row], seeds: Sequence[int]) -> tuple[tuple[Row, int], ...]:
@@ -139,7 +136,7 @@ SMOKE = (
     Row('plain', 'student', 'ResNet of the tests', '--model test_resnet', None, None),
     Row('distilled', 'student', 'ResNet of the tests', '--model test_resnet', 'k3', 'plain'))
 
-UNLESS_CHANGED = 'Stores keep all epochs, k = 10, topk, codec compact; alpha and temperature are 1.'
+UNLESS_CHANGED = 'Stores keep all epochs, k = 10, codec compact; alpha and temperature are 1.'
 GRIDS = {
     'full': Grid(
         '--train-split train --epochs 30', f'{STUDENT} --val-split test --val-interval 5 --lr 0.001 --warmup-epochs 3 '
@@ -157,7 +154,7 @@ GRIDS = {
         '--workers 1', {'k10': '--topk 10'},
         plan(MAIN[:2], (0, 1, 2)),
         'All 60,000 training images, for a short time: the teacher has learned from the same images. The store keeps '
-        'all epochs, k = 10, topk, codec compact; alpha and temperature are 1.',
+        'all epochs, k = 10, codec compact; alpha and temperature are 1.',
         teacher='examples/fashion_mnist/teacher'),
     'probes': Grid(
         '--train-split train[:5000] --epochs 2', f'{STUDENT} --val-split train[55000:] --val-interval 100 --lr 0.001 '

@@ -89,10 +89,9 @@ class Experiment:
                 manifest = store.manifest
                 views = manifest.epochs * manifest.num_samples
                 record = self.described(path.name, program, seconds) | {'resumed': resumed, 'store': {
-                    'identity': manifest.identity, 'codec': manifest.codec, 'sparsifier': manifest.sparsifier,
-                    'k': manifest.k, 'epochs': manifest.epochs, 'views': views,
-                    'bytes_per_view': round(store.size() / views, 2), 'teacher': manifest.teacher['name'],
-                    'teacher_weights': manifest.teacher['weights']}}
+                    'identity': manifest.identity, 'codec': manifest.codec, 'k': manifest.k,
+                    'epochs': manifest.epochs, 'views': views, 'bytes_per_view': round(store.size() / views, 2),
+                    'teacher': manifest.teacher['name'], 'teacher_weights': manifest.teacher['weights']}}
                 self.keep(file, record)
         return record
 
