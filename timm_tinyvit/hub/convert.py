@@ -128,7 +128,7 @@ def _crop(name: str) -> tuple[dict[str, Any], str]:
     return CROPS[int(name.rsplit('_', 1)[1])]
 
 
-def convert(checkpoint: Path, name: str, output: Path) -> dict[str, Any]:
+def convert(checkpoint: Path, name: str, output: Path) -> str:
     """Convert an official checkpoint into a folder that plain timm loads.
 
     Args:
@@ -137,7 +137,7 @@ def convert(checkpoint: Path, name: str, output: Path) -> dict[str, Any]:
         output: Folder to make, with model.safetensors, config.json and a card, README.md.
 
     Returns:
-        What was converted: `name`, `num_classes`, `crop` in words.
+        Lines for the user: what was converted, the test crop of its published accuracy, and how to load it.
 
     Raises:
         InputError: The checkpoint cannot be read or holds other weights, or the folder is there already.
@@ -164,7 +164,10 @@ def convert(checkpoint: Path, name: str, output: Path) -> dict[str, Any]:
         raise InputError(f'{output} cannot be written: {error.strerror or error}')
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return dict(name=name, num_classes=model.num_classes, crop=_crop(name)[1])
+    return '\n'.join([
+        f'{output}: {name} with {model.num_classes} classes',
+        f'test crop: {_crop(name)[1]}, as in the official evaluation; the accuracies of the paper belong to it',
+        f"load it with: timm.create_model('local-dir:{output}', pretrained=True)"])
 
 
 @reports_input_errors
@@ -174,10 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--model', required=True, choices=[*TINY_VITS, TEACHER], help='whose weights it holds')
     parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to make')
     args = parser.parse_args(argv)
-    done = convert(args.checkpoint, args.model, args.output)
-    print(f'{args.output}: {done["name"]} with {done["num_classes"]} classes')
-    print(f'test crop: {done["crop"]}, as in the official evaluation; the accuracies of the paper belong to it')
-    print(f"load it with: timm.create_model('local-dir:{args.output}', pretrained=True)")
+    print(convert(args.checkpoint, args.model, args.output))
 
 
 if __name__ == '__main__':

@@ -9,7 +9,6 @@ normalised as the model's config says, logits come out, and the batch may be of 
 again and run on another batch size; the command fails if its logits are not the model's.
 """
 
-import argparse
 import copy
 import importlib.util
 import io
@@ -26,7 +25,7 @@ from ..base.errors import InputError, reports_input_errors
 from ..config.arguments import ArgumentParser
 from ..models.loading import create_pretrained, look_at_zeros, set_image_size
 
-__all__ = ['FORMATS', 'export', 'main']
+__all__ = ['FORMATS', 'export', 'export_pretrained', 'main']
 
 # float32 rounding in another order of summation
 TOLERANCE = 1e-4
@@ -109,20 +108,43 @@ def export(model: nn.Module, format: str, path: Path) -> float:
     return difference
 
 
-def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--model', required=True, help='timm name, hf-hub:ORG/NAME, local-dir:PATH or folder')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights, instead of the pretrained ones of that name')
-    parser.add_argument('--num-classes', type=int, help="classes of the checkpoint's head")
-    parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help='another image size')
-    parser.add_argument('--format', required=True, choices=FORMATS)
-    parser.add_argument('--output', required=True, type=Path, metavar='FILE')
-    return parser.parse_args(argv)
+def export_pretrained(
+        name: str,
+        format: str,
+        path: Path,
+        checkpoint: str | None = None,
+        num_classes: int | None = None,
+        img_size: Sequence[int] | None = None,
+) -> str:
+    """Write a model that is named, for another runtime.
+
+    Args:
+        name: timm's name, hf-hub:ORG/NAME, local-dir:PATH or a folder.
+        format: As in `export`, like the next one.
+        path: The file.
+        checkpoint: Weights, instead of the pretrained ones of that name.
+        num_classes: Classes of the checkpoint's head.
+        img_size: Another image size, [N] or [H, W].
+
+    Returns:
+        Lines for the user: the images that the file takes, and how far it was checked.
+
+    Raises:
+        InputError: As `export`, or there is no such model, or none of that size.
+    """
+    model = create_pretrained(name, checkpoint, num_classes)
+    if img_size is not None:
+        _set_size(model, name, img_size)
+    difference = export(model, format, path)
+    config = resolve_model_data_config(model)
+    return (f'{path}: input float32 [batch, {", ".join(map(str, config["input_size"]))}], mean {config["mean"]}, '
+            f'std {config["std"]}\n'
+            f'checked against the original: largest difference {difference:.1e} of the largest logit')
 
 
-def _set_size(model: nn.Module, name: str, img_size: list[int]) -> None:
+def _set_size(model: nn.Module, name: str, img_size: Sequence[int]) -> None:
     """Have a model take images of another size, [N] or [H, W]."""
-    size = tuple(img_size * 2 if len(img_size) == 1 else img_size)
+    size = (*img_size, *img_size)[-2:]
     try:
         set_image_size(model, size)
         model.pretrained_cfg['input_size'] = (model.pretrained_cfg['input_size'][0], *size)
@@ -134,15 +156,16 @@ def _set_size(model: nn.Module, name: str, img_size: list[int]) -> None:
 
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> None:
-    args = _parse_args(argv)
-    model = create_pretrained(args.model, args.checkpoint, args.num_classes)
-    if args.img_size is not None:
-        _set_size(model, args.model, args.img_size)
-    difference = export(model, args.format, args.output)
-    config = resolve_model_data_config(model)
-    print(f'{args.output}: input float32 [batch, {", ".join(map(str, config["input_size"]))}], mean {config["mean"]}, '
-          f'std {config["std"]}')
-    print(f'checked against the original: largest difference {difference:.1e} of the largest logit')
+    parser = ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--model', required=True, help='timm name, hf-hub:ORG/NAME, local-dir:PATH or folder')
+    parser.add_argument('--checkpoint', metavar='FILE', help='weights, instead of the pretrained ones of that name')
+    parser.add_argument('--num-classes', type=int, help="classes of the checkpoint's head")
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help='another image size')
+    parser.add_argument('--format', required=True, choices=FORMATS)
+    parser.add_argument('--output', required=True, type=Path, metavar='FILE')
+    args = parser.parse_args(argv)
+    print(export_pretrained(
+        args.model, args.format, args.output, args.checkpoint, args.num_classes, args.img_size))
 
 
 if __name__ == '__main__':

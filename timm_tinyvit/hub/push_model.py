@@ -83,7 +83,8 @@ def publish(
         which: str | None = None,
         private: bool = False,
         license: str | None = None,
-        notes: str = '',
+        notes: str | Path = '',
+        dry_run: str | Path | None = None,
 ) -> str:
     """Push a model in one commit.
 
@@ -93,7 +94,8 @@ def publish(
         which: The weights of a run.
         private: Make a new repo a private one.
         license: The licence of the weights, as the Hub spells it.
-        notes: Markdown of the publisher's for the card.
+        notes: Markdown of the publisher's for the card, or its file.
+        dry_run: A folder that takes the files instead of the Hub.
 
     Returns:
         A line for the user: what was pushed, and where it is.
@@ -101,6 +103,16 @@ def publish(
     Raises:
         InputError: Something is missing in the folder, or the push did not work out; the repo is as it was.
     """
+    if isinstance(notes, Path):
+        try:
+            notes = notes.read_text(encoding='utf-8')
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f'{notes} cannot be read ({error}); give --notes a text file')
+    if dry_run is not None:
+        files = model_files(folder, repo, which, license, notes)
+        for name, content in files.items():
+            write_aside(Path(dry_run) / name, content if isinstance(content, bytes) else content.read_bytes())
+        return f'{dry_run}: {", ".join(files)}, as they would be pushed to {repo}'
     model, kind = _find_model(Path(folder), which)
     if kind is None:
         _own_card(model, repo, license, notes)
@@ -263,19 +275,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the files to this folder and push nothing')
     args = parser.parse_args(argv)
     speak(True)
-    notes = ''
-    if args.notes is not None:
-        try:
-            notes = args.notes.read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f'{args.notes} cannot be read ({error}); give --notes a text file')
-    if args.dry_run is None:
-        result(publish(args.folder, args.repo, args.which, args.private, args.license, notes))
-        return
-    files = model_files(args.folder, args.repo, args.which, args.license, notes)
-    for name, content in files.items():
-        write_aside(args.dry_run / name, content if isinstance(content, bytes) else content.read_bytes())
-    result(f'{args.dry_run}: {", ".join(files)}, as they would be pushed to {args.repo}')
+    result(publish(
+        args.folder, args.repo, args.which, args.private, args.license, args.notes or '', args.dry_run))
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from ..base.errors import InputError
 from ..train.predictions import Predictions, class_accuracy
 from ..version import __version__
 from .figures import INTERVALS, can_plot, curve_figures, reliability_figure
-from .page import Page
+from .page import Page, check_output
 from .run_folder import TrainedRun, without_user
 
 __all__ = ['compare_runs', 'mcnemar']
@@ -44,6 +44,7 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> s
     """
     if len(runs) < 2:
         raise InputError('one run alone has nothing to be compared with; name two or more')
+    check_output(out)
     found = _named([TrainedRun.read(folder) for folder in runs])
     figures, settings, agreements = _figures(found), _settings(found), _agreements(found)
     if out is not None:

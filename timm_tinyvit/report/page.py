@@ -7,6 +7,7 @@ reader's system is, and fits a phone. All text is escaped, so that names from a 
 import base64
 import html
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ..base.errors import InputError
 from ..base.files import write_aside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ['Bar', 'Page', 'Picture']
+__all__ = ['Bar', 'Page', 'Picture', 'check_output']
 
 # Above, pixels are fewer bytes than lines, or than lossless pixels.
 MAX_SVG = 200_000
@@ -229,6 +231,19 @@ class Page:
             InputError: The disk is full, or may not be written.
         """
         write_aside(Path(path), self.html().encode())
+
+
+def check_output(path: str | Path | None) -> None:
+    """Refuse a file that cannot be written, before the work is done.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if path is None:
+        return
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f'{path} cannot be written: it is a folder, or in one that may not be written; name a file')
 
 
 def _escape(value: Any) -> str:

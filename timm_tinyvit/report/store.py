@@ -4,26 +4,45 @@ The page goes without pictures where the data set is not at hand or this machine
 where matplotlib is not installed; it says so.
 """
 
+import io
+import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from ..base.console import progress
+from ..base.errors import InputError
+from ..base.files import write_aside
+from ..base.hub_client import is_hub_url
 from ..base.text import counted, readable_bytes
+from ..data.dataset import SparseLogitDataset
+from ..data.sources import class_names, load_split, read_labels
+from ..data.views import Replay, ViewRecipe, check_probe
 from ..store.local import LogitStore
-from ..store.remote import HubStore
+from ..store.remote import HubStore, open_store_at
 from ..train.calibration import NUM_BINS
 from ..version import __version__
 from .figures import can_plot
-from .page import Page
-from .pictures import ShownSample, pictures_of
+from .page import Page, check_output
+from .pictures import ShownSample, choose_samples, draw_gallery, name_classes, pictures_of, show_samples
 from .plots import Plot, plot_agreement, plot_curves, plot_histograms, plot_reliability
-from .statistics import StoreStatistics, filled_shards, label_mismatch, store_statistics
+from .statistics import (
+    MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, filled_shards, label_mismatch, rows_of, store_statistics,
+)
 
-__all__ = ['describe_store', 'figures_of', 'plain_report', 'shards_on_disk', 'store_facts', 'store_page', 'text_report']
+__all__ = [
+    'describe_store', 'figures_of', 'plain_report', 'report_store', 'shards_on_disk', 'store_facts', 'store_page',
+    'text_report',
+]
 
+# Each is downloaded.
+MAX_HUB_EPOCHS = 3
+NUM_GALLERY_ROWS = 5
+NUM_GALLERY_EPOCHS = 6
 NUM_CONFUSIONS = 12
 PLOTS_MISSING = "plots are left out, as matplotlib is not installed: pip install 'timm_tinyvit[plots]'"
 # Kinds of samples that are shown: heading, and what they are.
@@ -34,6 +53,132 @@ KINDS = {
     'disputed': ('The most disputed samples', 'What the teacher says of them changes most from view to view: the '
                                               'KL divergence from their mean target is the largest.'),
 }
+
+
+def report_store(
+        path: str,
+        html: str | Path | None = None,
+        gallery: str | Path | None = None,
+        as_json: bool = False,
+        epochs: range | None = None,
+        max_samples: int | None = None,
+        dataset: str | None = None,
+        train_split: str | None = None,
+        input_key: str | None = None,
+        target_key: str | None = None,
+        key: str | None = None,
+) -> str:
+    """All there is to know of a store, as text or JSON; the page and the picture that are asked for are written.
+
+    Args:
+        path: Folder of the store, or where it is on the Hub.
+        html: File of the page.
+        gallery: File of a PNG with views of several epochs; needs the data set.
+        as_json: Give JSON instead of lines for people.
+        epochs: Epochs to look at; by default all, of a store on the Hub three, as each is downloaded.
+        max_samples: Samples to look at, at most; 100,000 by default.
+        dataset: The data set of the store, for labels and views.
+        train_split: Its split, `train` by default.
+        input_key: Its image column.
+        target_key: Its label column.
+        key: Its column of keys; that of the store by default.
+
+    Raises:
+        InputError: There is no store, it is damaged, the data set is not its own, or a file cannot be written.
+    """
+    check_output(html)
+    check_output(gallery)
+    if max_samples is not None and max_samples < 1:
+        raise InputError(f'--max-samples is {max_samples}; expected 1 or more')
+    max_epochs = MAX_HUB_EPOCHS if is_hub_url(path) and epochs is None else MAX_EPOCHS
+    store = open_store_at(path, keep_epochs=max_epochs)
+    stored = store.manifest.stored_epochs
+    epochs = stored if epochs is None else epochs
+    if not set(epochs) <= set(stored):
+        raise InputError(f'the store {store.path} is meant to hold epochs {stored.start}:{stored.stop}, but '
+                         f'{epochs.start}:{epochs.stop} are asked for; mend --epochs')
+    data, rows, labels, notes = None, None, None, []
+    if dataset:
+        data = SparseLogitDataset(
+            load_split(dataset, train_split, is_training=True),
+            Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed), store, input_key, target_key, key)
+        rows = rows_of(data)
+        labels = teacher_labels(data, rows, notes)
+    else:
+        notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
+    max_samples = max_samples or MAX_SAMPLES
+    num_samples = min(max_samples, store.manifest.num_samples if rows is None else len(rows))
+    with progress(total=num_samples * min(max_epochs, len(epochs)), desc='report', unit='view', leave=False) as bar:
+        statistics = store_statistics(
+            store, labels, None if rows is None else np.sort(rows), epochs, max_samples, max_epochs, bar.update)
+    if statistics is None:
+        notes.append('none of it is filled yet')
+    text = (json.dumps(plain_report(store, statistics, notes), indent=2) if as_json else
+            text_report(store, statistics, notes))
+    if not (html or gallery):
+        return text
+    if statistics is None:
+        raise InputError(f'the store {store.path} holds nothing to show yet; fill it first')
+    names = name_classes(data, store.manifest.num_classes)
+    if gallery:
+        write_gallery(gallery, data, statistics, rows, names)
+    if html:
+        write_page(html, store, data, statistics, rows, names, notes)
+    return text
+
+
+def teacher_labels(data: SparseLogitDataset, rows: np.ndarray, notes: list[str]) -> np.ndarray | None:
+    """Labels of the rows of a store, int64 [num_samples], where they are classes of its teacher; or a note why not."""
+    if data.label_key is None:
+        notes.append('teacher accuracy unknown: the data set has no labels')
+        return None
+    found = read_labels(data.dataset, data.label_key)
+    mismatch = label_mismatch(found, class_names(data.dataset, data.label_key), data.store.manifest.num_classes)
+    if mismatch:
+        notes.append(f'teacher accuracy unknown: {mismatch}')
+        return None
+    labels = np.full(data.store.manifest.num_samples, -1)
+    labels[rows] = found
+    return labels
+
+
+def write_gallery(
+        path: str | Path,
+        data: SparseLogitDataset | None,
+        statistics: StoreStatistics,
+        rows: np.ndarray,
+        names: Sequence[str],
+) -> None:
+    """Write a picture of some samples under several epochs side by side."""
+    if data is None:
+        raise InputError('--gallery shows views, which are made from the images; give --dataset')
+    manifest = data.store.manifest
+    check_probe(data.replay, manifest.probe, manifest.versions)
+    chosen = {'varied': choose_samples(statistics)['varied'][:NUM_GALLERY_ROWS]}
+    samples = show_samples(data, statistics, chosen, rows, names, NUM_GALLERY_EPOCHS)['varied']
+    buffer = io.BytesIO()
+    draw_gallery(samples).save(buffer, 'png', optimize=True)
+    write_aside(Path(path), buffer.getbuffer())
+
+
+def write_page(
+        path: str | Path,
+        store: LogitStore,
+        data: SparseLogitDataset | None,
+        statistics: StoreStatistics,
+        rows: np.ndarray | None,
+        names: Sequence[str],
+        notes: list[str],
+) -> None:
+    """Write the page on a store; without pictures where there is no data set or this machine makes other views."""
+    shown = {}
+    if data is not None:
+        try:
+            check_probe(data.replay, store.manifest.probe, store.manifest.versions)
+            shown = show_samples(data, statistics, choose_samples(statistics), rows, names)
+        except InputError as error:
+            notes = [*notes, f'there are no pictures: {error}']
+    store_page(store, statistics, names, shown, notes).write(path)
 
 
 def shards_on_disk(store: LogitStore) -> str:
