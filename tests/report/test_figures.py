@@ -14,7 +14,7 @@ from PIL import Image
 
 from support.runs import write_record
 
-from timm_tinyvit.report import compare as run_comparison, figures as run_figures, run as run_report
+from timm_tinyvit.report import compare as run_comparison, plots, run as run_report
 from timm_tinyvit.report.compare import compare_runs
 from timm_tinyvit.report.plots import plot_metrics
 from timm_tinyvit.report.run import write_run_report
@@ -218,7 +218,7 @@ def test_models_of_other_classes_are_not_compared_one_by_one(write_run):
 
 
 def test_curves_are_those_of_the_columns(write_run):
-    figures = run_figures.curve_figures({'one': TrainedRun.read(write_run())})
+    figures = plots.curve_figures({'one': TrainedRun.read(write_run())})
     drawn = {(figure.axes[0].get_ylabel(), line.get_label()): (line.get_xdata().tolist(), line.get_ydata().tolist())
              for figure, _ in figures for line in figure.axes[0].get_lines()}
     epochs = [1, 2, 3]
@@ -231,7 +231,7 @@ def test_curves_are_those_of_the_columns(write_run):
 
 def test_a_confusion_matrix_is_of_each_label_in_percent():
     counts = np.array([[2, 2, 0], [1, 1, 6]])
-    axes, = run_figures.confusion_figure(counts, ['a', 'b', 'any other']).axes
+    axes, = plots.confusion_figure(counts, ['a', 'b', 'any other']).axes
     said = {text.get_position(): text.get_text() for text in axes.texts}
     assert said == {(0.5, 0.5): '50', (1.5, 0.5): '50', (0.5, 1.5): '12', (1.5, 1.5): '12', (2.5, 1.5): '75'}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ('taken for', 'label')
@@ -240,7 +240,7 @@ def test_a_confusion_matrix_is_of_each_label_in_percent():
 
 def test_a_reliability_diagram_is_in_percent_of_all_samples():
     found = calibration(np.array([0.3] * 3 + [0.95] * 7), np.arange(10) < 6)
-    above, below = run_figures.reliability_figure({'one': found}).axes
+    above, below = plots.reliability_figure({'one': found}).axes
     line = above.get_lines()[1]
     assert line.get_label() == f'one, ECE {100 * found.error:.1f}%'
     assert line.get_xdata().tolist() == pytest.approx([30, 95])

@@ -25,7 +25,7 @@ from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, col
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.models.loading import ModelInput
-from timm_tinyvit.report import compare as run_comparison, figures as run_figures, run as run_report
+from timm_tinyvit.report import compare as run_comparison, plots, run as run_report
 from timm_tinyvit.report.compare import compare_runs, mcnemar
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import TrainedRun, without_user
@@ -384,7 +384,7 @@ def test_names_of_classes_may_hold_any_character(run):
 
 def test_without_matplotlib_there_are_tables_and_pictures(run, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib.figure', None)
-    assert not run_figures.can_plot()
+    assert not plots.can_plot()
     page = write_run_report(run).read_text()
     assert '<svg' not in page and 'timm_tinyvit[plots]' in page
     assert page.count('class="picture"') > 12 and 'Confusion, in samples' in page and 'learning rate' in page

@@ -22,8 +22,7 @@ from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.pairing import Pairing
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.report import __main__ as report
-from timm_tinyvit.report import figures as run_figures
-from timm_tinyvit.report import plots as store_plots
+from timm_tinyvit.report import plots
 from timm_tinyvit.report.page import Bar
 from timm_tinyvit.report.pictures import (
     ShownSample, ShownView, choose_samples, draw_gallery, name_classes, show_samples,
@@ -193,7 +192,7 @@ def test_a_run_and_a_store_are_calibrated_alike():
 
 def test_a_bin_of_few_samples_is_drawn_with_a_long_interval():
     found = calibration(np.repeat([0.3, 0.9], [2, 900]), np.ones(902))
-    above, below = run_figures.reliability_figure({'teacher': found}).axes
+    above, below = plots.reliability_figure({'teacher': found}).axes
     few, many = (np.ptp(line[:, 1]) for line in above.collections[0].get_segments())
     assert few > 60 and many < 2
     assert above.get_xlim() == above.get_ylim() == (0, 100) and above.get_ylabel() == 'accuracy (%)'
@@ -488,11 +487,11 @@ def test_plots_of_a_store_are_of_one_size(make_store, labels):
 
 def test_plots_show_the_statistics(make_store, labels):
     statistics = store_statistics(make_store('most classes'), labels[:50] % 7)
-    for figure, _, caption in store_plots.plot_histograms(statistics):
+    for figure, _, caption in plots.plot_histograms(statistics):
         assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(100)
         assert caption in ('170 views', '50 samples') and figure.axes[0].get_ylabel().startswith('share of ')
     drawn = {}
-    for figure, _, _ in store_plots.plot_curves(statistics):
+    for figure, _, _ in plots.plot_curves(statistics):
         for line in figure.axes[0].get_lines():
             assert line.get_xdata().tolist() == [0, 1, 2, 3]
             drawn[figure.axes[0].get_ylabel(), line.get_label()] = line.get_ydata()
@@ -500,7 +499,7 @@ def test_plots_show_the_statistics(make_store, labels):
         found = drawn['accuracy, mean probability (%)', label]
         assert np.array_equal(found, 100 * statistics.by_epoch(name)), name
     assert np.array_equal(drawn['mass covered (%)', 'top 6'], 100 * statistics.mass[:, -1])
-    figure, = (figure for figure, _, _ in store_plots.plot_agreement(statistics))
+    figure, = (figure for figure, _, _ in plots.plot_agreement(statistics))
     said = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
     assert said[3, 0] == said[0, 3] == f'{100 * statistics.agreement()[0, 3]:.0f}' and len(said) == 12
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..base.errors import InputError
 from ..train.predictions import Predictions, class_accuracy
 from ..version import __version__
-from .figures import INTERVALS, can_plot, curve_figures, reliability_figure
+from .plots import INTERVALS, can_plot, curve_figures, reliability_figure
 from .page import Page, check_output
 from .run_folder import TrainedRun, without_user
 

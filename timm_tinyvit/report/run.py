@@ -15,7 +15,7 @@ from ..train.predictions import (
     Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
 )
 from ..version import __version__
-from .figures import INTERVALS, can_plot, confusion_figure, curve_figures, reliability_figure
+from .plots import INTERVALS, can_plot, confusion_figure, curve_figures, reliability_figure
 from .page import Bar, Page, Picture
 from .run_folder import WHOSE, TrainedRun, shown, without_user
 

@@ -26,10 +26,9 @@ from ..store.local import LogitStore
 from ..store.remote import HubStore, open_store_at
 from ..train.calibration import NUM_BINS
 from ..version import __version__
-from .figures import can_plot
 from .page import Page, check_output
 from .pictures import ShownSample, choose_samples, draw_gallery, name_classes, pictures_of, show_samples
-from .plots import Plot, plot_agreement, plot_curves, plot_histograms, plot_reliability
+from .plots import Plot, can_plot, plot_agreement, plot_curves, plot_histograms, plot_reliability
 from .statistics import (
     MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, filled_shards, label_mismatch, rows_of, store_statistics,
 )
