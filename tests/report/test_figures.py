@@ -51,7 +51,7 @@ def predictions(labels, best, sure):
 @pytest.fixture
 def write_run(tmp_path, monkeypatch):
     """Write the folder of a run; pages are made without plots."""
-    for module in (run_report, run_comparison):
+    for module in (plots, run_report, run_comparison):
         monkeypatch.setattr(module, 'can_plot', lambda: False)
 
     def write(name='one', metrics=METRICS, best=BEST, num_classes=6, settings=None, times=1):
@@ -218,9 +218,9 @@ def test_models_of_other_classes_are_not_compared_one_by_one(write_run):
 
 
 def test_curves_are_those_of_the_columns(write_run):
-    figures = plots.curve_figures({'one': TrainedRun.read(write_run())})
+    figures = plots.curve_plots({'one': TrainedRun.read(write_run()).rows})
     drawn = {(figure.axes[0].get_ylabel(), line.get_label()): (line.get_xdata().tolist(), line.get_ydata().tolist())
-             for figure, _ in figures for line in figure.axes[0].get_lines()}
+             for figure, *_ in figures for line in figure.axes[0].get_lines()}
     epochs = [1, 2, 3]
     assert drawn.pop(('top-1 accuracy (%)', 'student')) == (epochs, [50, 60, 60])
     assert drawn.pop(('top-1 accuracy (%)', 'averaged weights')) == (epochs, [40, 61, 55])
@@ -231,7 +231,8 @@ def test_curves_are_those_of_the_columns(write_run):
 
 def test_a_confusion_matrix_is_of_each_label_in_percent():
     counts = np.array([[2, 2, 0], [1, 1, 6]])
-    axes, = plots.confusion_figure(counts, ['a', 'b', 'any other']).axes
+    (figure, *_), = plots.confusion_plot(counts, ['a', 'b', 'any other'])
+    axes, = figure.axes
     said = {text.get_position(): text.get_text() for text in axes.texts}
     assert said == {(0.5, 0.5): '50', (1.5, 0.5): '50', (0.5, 1.5): '12', (1.5, 1.5): '12', (2.5, 1.5): '75'}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ('taken for', 'label')
@@ -240,7 +241,8 @@ def test_a_confusion_matrix_is_of_each_label_in_percent():
 
 def test_a_reliability_diagram_is_in_percent_of_all_samples():
     found = calibration(np.array([0.3] * 3 + [0.95] * 7), np.arange(10) < 6)
-    above, below = plots.reliability_figure({'one': found}).axes
+    (figure, *_), = plots.reliability_plot({'one': found})
+    above, below = figure.axes
     line = above.get_lines()[1]
     assert line.get_label() == f'one, ECE {100 * found.error:.1f}%'
     assert line.get_xdata().tolist() == pytest.approx([30, 95])

@@ -55,7 +55,7 @@ def runs(tmp_path_factory, teacher):
 @pytest.fixture
 def no_plots(monkeypatch):
     """Pages are made without plots, which take most of their time."""
-    for module in (run_report, run_comparison):
+    for module in (plots, run_report, run_comparison):
         monkeypatch.setattr(module, 'can_plot', lambda: False)
 
 

@@ -192,7 +192,8 @@ def test_a_run_and_a_store_are_calibrated_alike():
 
 def test_a_bin_of_few_samples_is_drawn_with_a_long_interval():
     found = calibration(np.repeat([0.3, 0.9], [2, 900]), np.ones(902))
-    above, below = plots.reliability_figure({'teacher': found}).axes
+    (figure, *_), = plots.reliability_plot({'teacher': found})
+    above, below = figure.axes
     few, many = (np.ptp(line[:, 1]) for line in above.collections[0].get_segments())
     assert few > 60 and many < 2
     assert above.get_xlim() == above.get_ylim() == (0, 100) and above.get_ylabel() == 'accuracy (%)'
@@ -332,7 +333,7 @@ def test_an_epoch_that_has_none_of_the_samples_has_no_figures(make_store):
 
 
 def test_the_most_frequent_mistakes_are_counted_by_view(make_store, monkeypatch):
-    monkeypatch.setattr('timm_tinyvit.report.store.can_plot', lambda: False)
+    monkeypatch.setattr('timm_tinyvit.report.plots.can_plot', lambda: False)
     store, labels = make_store('few classes'), np.arange(50) % 7
     statistics = store_statistics(store, labels)
     counts = Counter(zip(np.tile(labels, 4).tolist(), statistics.top.ravel().tolist()))
@@ -387,7 +388,7 @@ def test_the_page_shows_the_replayed_views_with_what_the_teacher_said(filled_sto
     position = int(first.partition('sample ')[2].partition(',')[0])
     targets = store.codec.decode(torch.from_numpy(store.read(0, [position])))
     best = names[int(targets.ids[0, 0])]
-    assert f'epoch 0{best}{100 * math.exp(targets.log_probs[0, 0]):.0f}' in first.partition('epoch 1')[0]
+    assert f'epoch 0\n{best}{100 * math.exp(targets.log_probs[0, 0]):.0f}%\n' in first.partition('epoch 1')[0]
 
 
 def test_bars_are_the_stored_targets_of_the_view(filled_store, labels):
@@ -487,11 +488,11 @@ def test_plots_of_a_store_are_of_one_size(make_store, labels):
 
 def test_plots_show_the_statistics(make_store, labels):
     statistics = store_statistics(make_store('most classes'), labels[:50] % 7)
-    for figure, _, caption in plots.plot_histograms(statistics):
+    for figure, _, caption in plots.histogram_plots(statistics):
         assert sum(bar.get_height() for bar in figure.axes[0].patches) == pytest.approx(100)
         assert caption in ('170 views', '50 samples') and figure.axes[0].get_ylabel().startswith('share of ')
     drawn = {}
-    for figure, _, _ in plots.plot_curves(statistics):
+    for figure, _, _ in plots.store_plots(statistics):
         for line in figure.axes[0].get_lines():
             assert line.get_xdata().tolist() == [0, 1, 2, 3]
             drawn[figure.axes[0].get_ylabel(), line.get_label()] = line.get_ydata()
@@ -499,7 +500,7 @@ def test_plots_show_the_statistics(make_store, labels):
         found = drawn['accuracy, mean probability (%)', label]
         assert np.array_equal(found, 100 * statistics.by_epoch(name)), name
     assert np.array_equal(drawn['mass covered (%)', 'top 6'], 100 * statistics.mass[:, -1])
-    figure, = (figure for figure, _, _ in plots.plot_agreement(statistics))
+    figure, = (figure for figure, _, _ in plots.agreement_plot(statistics))
     said = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
     assert said[3, 0] == said[0, 3] == f'{100 * statistics.agreement()[0, 3]:.0f}' and len(said) == 12
 

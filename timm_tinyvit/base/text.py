@@ -1,6 +1,9 @@
-"""Numbers in words, for people: bytes, counts, percents."""
+"""Numbers in words, for people: bytes, counts, percents, and tables of them."""
 
-__all__ = ['counted', 'readable_bytes']
+import math
+from collections.abc import Sequence
+
+__all__ = ['counted', 'decimal', 'percent', 'readable_bytes', 'short_percent', 'text_table']
 
 
 def readable_bytes(count: float) -> str:
@@ -15,3 +18,30 @@ def readable_bytes(count: float) -> str:
 def counted(number: int, noun: str) -> str:
     """A number of things in words, as in `1 epoch` and `2 epochs`."""
     return f'{number:,} {noun}' + ('' if number == 1 else 's')
+
+
+def decimal(value: float | None, digits: int) -> str:
+    """A number with so many digits; `-` for None and NaN, which stand for an unknown one."""
+    return '-' if value is None or math.isnan(value) else f'{value:,.{digits}f}'
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """A share of one in percent, as in `81.30%`; `-` for an unknown one."""
+    return '-' if share is None or math.isnan(share) else f'{100 * share:.{digits}f}%'
+
+
+def short_percent(share: float) -> str:
+    """A share of one in percent, as short as it can be told from none and from all: `43%`, `0.6%`, `>99.9%`."""
+    value = 100 * share
+    if 0 < value < 1 or 99 < value < 100:
+        return f'{value:.1f}%' if 0.05 <= value < 99.95 else '<0.1%' if value < 1 else '>99.9%'
+    return f'{value:.0f}%'
+
+
+def text_table(rows: Sequence[Sequence[object]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
+    lines = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    return '\n'.join('  '.join(
+        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+        for line in lines)

@@ -4,7 +4,6 @@ The first run is what the others are compared with.
 """
 
 import math
-import warnings
 from collections import Counter
 from pathlib import Path
 from collections.abc import Sequence
@@ -12,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..base.errors import InputError
+from ..base.text import percent, text_table
 from ..train.predictions import Predictions, class_accuracy
-from ..version import __version__
-from .plots import INTERVALS, can_plot, curve_figures, reliability_figure
 from .page import Page, check_output
+from .plots import PLOTS_MISSING, add_plots, can_plot, curve_plots, reliability_plot
 from .run_folder import TrainedRun, without_user
 
 __all__ = ['compare_runs', 'mcnemar']
@@ -49,11 +48,11 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> s
     figures, settings, agreements = _figures(found), _settings(found), _agreements(found)
     if out is not None:
         _page(found, figures, settings, agreements).write(out)
-    parts = [_text(_figures_header(found), figures), *_other_losses(found).values()]
+    parts = [text_table([_figures_header(found), *figures]), *_other_losses(found).values()]
     if settings:
-        parts.append(_text(['setting', *found], settings))
+        parts.append(text_table([['setting', *found], *settings]))
     if agreements:
-        parts.append(_text([f'beside {_weighed(found)[0]}', *AGREEMENT], agreements))
+        parts.append(text_table([[f'beside {_weighed(found)[0]}', *AGREEMENT], *agreements]))
         parts += [*_left_out(found), CHANCE]
     else:
         parts.append(NOT_THE_SAME)
@@ -88,17 +87,13 @@ def _page(
             page.warning(without_user(problem))
     page.heading('Result')
     page.table(_figures_header(runs), figures)
-    with warnings.catch_warnings():
-        # As in a run's own report.
-        warnings.filterwarnings('ignore', message='Glyph')
-        _add_curves(page, runs)
-        _add_samples(page, runs, agreements)
+    _add_curves(page, runs)
+    _add_samples(page, runs, agreements)
     page.heading('Settings that differ')
     if settings:
         page.table(['setting', *runs], settings)
     else:
         page.paragraph('None does.')
-    page.footer(f'timm_tinyvit {__version__}')
     return page
 
 
@@ -235,7 +230,7 @@ def _agreements(runs: dict[str, TrainedRun]) -> list[list[str]]:
         only_first, only_this = (int((a.right & ~b.right).sum()) for a, b in ((first, said), (said, first)))
         chance = mcnemar(only_first, only_this)
         rows.append([
-            f'{name}{runs[name].whose}', f'{100 * (first.best == said.best).mean():.1f}%',
+            f'{name}{runs[name].whose}', percent((first.best == said.best).mean(), 1),
             f'{int((first.right & said.right).sum()):,}',
             f'{only_first:,}', f'{only_this:,}', f'{int((~first.right & ~said.right).sum()):,}',
             '<0.0001' if chance < 1e-4 else f'{chance:.4f}'])
@@ -244,11 +239,9 @@ def _agreements(runs: dict[str, TrainedRun]) -> list[list[str]]:
 
 def _add_curves(page: Page, runs: dict[str, TrainedRun]) -> None:
     page.heading('Curves')
-    if can_plot():
-        for figure, alt in curve_figures(runs):
-            page.figure(figure, alt)
-    else:
-        page.paragraph("Curves and diagrams need matplotlib: pip install 'timm_tinyvit[plots]', and compare again.")
+    add_plots(page, curve_plots({name: run.rows for name, run in runs.items()}))
+    if not can_plot():
+        page.paragraph(PLOTS_MISSING)
     for sentence in _other_losses(runs).values():
         page.paragraph(sentence)
 
@@ -267,9 +260,7 @@ def _add_samples(page: Page, runs: dict[str, TrainedRun], agreements: list[list[
     for sentence in _left_out(runs):
         page.warning(sentence)
     page.paragraph(f'Agree: the most probable class is the same. {CHANCE}')
-    if can_plot():
-        page.figure(reliability_figure({weighed[name]: said.reliability() for name, said in same.items()}),
-                    'reliability diagrams of the runs', INTERVALS)
+    add_plots(page, reliability_plot({weighed[name]: said.reliability() for name, said in same.items()}))
     evaluation = runs[base].evaluation
     counts, before = class_accuracy(first, evaluation.num_classes)
     for name in others:
@@ -283,14 +274,5 @@ def _add_samples(page: Page, runs: dict[str, TrainedRun], agreements: list[list[
             if len(chosen):
                 page.heading(f'Classes where {weighed[name]} {title}', level=3)
                 page.table(['class', 'samples', weighed[base], weighed[name], 'points'], [
-                    [evaluation.name(label), int(counts[label]), f'{100 * before[label]:.1f}%',
-                     f'{100 * after[label]:.1f}%', f'{100 * gain[label]:+.1f}'] for label in chosen])
-
-
-def _text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: the first column left, the others right."""
-    lines = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    return '\n'.join('  '.join(
-        [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
-        for line in lines)
+                    [evaluation.name(label), int(counts[label]), percent(before[label], 1),
+                     percent(after[label], 1), f'{100 * gain[label]:+.1f}'] for label in chosen])

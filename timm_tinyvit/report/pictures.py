@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from ..base.text import percent
 from ..data.dataset import SparseLogitDataset, decode_source
 from ..data.sources import class_names, column, labels_of
 from ..targets.sparse import SparseTargets
@@ -181,7 +182,7 @@ def draw_gallery(samples: Sequence[ShownSample]) -> Image.Image:
             box = (left, top + CELL + 2, left + CELL - 1, top + CELL + LINE - 1)
             pen.rectangle(box, '#f4f5f7')
             pen.rectangle((*box[:2], left + round(best.share * (CELL - 1)), box[3]), color)
-            write(f'{best.name} {100 * best.share:.0f}%', left, top + CELL + 1, center=False)
+            write(f'{best.name} {percent(best.share, 0)}', left, top + CELL + 1, center=False)
     return canvas
 
 
@@ -227,7 +228,7 @@ def _note(kind: str, statistics: StoreStatistics, place: int) -> str:
         return ''
     if statistics.has_labels:
         whose = 'both labels' if statistics.is_mixed else 'the label'
-        return f'{100 * statistics.by_sample("label_prob")[place]:.1f}% for {whose}'
+        return f'{percent(statistics.by_sample("label_prob")[place], 1)} for {whose}'
     return f'entropy {statistics.by_sample("entropy")[place]:.3f} nats'
 
 

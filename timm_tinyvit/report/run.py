@@ -5,18 +5,16 @@ end of a training, or at any time by `python -m timm_tinyvit.report RUN`. Its si
 classes or samples.
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 
-from ..base.text import counted
+from ..base.text import counted, percent
 from ..train.predictions import (
     Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
 )
-from ..version import __version__
-from .plots import INTERVALS, can_plot, confusion_figure, curve_figures, reliability_figure
 from .page import Bar, Page, Picture
+from .plots import PLOTS_MISSING, add_plots, can_plot, confusion_plot, curve_plots, reliability_plot
 from .run_folder import WHOSE, TrainedRun, shown, without_user
 
 __all__ = ['REPORT', 'write_run_report']
@@ -45,16 +43,12 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
     page = Page(f'Run {run.name}', _subtitle(run))
     for problem in run.problems:
         page.warning(without_user(problem))
-    with warnings.catch_warnings():
-        # Class names may have letters that matplotlib's font lacks; the reader's fonts show them.
-        warnings.filterwarnings('ignore', message='Glyph')
-        _add_result(page, run)
-        _add_curves(page, run)
-        _add_evaluation(page, run)
-        _add_teacher(page, run)
+    _add_result(page, run)
+    _add_curves(page, run)
+    _add_evaluation(page, run)
+    _add_teacher(page, run)
     _add_settings(page, run)
     _add_environment(page, run)
-    page.footer(f'timm_tinyvit {__version__}')
     out = Path(out) if out else run.folder / REPORT
     page.write(out)
     return out
@@ -87,7 +81,7 @@ def _add_result(page: Page, run: TrainedRun) -> None:
     seconds = sum(value for _, value in run.column('seconds'))
     waited = sum(row['seconds'] * row['data_wait'] for row in run.rows if {'seconds', 'data_wait'} <= set(row))
     if seconds:
-        facts['training'] = f'{_duration(seconds)}, {100 * waited / seconds:.0f}% of it waiting for data'
+        facts['training'] = f'{_duration(seconds)}, {percent(waited / seconds, 0)} of it waiting for data'
     speeds = [value for _, value in run.column('images_per_second')]
     if speeds:
         facts['speed'] = f'{np.median(speeds):,.0f} images/s'
@@ -108,9 +102,9 @@ def _duration(seconds: float) -> str:
 
 def _add_curves(page: Page, run: TrainedRun) -> None:
     page.heading('Curves')
+    add_plots(page, curve_plots({run.name: run.rows}))
     if not can_plot():
-        page.paragraph("Curves and diagrams need matplotlib: pip install 'timm_tinyvit[plots]', then make this page "
-                       'again with python -m timm_tinyvit.report and the folder of the run.')
+        page.paragraph(PLOTS_MISSING)
         names = {'loss': 'loss', 'eval_top1': 'top-1', 'eval_top1_ema': 'averaged', 'lr': 'learning rate'}
         names = {name: text for name, text in names.items() if run.column(name)}
         rows = [row for row in run.rows if 'epoch' in row]
@@ -118,9 +112,6 @@ def _add_curves(page: Page, run: TrainedRun) -> None:
         page.table(['epoch', *names.values()], [
             [round(rows[place]['epoch']) + 1, *(f'{rows[place][name]:.4g}' if name in rows[place] else ''
                                                 for name in names)] for place in chosen])
-        return
-    for figure, alt in curve_figures({run.name: run}):
-        page.figure(figure, alt)
 
 
 def _add_evaluation(page: Page, run: TrainedRun) -> None:
@@ -134,12 +125,12 @@ def _add_evaluation(page: Page, run: TrainedRun) -> None:
     reliability = said.reliability()
     page.paragraph(
         f'{len(said):,} samples of {found.num_classes:,} classes, after epoch {found.epoch + 1}{run.whose}: top-1 '
-        f'{100 * said.top(1):.2f}%, mean confidence {100 * said.confidence.mean():.1f}%, expected calibration error '
-        f'{100 * reliability.error:.1f}%, mean negative log-probability of the label '
+        f'{percent(said.top(1))}, mean confidence {percent(said.confidence.mean(), 1)}, expected calibration error '
+        f'{percent(reliability.error, 1)}, mean negative log-probability of the label '
         f'{-said.label_log_probs.mean():.4f}.')
-    if can_plot():
-        page.figure(reliability_figure({f'student{run.whose}': reliability}), 'reliability diagram of the student',
-                    f'On the diagonal, a confidence of 80% is right 80% of the time. {INTERVALS}')
+    add_plots(page, reliability_plot(
+        {f'student{run.whose}': reliability},
+        caption='On the diagonal, a confidence of 80% is right 80% of the time.'))
     _add_confusion(page, found)
     right, wrong = samples_to_show(said)
     page.heading('Samples', level=3)
@@ -160,9 +151,8 @@ def _add_confusion(page: Page, found: Evaluation) -> None:
     else:
         names.append('any other')
     title = 'Confusion' if everything else f'Confusion of the {len(classes)} worst classes'
-    if can_plot():
-        page.figure(confusion_figure(counts, names), title, f'{title}: of each label, in percent')
-    else:
+    add_plots(page, confusion_plot(counts, names, title))
+    if not can_plot():
         rows = [[name, *row] for name, row in zip(names, counts.tolist())]
         page.table(['label', *names], rows, f'{title}, in samples')
     samples, accuracy = class_accuracy(said, found.num_classes)
@@ -171,14 +161,14 @@ def _add_confusion(page: Page, found: Evaluation) -> None:
         page.heading('Most frequent mistakes', level=3)
         page.table(
             ['label', 'taken for', 'samples', 'of the label'],
-            [[found.name(label), found.name(other), count, f'{100 * count / samples[label]:.1f}%']
+            [[found.name(label), found.name(other), count, percent(count / samples[label], 1)]
              for label, other, count in pairs])
     page.heading('Worst classes', level=3)
     rows = []
     for label in worst_classes(said, found.num_classes, NUM_WORST):
         others = said.best[(said.labels == label) & ~said.right]
         mostly = found.name(np.bincount(others).argmax()) if len(others) else '-'
-        rows.append([found.name(label), int(samples[label]), f'{100 * accuracy[label]:.1f}%', mostly])
+        rows.append([found.name(label), int(samples[label]), percent(accuracy[label], 1), mostly])
     page.table(['class', 'samples', 'top-1', 'mostly taken for'], rows)
 
 
@@ -219,7 +209,7 @@ def _add_teacher(page: Page, run: TrainedRun) -> None:
     page.paragraph(
         f'Both on the same {len(student):,} views of the training data, of epoch {found.epoch + 1}{stored}: the '
         f'student{whose} and the teacher agree on the most probable class of '
-        f'{100 * (student.best == teacher.best).mean():.1f}%, and the KL divergence from what '
+        f'{percent((student.best == teacher.best).mean(), 1)}, and the KL divergence from what '
         f'the store says of the teacher is {found.divergence.mean():.4f} nats in the mean, '
         f'{np.median(found.divergence):.4f} in the median.')
     student, teacher = student.labelled(), teacher.labelled()
@@ -228,14 +218,13 @@ def _add_teacher(page: Page, run: TrainedRun) -> None:
         return
     models = {f'student{whose}': student.reliability(), 'teacher': teacher.reliability()}
     page.table(['on views with a label', *models], [
-        [text, *(f'{100 * value:.1f}%' for value in values)] for text, values in (
+        [text, *(percent(value, 1) for value in values)] for text, values in (
             ('top-1', (student.top(1), teacher.top(1))),
             ('mean confidence', (student.confidence.mean(), teacher.confidence.mean())),
             ('expected calibration error', [found.error for found in models.values()]),
             ('right where the other is wrong', (_only(student, teacher), _only(teacher, student))),
         )])
-    if can_plot():
-        page.figure(reliability_figure(models), 'reliability diagram of student and teacher on stored views', INTERVALS)
+    add_plots(page, reliability_plot(models))
 
 
 def _only(one: Predictions, other: Predictions) -> float:

@@ -8,6 +8,7 @@ import getpass
 import math
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..train.predictions import Evaluation
 from ..train.record import RUN_RECORD, read_run
 from ..train.teacher_comparison import StoredViews
 
-__all__ = ['PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'shown', 'without_user']
+__all__ = ['PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'metric', 'shown', 'without_user']
 
 PREDICTIONS = 'predictions{ending}.npz'
 STORED_VIEWS = 'stored_views.npz'
@@ -94,8 +95,7 @@ class TrainedRun:
 
     def column(self, name: str) -> list[tuple[int, float]]:
         """(epoch from 1, value) of a metric, where it has a finite value."""
-        return [(round(row['epoch']) + 1, row[name]) for row in self.rows
-                if name in row and math.isfinite(row[name])]
+        return metric(self.rows, name)
 
     def best(self, name: str) -> tuple[int, float] | None:
         """The epoch, from 1, of the largest value of a metric, and it; the first of several."""
@@ -144,6 +144,11 @@ class TrainedRun:
                 words += [f'{key}={item}' for key, item in value.items()] if isinstance(value, dict) else [str(value)]
         words += ['--eval', str(self.folder / f'best{self.ending}')]
         return ' '.join(map(_quoted, map(without_user, words)))
+
+
+def metric(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[int, float]]:
+    """(epoch from 1, value) of a metric, where it has a finite value, by the rows of `read_metrics`."""
+    return [(round(row['epoch']) + 1, row[name]) for row in rows if name in row and math.isfinite(row[name])]
 
 
 def without_user(text: str) -> str:

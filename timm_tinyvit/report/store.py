@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,17 +18,18 @@ from ..base.console import progress
 from ..base.errors import InputError
 from ..base.files import write_aside
 from ..base.hub_client import is_hub_url
-from ..base.text import counted, readable_bytes
+from ..base.text import counted, decimal, percent, readable_bytes, text_table
 from ..data.dataset import SparseLogitDataset
 from ..data.sources import class_names, load_split, read_labels
 from ..data.views import Replay, ViewRecipe, check_probe
 from ..store.local import LogitStore
 from ..store.remote import HubStore, open_store_at
 from ..train.calibration import NUM_BINS
-from ..version import __version__
 from .page import Page, check_output
 from .pictures import ShownSample, choose_samples, draw_gallery, name_classes, pictures_of, show_samples
-from .plots import Plot, can_plot, plot_agreement, plot_curves, plot_histograms, plot_reliability
+from .plots import (
+    PLOTS_MISSING, add_plots, agreement_plot, can_plot, histogram_plots, reliability_plot, store_plots,
+)
 from .statistics import (
     MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, filled_shards, label_mismatch, rows_of, store_statistics,
 )
@@ -43,7 +44,6 @@ MAX_HUB_EPOCHS = 3
 NUM_GALLERY_ROWS = 5
 NUM_GALLERY_EPOCHS = 6
 NUM_CONFUSIONS = 12
-PLOTS_MISSING = "plots are left out, as matplotlib is not installed: pip install 'timm_tinyvit[plots]'"
 # Kinds of samples that are shown: heading, and what they are.
 KINDS = {
     'varied': ('Some samples', 'Images, and the views of them that the teacher saw and a student sees.'),
@@ -246,19 +246,19 @@ def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]
         views = 'mixed views, by either label,' if statistics.is_mixed else 'views'
         scored = accuracy[np.isfinite(accuracy)]
         figures['teacher accuracy'] = (
-            f'{100 * found["accuracy"]:.2f}% top-1 on the {views} of {counted(len(scored), "epoch")}, '
+            f'{percent(found["accuracy"])} top-1 on the {views} of {counted(len(scored), "epoch")}, '
             f'{scored.min():.2f} to {scored.max():.2f}')
         if found['majority_accuracy'] is not None and len(scored) > 1:
-            figures['by majority'] = f'{100 * found["majority_accuracy"]:.2f}% top-1 where the epochs vote'
-    figures['confidence'] = f'{100 * found["confidence"]:.2f}% for the top class in the mean'
+            figures['by majority'] = f'{percent(found["majority_accuracy"])} top-1 where the epochs vote'
+    figures['confidence'] = f'{percent(found["confidence"])} for the top class in the mean'
     if found['calibration_error'] is not None:
         figures['calibration'] = (
-            f'expected calibration error {100 * found["calibration_error"]:.2f}% ({NUM_BINS} bins)')
+            f'expected calibration error {percent(found["calibration_error"])} ({NUM_BINS} bins)')
     if found['label_probability'] is not None:
         both = 'both labels' if statistics.is_mixed else 'the label'
-        figures['label'] = f'{100 * found["label_probability"]:.2f}% for {both} in the mean'
+        figures['label'] = f'{percent(found["label_probability"])} for {both} in the mean'
     figures['entropy'] = f'{found["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}'
-    figures['mass covered'] = ', '.join(f'{100 * share:.2f}% by {size}' for size, share in found['mass'].items())
+    figures['mass covered'] = ', '.join(f'{percent(share)} by {size}' for size, share in found['mass'].items())
     listed = statistics.num_listed[np.isfinite(statistics.num_listed)]
     if listed.min() < listed.max():
         figures['classes kept'] = f'{listed.mean():.2f} in the mean, {listed.min():.0f} to {listed.max():.0f}'
@@ -282,14 +282,13 @@ def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
     shown = [0, *([len(sizes) // 2] if len(sizes) > 2 else []), *([len(sizes) - 1] if len(sizes) > 1 else [])]
     columns = {'epoch': statistics.epochs, 'views': [f'{views:,}' for views in statistics.num_views]}
     if statistics.has_labels:
-        columns['top-1'] = _percents(statistics.by_epoch('right'))
-        columns['both labels' if statistics.is_mixed else 'label'] = _percents(statistics.by_epoch('label_prob'))
-    columns['entropy'] = _numbers(statistics.by_epoch('entropy'), 3)
-    for place in shown:
-        columns[f'top {sizes[place]} mass'] = _percents(statistics.mass[:, place])
+        columns['top-1'] = map(percent, statistics.by_epoch('right'))
+        columns['both labels' if statistics.is_mixed else 'label'] = map(percent, statistics.by_epoch('label_prob'))
+    columns['entropy'] = [decimal(value, 3) for value in statistics.by_epoch('entropy')]
+    columns |= {f'top {sizes[place]} mass': map(percent, statistics.mass[:, place]) for place in shown}
     listed = statistics.by_epoch('num_listed')
     if len(set(listed[np.isfinite(listed)])) > 1:
-        columns['classes'] = _numbers(listed, 1)
+        columns['classes'] = [decimal(value, 1) for value in listed]
     return list(columns), [[str(cell) for cell in row] for row in zip(*columns.values())]
 
 
@@ -307,8 +306,7 @@ def text_report(store: LogitStore, statistics: StoreStatistics | None, notes: Se
     lines = [f'{name:<17}{value}' for name, value in facts.items()]
     if statistics is not None:
         header, rows = table_of(statistics)
-        widths = [max(map(len, column)) for column in zip(header, *rows)]
-        lines += ['', *('  '.join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])]
+        lines += ['', text_table([header, *rows])]
     return '\n'.join([*lines, *(['', *notes] if notes else [])])
 
 
@@ -347,13 +345,17 @@ def store_page(
     page.facts(facts)
     page.heading('The teacher')
     page.facts(figures_of(statistics, store))
-    _add_plots(page, plot_histograms, plot_reliability, statistics=statistics)
+    add_plots(page, histogram_plots(statistics))
+    reliability = statistics.reliability()
+    if reliability is not None:
+        add_plots(page, reliability_plot({'teacher': reliability}))
     page.heading('Epoch by epoch')
     page.table(*table_of(statistics))
     if len(statistics.epochs) > 1:
-        _add_plots(page, plot_curves, plot_agreement, statistics=statistics)
+        add_plots(page, store_plots(statistics))
+        add_plots(page, agreement_plot(statistics))
     if not can_plot():
-        page.paragraph(_sentence(PLOTS_MISSING))
+        page.paragraph(PLOTS_MISSING)
     measure, hint = ('mean entropy of the targets', '')
     if statistics.has_labels:
         measure, hint = ('mean probability of both labels', '') if statistics.is_mixed else (
@@ -371,22 +373,7 @@ def store_page(
             [names[label], names[taken], f'{count:,}'] for label, taken, count in confusions])
     page.heading('The manifest')
     page.details('store.json', store.manifest.to_json())
-    page.footer(f'timm_tinyvit {__version__}, python -m timm_tinyvit.report')
     return page
-
-
-def _add_plots(page: Page, *plots: Callable[[StoreStatistics], Iterable[Plot]], statistics: StoreStatistics) -> None:
-    for plot in plots if can_plot() else ():
-        for figure, alt, caption in plot(statistics):
-            page.figure(figure, alt, caption)
-
-
-def _percents(shares: np.ndarray) -> list[str]:
-    return ['-' if np.isnan(share) else f'{100 * share:.2f}%' for share in shares]
-
-
-def _numbers(values: np.ndarray, digits: int) -> list[str]:
-    return ['-' if np.isnan(value) else f'{value:.{digits}f}' for value in values]
 
 
 def _sentence(text: str) -> str:
