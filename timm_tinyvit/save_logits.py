@@ -9,8 +9,6 @@ import argparse
 import math
 from collections.abc import Container, Sequence
 
-import numpy as np
-
 from .base.console import log, result, speak
 from .base.errors import InputError, reports_input_errors
 from .base.hub_client import check_license, check_repo_id, is_hub_url
@@ -21,11 +19,9 @@ from .config.arguments import (
 )
 from .data.dataset import SparseLogitDataset
 from .data.opening import open_store
-from .data.sources import class_names, load_split
-from .data.views import Replay, ViewRecipe
+from .data.sources import load_split
 from .hub.push_store import PublishedStore, check_complete, publish_store
-from .hub.store_card import LabelledViews, data_name
-from .report.statistics import row_labels
+from .report.labels import LabelledViews, labelled_views
 from .report.store import describe_store, shards_on_disk
 from .store.local import LogitStore
 from .store.remote import open_store_at
@@ -96,18 +92,7 @@ def _open_at(args: argparse.Namespace, location: str) -> LogitStore:
 
 
 def _labelled_views(args: argparse.Namespace, store: LogitStore) -> LabelledViews | None:
-    """The data set that the flags name, as that of a store; None where they name none."""
-    if not args.dataset:
-        return None
-    dataset = load_split(args.dataset, args.train_split, is_training=True)
-    replay = Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed)
-    data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
-    origin = *data_name(args.dataset), args.train_split or 'train'
-    columns = {'image_key': args.input_key, 'label_key': args.target_key}
-    columns = {key: name for key, name in columns.items() if name}
-    if data.label_key is None:
-        return LabelledViews(*origin, data, np.full(store.manifest.num_samples, -1), None, columns)
-    return LabelledViews(*origin, data, row_labels(data), class_names(dataset, data.label_key), columns)
+    return labelled_views(store, args.dataset, args.train_split, args.input_key, args.target_key, args.key)
 
 
 def _publish(args: argparse.Namespace, store: LogitStore, epochs: range | None) -> None:
@@ -199,8 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not accelerator.is_main_process:
             return
         store = _open_at(args, args.logits)
-        data = _labelled_views(args, store)
-        result(describe_store(store) if data is None else describe_store(store, data.labels, data.class_names))
+        result(describe_store(store, _labelled_views(args, store)))
         return
     if args.push_to_hub and not args.teacher:
         if accelerator.is_main_process:

@@ -25,10 +25,9 @@ from timm_tinyvit import save_logits
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.leases import Claims
 from timm_tinyvit.data.dataset import SparseLogitDataset
-from timm_tinyvit.data.opening import open_store
-from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.hub import push_store as publish_store, store_card
-from timm_tinyvit.hub.store_card import LabelledViews
+from timm_tinyvit.hub.store_card import card_statistics
+from timm_tinyvit.report.labels import LabelledViews, data_name, labelled_views, teacher_classes
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_teacher
 
@@ -259,11 +258,8 @@ print(sorted(found['train'][0]))
 
 @pytest.fixture(scope='module')
 def views(filled_store) -> tuple[LogitStore, LabelledViews]:
-    opened, replay = open_store(str(filled_store), {})
-    rows = load_split(str(EXAMPLES), 'train[:120]', is_training=True)
-    data = SparseLogitDataset(rows, replay, opened)
-    names = rows.features['label'].names
-    return opened, LabelledViews('fashion_mnist', False, 'train[:120]', data, np.array(rows['label']), names)
+    opened = LogitStore.open(filled_store)
+    return opened, labelled_views(opened, str(EXAMPLES), 'train[:120]')
 
 
 def test_the_sample_says_what_the_teacher_says(views, teacher):
@@ -288,23 +284,24 @@ def test_a_store_alone_has_a_plain_sample_and_imagenet_its_names(views):
     table = store_card.sample_table(store, [0])
     assert table.column_names == ['epoch', 'index', 'classes', 'probabilities', 'rest'] and len(table) == 120
     manifest = replace(store.manifest, num_classes=1000, teacher={'name': 'tiny_vit_21m_224.dist_in22k_ft_in1k'})
-    assert store_card.teacher_classes(manifest)[:2] == ['tench, Tinca tinca', 'goldfish, Carassius auratus']
-    assert store_card.teacher_classes(replace(manifest, num_classes=999)) is None
-    assert store_card.teacher_classes(replace(manifest, num_classes=21841,
+    assert teacher_classes(manifest)[:2] == ['tench, Tinca tinca', 'goldfish, Carassius auratus']
+    assert teacher_classes(replace(manifest, num_classes=999)) is None
+    assert teacher_classes(replace(manifest, num_classes=21841,
                                               teacher={'name': 'clip_vit_large_patch14_224.in22k'}))[0]
 
 
 def test_a_picture_of_any_views_stays_small(views, monkeypatch):
     store, data = views
-    picture = Image.open(io.BytesIO(store_card.draw_views(store, range(4), data)))
+    statistics = card_statistics(store, range(4), data)
+    picture = Image.open(io.BytesIO(store_card.draw_views(data, statistics)))
     assert picture.format == 'PNG'
     # Noise of 256 pixels does not compress: the tiles get smaller.
-    noise = torch.randint(0, 256, (3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    samples = data.views.__getitems__([(0, 0)] * 12)
-    for sample in samples:
-        sample['view'] = noise
+    noise = torch.randint(0, 256, (4, 3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    samples = data.views.__getitems__([(0, 0)] * 4)
+    for sample, view in zip(samples, noise):
+        sample['view'] = view
     monkeypatch.setattr(SparseLogitDataset, '__getitems__', lambda self, keys: samples)
-    content = store_card.draw_views(store, [0], data)
+    content = store_card.draw_views(data, statistics)
     assert 100_000 < len(content) <= store_card.MAX_PICTURE_BYTES
 
 
@@ -349,25 +346,26 @@ def test_data_with_fewer_classes_than_the_teacher_are_named_by_themselves_and_ha
 
 def test_names_of_the_data_and_of_the_teacher_are_kept_apart(views, monkeypatch):
     store, data = views
-    manifest, captions = store.manifest, []
+    manifest, pictures = store.manifest, []
     wide = replace(manifest, num_classes=21841, teacher={'name': 'clip.in22k'})
     monkeypatch.setattr(store, 'manifest', wide)
     row = store_card.sample_table(store, [0], data).to_pylist()[0]
-    known = store_card.teacher_classes(wide)
+    known = teacher_classes(wide)
     assert row['label_name'] == data.class_names[row['label']]
     assert row['names'] == [known[index] for index in row['classes']]
-    monkeypatch.setattr(store_card, '_draw_tiles', lambda views, found, *_: captions.extend(found) or b'')
-    store_card.draw_views(store, [0], data)
-    assert all(label in data.class_names for label, _ in captions)
-    assert all(name in known and not is_label for _, bars in captions for name, _, is_label in bars)
-    captions.clear()
+    monkeypatch.setattr(store_card, 'draw_pictures', lambda rows, _: pictures.extend(sum(rows, [])) or b'')
+    store_card.draw_views(data, card_statistics(store, [0], data))
+    assert all(picture.caption.removesuffix(', epoch 0') in data.class_names for picture in pictures)
+    bars = [bar for picture in pictures for bar in picture.bars if bar.kind != 'rest']
+    assert bars and all(bar.name in known and not bar.kind for bar in bars)
+    pictures.clear()
     monkeypatch.setattr(store, 'manifest', manifest)
-    store_card.draw_views(store, [0], data)
-    # One class is most of what this teacher says, and one image at least is of a class that it lists.
-    assert any(is_label and name == label for label, bars in captions for name, _, is_label in bars)
+    store_card.draw_views(data, card_statistics(store, [0], data))
+    assert all([bar.name for bar in picture.bars if bar.kind == 'label'] == [picture.caption.removesuffix(', epoch 0')]
+               for picture in pictures)
     # A teacher of so many classes needs no tag, one of 1,000 does.
-    assert store_card.teacher_classes(replace(wide, teacher={'name': 'tiny_vit_21m_224'}))
-    assert not store_card.teacher_classes(replace(wide, num_classes=1000, teacher={'name': 'resnet18'}))
+    assert teacher_classes(replace(wide, teacher={'name': 'tiny_vit_21m_224'}))
+    assert not teacher_classes(replace(wide, num_classes=1000, teacher={'name': 'resnet18'}))
 
 
 def test_what_cannot_be_made_for_the_last_commit_shows_before_the_first_shard(views, monkeypatch, refused):
@@ -420,26 +418,28 @@ def test_what_another_push_has_brought_meanwhile_is_looked_at(views, monkeypatch
 
 def test_the_card_of_images_without_labels_speaks_of_none(views):
     store, data = views
-    sample = store_card.sample_table(store, range(4), data)
-    card = store_card.render_card(store, store.manifest, range(4), 'org/logits', 1000, sample, data, True)
-    assert ' `label` and `label_name`, the numbers' in card and 'each with its label' in card
+
+    def card(data, **changes):
+        sample, statistics = (make(store, range(4), data) for make in (store_card.sample_table, card_statistics))
+        manifest = replace(store.manifest, **changes)
+        return store_card.store_card(manifest, 'org/logits', 1000, sample, statistics, data, has_picture=True)
+
+    assert ' `label` and `label_name`, the numbers' in card(data) and 'each with its label' in card(data)
     bare = replace(data, labels=np.full(120, -1), class_names=None)
-    sample = store_card.sample_table(store, range(4), bare)
-    card = store_card.render_card(store, store.manifest, range(4), 'org/logits', 1000, sample, bare, True)
-    assert '`label`' not in card and 'Some views, each with the most probable classes.' in card
-    assert 'only the total mass is known' in card
-    whole = replace(store.manifest, k=store.manifest.num_classes)
-    card = store_card.render_card(store, whole, range(4), 'org/logits', 1000, sample, bare)
-    assert 'only the total mass' not in card and 'Nothing is left out' in card
+    assert '`label`' not in card(bare) and 'Some views, each with the most probable classes.' in card(bare)
+    assert 'only the total mass is known' in card(bare)
+    whole = card(bare, k=store.manifest.num_classes)
+    assert 'only the total mass' not in whole and 'Nothing is left out' in whole
 
 
 def test_the_picture_has_a_class_in_each_column(views, monkeypatch):
     store, data = views
     drawn = []
-    monkeypatch.setattr(store_card, '_draw_tiles', lambda views, captions, *_: drawn.append(captions) or b'')
-    store_card.draw_views(store, range(2), data)
-    labels = [label for label, _ in drawn[0]]
-    assert labels[:4] == labels[4:] and len(set(labels[:4])) == 4
+    monkeypatch.setattr(store_card, 'draw_pictures', lambda rows, _: drawn.extend(rows) or b'')
+    store_card.draw_views(data, card_statistics(store, range(2), data))
+    labels = [[picture.caption.partition(', epoch')[0] for picture in row] for row in drawn]
+    assert len(labels) == 2 and labels[0] == labels[1] and len(set(labels[0])) == 4
+    assert [picture.caption.partition(', ')[2] for row in drawn for picture in row] == ['epoch 0'] * 4 + ['epoch 1'] * 4
 
 
 def test_no_path_of_a_teacher_is_published(store, tmp_path, monkeypatch):
@@ -504,24 +504,23 @@ def test_a_data_set_is_called_without_the_path_to_it(tmp_path, monkeypatch):
     (tmp_path / 'images').mkdir()
     monkeypatch.setenv('HOME', str(tmp_path))
     for name in (str(tmp_path / 'images'), '~/images', f'{tmp_path}/images/'):
-        assert store_card.data_name(name) == ('images', False)
-    assert store_card.data_name('hfds/org/images') == store_card.data_name('org/images') == ('org/images', True)
+        assert data_name(name) == ('images', False)
+    assert data_name('hfds/org/images') == data_name('org/images') == ('org/images', True)
 
 
-def card_of(views, monkeypatch, data_changes=None, **changes):
-    """The card of a store whose manifest says something else, without the figures that are read from its shards."""
+def card_of(views, data_changes=None, **changes):
+    """The card of a store whose manifest says something else."""
     store, data = views
-    monkeypatch.setattr(store_card, '_statistics', lambda *_: ('', {}))
     manifest = replace(store.manifest, **changes)
-    table = store_card.sample_table(store, [0])
     data = replace(data, **data_changes) if data_changes else None
-    return DatasetCard(store_card.render_card(store, manifest, range(4), 'org/logits', 1000, table, data))
+    table, statistics = store_card.sample_table(store, [0]), card_statistics(store, [0])
+    return DatasetCard(store_card.store_card(manifest, 'org/logits', 1000, table, statistics, data))
 
 
-def test_a_card_of_a_store_names_data_teacher_and_kind(views, monkeypatch):
+def test_a_card_of_a_store_names_data_teacher_and_kind(views):
     teacher = {**views[0].manifest.teacher, 'name': 'resnet18.a1_in1k'}
-    card = card_of(views, monkeypatch, dict(name='org/images', on_hub=True), teacher=teacher)
-    assert '[`resnet18.a1_in1k`](https://huggingface.co/timm/resnet18.a1_in1k)' in card.text
+    card = card_of(views, dict(name='org/images', on_hub=True), teacher=teacher)
+    assert '[resnet18.a1_in1k](https://huggingface.co/timm/resnet18.a1_in1k)' in card.text
     assert card.data.get('source_datasets') == ['org/images']
     assert card.text.count("--dataset org/images --train-split 'train[:120]' --model tiny_vit_21m_224 \\\n") == 2
     assert card.text.count('    --epochs 4 --logits ') == 2
@@ -529,13 +528,13 @@ def test_a_card_of_a_store_names_data_teacher_and_kind(views, monkeypatch):
     assert '\n## The sample\n\n`sample.parquet`' in card.text
     assert 'mixed in pairs' not in card.text
     # In a folder: another name serves.
-    card = card_of(views, monkeypatch, dict(split='train'))
+    card = card_of(views, dict(split='train'))
     assert card.data.get('source_datasets') is None and '--dataset DATA --model' in card.text
     assert "load_split('DATA', 'train', is_training=True)" in card.text
     # Nothing is asked of who has no data at hand.
-    assert '--dataset DATA --model' in card_of(views, monkeypatch).text
+    assert '--dataset DATA --model' in card_of(views).text
 
 
-def test_a_card_of_a_store_says_what_is_special_in_it(views, monkeypatch):
+def test_a_card_of_a_store_says_that_views_are_mixed(views):
     recipe = {**views[0].manifest.recipe, 'mixup': 0.8}
-    assert 'Views are mixed in pairs' in card_of(views, monkeypatch, recipe=recipe).text
+    assert 'Views are mixed in pairs' in card_of(views, recipe=recipe).text

@@ -1,5 +1,6 @@
 """Reports on stores: the figures against a dense computation in numpy, and the pages read back."""
 
+import io
 import json
 import math
 import re
@@ -23,11 +24,10 @@ from timm_tinyvit.data.pairing import Pairing
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.report import __main__ as report
 from timm_tinyvit.report import plots
-from timm_tinyvit.report.page import Bar
-from timm_tinyvit.report.pictures import (
-    ShownSample, ShownView, choose_samples, draw_gallery, name_classes, show_samples,
-)
-from timm_tinyvit.report.statistics import filled_shards, label_mismatch, rows_of, store_statistics
+from timm_tinyvit.report.page import Bar, Picture
+from timm_tinyvit.report.labels import label_mismatch, labelled_views, teacher_classes
+from timm_tinyvit.report.pictures import choose_samples, draw_pictures, show_samples
+from timm_tinyvit.report.statistics import filled_shards, store_statistics
 from timm_tinyvit.report.store import figures_of, plain_report, store_facts, store_page, text_report
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.targets.codecs import create_codec
@@ -254,9 +254,9 @@ def test_notes_say_what_a_sample_was_chosen_for(filled_store, labels, monkeypatc
     """Of 120 samples 40 are compared between epochs."""
     monkeypatch.setattr('timm_tinyvit.report.statistics.KEPT_ENTRIES', 4 * 3 * 40)
     data = open_data(filled_store)
-    statistics = store_statistics(data.store, labels if has_labels else None)
+    statistics = store_statistics(data.views.store, labels if has_labels else None)
     statistics = replace(statistics, disagreement=np.random.default_rng(0).permutation(40) / 10)
-    shown = show_samples(data, statistics, choose_samples(statistics), rows_of(data), name_classes(data, 10), 1)
+    shown = show_samples(data, statistics, choose_samples(statistics), data.class_names, 1)
     most = np.argsort(-statistics.disagreement)[:4]
     assert [sample.name for sample in shown['disputed']] == [f'sample {row}' for row in statistics.compared[most]]
     assert [sample.note for sample in shown['disputed']] == ['3.90 nats', '3.80 nats', '3.70 nats', '3.60 nats']
@@ -374,7 +374,7 @@ def test_the_page_shows_the_replayed_views_with_what_the_teacher_said(filled_sto
                     'The most disputed samples', 'The most frequent mistakes', 'store.json'):
         assert heading in page.text
     data, store = open_data(filled_store), LogitStore.open(filled_store)
-    names = name_classes(data, 10)
+    names = teacher_classes(store.manifest, data)
     assert names[0] == 'T-shirt/top'
     views = [image for image in page.all('img') if 'epoch' in image['alt']]
     assert len(views) == 20 * 4
@@ -382,7 +382,7 @@ def test_the_page_shows_the_replayed_views_with_what_the_teacher_said(filled_sto
         # "sample 17, view of epoch 2"
         words = image['alt'].replace(',', '').split()
         position, epoch = int(words[1]), int(words[-1])
-        assert np.array_equal(pixels_of(image['src']), data[epoch, position]['view'].numpy())
+        assert np.array_equal(pixels_of(image['src']), data.views[epoch, position]['view'].numpy())
     # The name stands in the list of contents, too.
     first = page.text.split('The easiest samples')[2]
     position = int(first.partition('sample ')[2].partition(',')[0])
@@ -393,14 +393,15 @@ def test_the_page_shows_the_replayed_views_with_what_the_teacher_said(filled_sto
 
 def test_bars_are_the_stored_targets_of_the_view(filled_store, labels):
     data, store = open_data(filled_store), LogitStore.open(filled_store)
-    names = name_classes(data, 10)
+    names = teacher_classes(store.manifest, data)
     statistics = store_statistics(store, labels)
-    shown = show_samples(data, statistics, {'varied': np.array([7, 90, 31])}, rows_of(data), names, 3)['varied']
+    shown = show_samples(data, statistics, {'varied': np.array([7, 90, 31])}, names, 3)['varied']
     assert [sample.name for sample in shown] == ['sample 7', 'sample 90', 'sample 31']
     for sample, position in zip(shown, (7, 90, 31)):
-        assert sample.label == names[labels[position]] and [view.epoch for view in sample.views] == [0, 1, 2]
-        for view in sample.views:
-            targets = store.codec.decode(torch.from_numpy(store.read(view.epoch, [position])))
+        assert sample.label == names[labels[position]]
+        assert [view.caption for view in sample.pictures] == [sample.label, 'epoch 0', 'epoch 1', 'epoch 2']
+        for epoch, view in enumerate(sample.pictures[1:]):
+            targets = store.codec.decode(torch.from_numpy(store.read(epoch, [position])))
             expected = {names[number]: share for number, share in zip(
                 targets.ids[0].tolist(), targets.log_probs[0].exp().tolist())}
             expected.setdefault(names[labels[position]], math.exp(targets.log_rest[0]) / 7)
@@ -411,42 +412,36 @@ def test_bars_are_the_stored_targets_of_the_view(filled_store, labels):
 
 
 def open_data(path, split=SPLIT):
-    store, replay = open_store(str(path), {})
-    return SparseLogitDataset(load_split(str(EXAMPLES), split, True), replay, store)
+    return labelled_views(LogitStore.open(path), str(EXAMPLES), split)
 
 
 def test_the_gallery_is_a_picture_of_views(filled_store, tmp_path):
     run(filled_store, *DATA, '--gallery', tmp_path / 'gallery.png')
     picture = Image.open(tmp_path / 'gallery.png').convert('RGB')
     # Five samples in four epochs, and the images.
-    assert picture.size == (8 + 5 * 128, 26 + 5 * 146)
+    assert picture.width == 10 + 5 * 154 and picture.height > 10 + 5 * (144 + 18 * 4 + 10)
     data, statistics = open_data(filled_store), store_statistics(LogitStore.open(filled_store))
     labels = np.array(load_split(str(EXAMPLES), SPLIT, True)['label'])
     position = choose_samples(store_statistics(LogitStore.open(filled_store), labels))['varied'][0]
-    view = data[statistics.epochs[2], int(position)]['view'].numpy()
-    cell = picture.crop((8 + 3 * 128, 26, 8 + 3 * 128 + 120, 26 + 120)).resize((32, 32), Image.Resampling.NEAREST)
+    view = data.views[statistics.epochs[2], int(position)]['view'].numpy()
+    cell = picture.crop((10 + 3 * 154, 10, 3 * 154 + 154, 154)).resize((32, 32), Image.Resampling.NEAREST)
     assert np.array_equal(np.asarray(cell).transpose(2, 0, 1), view)
 
 
-def test_the_gallery_tells_hits_from_mistakes_and_keeps_the_columns_of_epochs():
-    bars = [Bar('a', 0.2, 'label'), Bar('b', 0.3), Bar('all others', 0.5, 'rest')]
-    hit = [Bar('a', 1., 'label')]
-    image = np.zeros((3, 8, 8), dtype=np.uint8)
-    views = [ShownView(epoch, torch.full((3, 8, 8), 10 * epoch, dtype=torch.uint8), hit if epoch == 7 else bars)
-             for epoch in (3, 5, 7)]
-    picture = draw_gallery([
-        ShownSample('sample 1', 'a', '', image, views), ShownSample('sample 2', 'a', '', image, views[1:]),
-        ShownSample('sample 3', '', '', image, views[:1])])
-    for row, (color, epochs) in enumerate((('#f8d7b0', (3, 5, 7)), ('#f8d7b0', (5, 7)), ('#c9def5', (3,)))):
-        for column, epoch in enumerate((3, 5, 7)):
-            left, top = 8 + (1 + column) * 128, 26 + row * 146
-            expected = (10 * epoch,) * 3 if epoch in epochs else (255,) * 3
-            assert picture.getpixel((left + 60, top + 60)) == expected
-            if epoch in epochs:
-                # The line beneath is filled as far as the class is probable, green for the label.
-                filled, end = (ImageColor.getrgb('#bfe5c3'), 119) if epoch == 7 else (ImageColor.getrgb(color), 36)
-                line = [picture.getpixel((left + x, top + 122)) for x in range(120)]
-                assert line[:end + 1] == [filled] * (end + 1) and filled not in line[end + 1:]
+def test_bars_are_filled_as_far_as_a_class_is_probable_and_green_for_the_label():
+    views = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (30, 50, 255)]
+    bars = [Bar('', 0.2), Bar('', 1., 'label'), Bar('', 0.5, 'rest')]
+    rows = [[Picture(views[0], bars=bars[:2]), Picture(views[1], bars=bars)], [Picture(views[2])]]
+    picture = Image.open(io.BytesIO(draw_pictures(rows)))
+    assert picture.size == (10 + 2 * 154, 10 + (144 + 18 * 4 + 10) + (144 + 18 + 10))
+    for (left, top), value in {(10, 10): 30, (164, 10): 50, (10, 236): 255}.items():
+        assert picture.getpixel((left + 72, top + 72)) == (value,) * 3
+        # White on white it would have no edge.
+        assert picture.getpixel((left, top + 72)) == picture.getpixel((left + 143, top + 72)) == (217, 221, 225)
+    for number, (color, end) in enumerate((('#c9def5', 29), ('#bfe5c3', 143), ('#d9dde1', 72))):
+        line = [picture.getpixel((164 + x, 10 + 144 + 18 * (1 + number) + 3)) for x in range(144)]
+        filled = ImageColor.getrgb(color)
+        assert line[:end + 1] == [filled] * (end + 1) and filled not in line[end + 1:]
 
 
 def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
@@ -460,9 +455,8 @@ def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
     assert 'samples compared, with other partners in each epoch' in text
     assert re.search('top-1 +both labels +entropy', text)
     page = check_self_contained((tmp_path / 'page.html').read_text())
-    store, replay = open_store(str(tmp_path / 'mixed'), {})
-    data = SparseLogitDataset(load_split(str(EXAMPLES), 'train[:20]', True), replay, store)
-    names = name_classes(data, 10)
+    data = open_data(tmp_path / 'mixed', 'train[:20]')
+    names, data = data.class_names, data.views
     words = page.all('img')[1]['alt'].replace(',', '').split()
     sample = data[int(words[-1]), int(words[1])]
     share = round(100 * sample['lam'])
@@ -573,10 +567,17 @@ def test_labels_are_compared_with_the_classes_of_the_teacher(labels, names, expe
     assert found == (expected and f'the labels are {expected} classes, those of the teacher 7')
 
 
-def test_classes_without_names_are_numbers_and_1000_are_those_of_imagenet(filled_store):
-    # Nor have a teacher's classes the names of labels that are not as many.
-    assert name_classes(open_data(filled_store), 7)[6] == 'class 6'
-    assert name_classes(None, 7)[6] == 'class 6' and name_classes(None, 1000)[340] == 'zebra'
+def test_classes_are_named_by_the_labels_or_by_the_imagenet_of_the_teacher(filled_store, make_store):
+    manifest = LogitStore.open(filled_store).manifest
+    assert teacher_classes(manifest, open_data(filled_store))[9] == 'Ankle boot'
+    assert teacher_classes(manifest) is None
+    wide = replace(manifest, num_classes=1000, teacher={'name': 'tiny_vit_21m_224.dist_in22k_ft_in1k'})
+    assert teacher_classes(wide)[340] == 'zebra'
+    # Another teacher may have 1,000 classes too; and none has the names of labels that are not as many.
+    assert teacher_classes(replace(wide, teacher={'name': 'mine'})) is None
+    data = open_data(filled_store)
+    data.views.store.manifest = wide
+    assert data.mismatch and teacher_classes(wide, data)[340] == 'zebra' and data.label_names[9] == 'Ankle boot'
 
 
 def test_another_machine_shows_no_views_and_says_so(filled_store, tmp_path, capsys):

@@ -19,10 +19,11 @@ import jinja2
 import timm
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
+from ..base.text import counted, readable_bytes
 from ..train.metrics import read_metrics
 from ..train.record import read_run
 
@@ -205,26 +206,26 @@ def evaluation_command(repo: str, dataset: str, split: str, *flags: str) -> str:
     return f'python -m train_distill --eval --pretrained --model hf-hub:{repo} \\\n    {data}'
 
 
-def render_card(template: str, data: ModelCardData, **facts: Any) -> ModelCard:
-    """A card from a template of this package.
+def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
+    """A card, of a model or of a store, from a template of this package.
 
     Args:
         template: Name of the file in `cards/`.
-        data: Its metadata.
+        metadata: Of the Hub.
         facts: What the template asks for.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('timm_tinyvit.hub', 'cards'), trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined)
     environment.filters.update(
-        code=lambda text: f'`{text}`', data_link=_data_link, data_flag=_data_flag, listed=_listed,
-        model_link=_model_link, number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate,
-        standard_error=_standard_error, store_link=_store_link,
-        store_name=_store_name, teacher_link=_teacher_link)
+        bytes=readable_bytes, code=lambda text: f'`{text}`', counted=counted, data_flag=_data_flag,
+        data_link=_data_link, link=_link, listed=_listed, model_link=_model_link, number=lambda value: f'{value:,}',
+        percent=lambda value: f'{value:.2f}%', rate=_rate, standard_error=_standard_error, store_link=_store_link,
+        store_name=_store_name)
     text = environment.get_template(template).render(
-        card_data=data.to_yaml(), license=data.license_name or data.license, **facts)
+        card_data=metadata.to_yaml(), license=metadata.get('license_name') or metadata.get('license'), **facts)
     # What is left out leaves blank lines.
-    return ModelCard(re.sub(r'\n{3,}', '\n\n', text).strip() + '\n')
+    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
 def run_card(
@@ -270,7 +271,7 @@ def run_card(
         datasets=_hub_datasets(record) or None,
         base_model=base['name'] if base and base['on_hub'] else None,
         **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
-    return render_card(
+    return ModelCard(render_card(
         'run_card.md', data, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
         weights=shown, with_top5=with_top5, with_average=any(item.is_average for item in shown), train=train, val=val,
         stores=stores,
@@ -287,7 +288,7 @@ def run_card(
         picture=PICTURE if (run / PICTURE).is_file() else '', num_rows=len(rows),
         training_rate=_rate(median(row['images_per_second'] for row in rows)),
         waiting=median(row['data_wait'] for row in rows), speed=speed,
-        citation=CITATION if stores or model.architecture.startswith('tiny_vit') else '')
+        citation=CITATION if stores or model.architecture.startswith('tiny_vit') else ''))
 
 
 def recipe_yaml(record: dict[str, Any]) -> str:
@@ -412,8 +413,9 @@ def _crop_words(data: dict[str, Any]) -> str:
     return words if data['crop_mode'] != 'center' and scaled == size else f'{words}, then the middle {height}x{width}'
 
 
-def _link(name: str, path: str) -> str:
-    return f'[{name}]({HUB}/{path})'
+def _link(name: str, path: str | None) -> str:
+    """A link to what the Hub has at this path; the name alone where that is not known."""
+    return f'[{name.removeprefix("hf-hub:")}]({HUB}/{path})' if path else f'`{name}`'
 
 
 def _data_link(data: dict[str, Any]) -> str:
@@ -429,13 +431,9 @@ def _model_link(base: dict[str, Any]) -> str:
     return _link(base['name'], base['name']) if base['on_hub'] else f'the weights `{base["name"]}`'
 
 
-def _teacher_link(store: dict[str, Any]) -> str:
-    name, repo = store['teacher']['name'].removeprefix('hf-hub:'), store['teacher_repo']
-    return _link(name, repo) if repo else f'`{name}`'
-
-
 def _teacher_words(store: dict[str, Any]) -> str:
-    return _teacher_link(store) if store['teacher_repo'] else f'a teacher called {_teacher_link(store)}'
+    link = _link(store['teacher']['name'], store['teacher_repo'])
+    return link if store['teacher_repo'] else f'a teacher called {link}'
 
 
 def _store_name(store: dict[str, Any]) -> str:

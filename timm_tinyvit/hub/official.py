@@ -116,14 +116,14 @@ def converted_card(folder: Path, source: str, checkpoint: OfficialCheckpoint | N
         datasets=data_sets or None, base_model=_base_model(checkpoint),
         **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
     tuned = next((item for item in OFFICIAL_CHECKPOINTS if checkpoint and item.base == checkpoint.tag), None)
-    return render_card(
+    return ModelCard(render_card(
         'converted_card.md', data, title=title, repo=repo, model=model, notes='', source=source, url=SOURCE,
         checkpoint=checkpoint, tuned=tuned, is_student=is_student,
         # Of timm's tags only that of 512 pixels squashes as the official evaluation does, and the teacher has none.
         other_crop=checkpoint is not None and checkpoint.tag != TEACHER and model.size[0] < 512,
         evaluation=evaluation_command(repo, IMAGENET_1K, 'validation'), citation=CITATION,
         speed=SPEED.get(model.architecture) if checkpoint else None,
-        published_speed=PUBLISHED_SPEED.get(model.architecture) if checkpoint else None)
+        published_speed=PUBLISHED_SPEED.get(model.architecture) if checkpoint else None))
 
 
 def _base_model(checkpoint: OfficialCheckpoint | None) -> str | None:

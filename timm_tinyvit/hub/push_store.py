@@ -22,14 +22,15 @@ from ..base.hub_client import create_repo, push_files, retried
 from ..base.leases import Claims
 from ..base.text import counted, readable_bytes
 from ..models.names import public_name
+from ..report.labels import LabelledViews
 from ..store.cache import SHARD_PATH, HubCommit
 from ..store.keys import FILE_NAME
 from ..store.local import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
 from ..store.manifest import Manifest
 from ..train.record import PUBLISHED, mark_published
-from .model_card import has_text
+from .model_card import CARD, has_text
 from .store_card import (
-    CARD, PICTURE, SAMPLE, LabelledViews, draw_views, parquet_bytes, render_card, sample_table, with_license,
+    PICTURE, SAMPLE, card_statistics, draw_views, parquet_bytes, sample_table, store_card, with_license,
 )
 
 __all__ = ['PublishedStore', 'check_complete', 'publish_store']
@@ -270,14 +271,14 @@ def _last_files(
         files[FILE_NAME] = store.path / FILE_NAME
     # Without the data, what was published with them is not replaced by less.
     if data is not None or published.manifest != manifest or CARD not in published.files:
-        sample = sample_table(store, epochs, data)
+        sample, statistics = sample_table(store, epochs, data), card_statistics(store, epochs, data)
         files[SAMPLE] = parquet_bytes(sample)
         if data is not None:
-            files[PICTURE] = draw_views(store, epochs, data)
+            files[PICTURE] = draw_views(data, statistics)
         else:
             log('the card has no accuracy and no new picture: give --dataset for them')
-        files[CARD] = render_card(
-            store, manifest, epochs, published.repo_id, size, sample, data,
+        files[CARD] = store_card(
+            manifest, published.repo_id, size, sample, statistics, data,
             PICTURE in files or PICTURE in published.files, published.card, licence).encode()
     elif licence:
         files[CARD] = with_license(published.card, licence).encode()

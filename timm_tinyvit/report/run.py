@@ -13,7 +13,8 @@ from ..base.text import counted, percent
 from ..train.predictions import (
     Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
 )
-from .page import Bar, Page, Picture
+from .page import Page, Picture
+from .pictures import probability_bars
 from .plots import PLOTS_MISSING, add_plots, can_plot, confusion_plot, curve_plots, reliability_plot
 from .run_folder import WHOSE, TrainedRun, shown, without_user
 
@@ -23,7 +24,6 @@ REPORT = 'report.html'
 # Up to so many classes the confusion matrix has all of them.
 MAX_MATRIX = 20
 NUM_WORST = 10
-NUM_BARS = 3
 
 
 def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -172,24 +172,17 @@ def _add_confusion(page: Page, found: Evaluation) -> None:
     page.table(['class', 'samples', 'top-1', 'mostly taken for'], rows)
 
 
-def _pictures(found: Evaluation, samples: np.ndarray) -> list[Picture]:
+def _pictures(evaluation: Evaluation, samples: np.ndarray) -> list[Picture]:
     """Pictures of samples with the student's best classes; of those whose view was kept."""
-    said = found.predictions
-    places = {int(sample): place for place, sample in enumerate(found.shown)}
-    pictures = []
-    for sample in samples.tolist():
-        label, rest, bars = int(said.labels[sample]), 1., []
-        for other, share in zip(said.ids[sample, :NUM_BARS].tolist(), said.probs[sample, :NUM_BARS].tolist()):
-            bars.append(Bar(found.name(other), share, 'label' if other == label else ''))
-            rest -= share
-        if label not in said.ids[sample, :NUM_BARS]:
-            share = float(np.exp(said.label_log_probs[sample]))
-            bars.append(Bar(found.name(label), share, 'label'))
-            rest -= share
-        if len(bars) < found.num_classes:
-            bars.append(Bar('all others', max(0., rest), 'rest'))
-        if sample in places:
-            pictures.append(Picture(found.views[places[sample]], f'{found.name(label)} #{sample}', bars))
+    said, pictures = evaluation.predictions, []
+    names = [evaluation.name(number) for number in range(evaluation.num_classes)]
+    places = {int(sample): place for place, sample in enumerate(evaluation.shown)}
+    for sample in filter(places.__contains__, samples.tolist()):
+        label = int(said.labels[sample])
+        bars = probability_bars(
+            zip(said.ids[sample].tolist(), said.probs[sample].tolist()),
+            {label: float(np.exp(said.label_log_probs[sample]))}, names)
+        pictures.append(Picture(evaluation.views[places[sample]], f'{names[label]} #{sample}', bars))
     return pictures
 
 

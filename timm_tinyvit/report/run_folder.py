@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-
 from ..base.errors import InputError
 from ..train.metrics import read_metrics
 from ..train.predictions import Evaluation

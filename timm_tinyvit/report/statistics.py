@@ -13,18 +13,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ..data.dataset import SparseLogitDataset, read_records
-from ..data.fingerprint import iterate_keys
+from ..data.dataset import read_records
 from ..data.pairing import Pairing
-from ..data.sources import read_labels
 from ..data.views import ViewRecipe
 from ..store.local import LogitStore
 from ..targets.sparse import SparseTargets
 from ..train.calibration import Reliability, calibration
 
 __all__ = [
-    'StoreStatistics', 'disagreement', 'filled_shards', 'label_mismatch', 'label_probability', 'row_labels', 'rows_of',
-    'store_statistics',
+    'StoreStatistics', 'disagreement', 'evenly', 'filled_shards', 'label_probability', 'store_statistics',
 ]
 
 MAX_SAMPLES = 100_000
@@ -173,27 +170,6 @@ def filled_shards(store: LogitStore, epochs: Sequence[int]) -> dict[int, np.ndar
     return {epoch: shards for epoch, shards in there.items() if len(shards)}
 
 
-def rows_of(data: SparseLogitDataset) -> np.ndarray:
-    """The row in its store of each sample of a data set, int64 [len(data)]."""
-    if data.keys is None:
-        return np.arange(len(data))
-    return data.keys.find(np.concatenate([hashes for hashes, _ in iterate_keys(data.dataset, data.key)]))
-
-
-def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes: int) -> str | None:
-    """Why labels are not the classes of a teacher, in words; None where they can be.
-
-    Args:
-        labels: The labels, int64 [N]; -1 where there is none.
-        names: Names of their classes, where they are known.
-        num_classes: Classes of the teacher.
-    """
-    num_labels = len(names) if names else int(labels.max(initial=-1)) + 1
-    if num_labels > num_classes or (names and num_labels != num_classes):
-        return f'the labels are {num_labels:,} classes, those of the teacher {num_classes:,}'
-    return None
-
-
 def store_statistics(
         store: LogitStore,
         labels: np.ndarray | None = None,
@@ -224,7 +200,7 @@ def store_statistics(
     there = filled_shards(store, manifest.stored_epochs if epochs is None else epochs)
     if not there:
         return None
-    chosen = [list(there)[place] for place in _evenly(len(there), max_epochs)]
+    chosen = [list(there)[place] for place in evenly(len(there), max_epochs)]
     shards = np.unique(np.concatenate([there[epoch] for epoch in chosen]))
     rows = _sample_rows(store, shards, rows, max_samples)
     if not len(rows):
@@ -237,7 +213,7 @@ def store_statistics(
     top = np.full(shape, -1)
     confidence, entropy, num_listed, label_prob, right = (np.full(shape, np.nan, dtype=np.float32) for _ in range(5))
     mass = np.full((len(chosen), len(sizes)), np.nan)
-    compared = _evenly(len(rows), KEPT_ENTRIES // (len(chosen) * k)) if len(chosen) > 1 else np.arange(0)
+    compared = evenly(len(rows), KEPT_ENTRIES // (len(chosen) * k)) if len(chosen) > 1 else np.arange(0)
     kept_ids = np.full((len(chosen), len(compared), k), -1, dtype=np.int32)
     kept_probs = np.zeros(kept_ids.shape, dtype=np.float32)
     kept_shares = np.full(kept_ids.shape[:2], np.nan, dtype=np.float32)
@@ -353,14 +329,14 @@ def _sample_rows(store: LogitStore, shards: np.ndarray, rows: np.ndarray | None,
     size = store.manifest.shard_size
     if rows is not None:
         rows = rows[np.isin(rows // size, shards)]
-        return rows[_evenly(len(rows), count)]
+        return rows[evenly(len(rows), count)]
     ends = np.cumsum([store.manifest.shard_rows(shard) for shard in shards.tolist()])
-    places = _evenly(int(ends[-1]), count)
+    places = evenly(int(ends[-1]), count)
     which = np.searchsorted(ends, places, side='right')
     return shards[which] * size + places - np.concatenate([[0], ends])[which]
 
 
-def _evenly(total: int, count: int) -> np.ndarray:
+def evenly(total: int, count: int) -> np.ndarray:
     """Up to so many numbers, int64 in ascending order and at least one, evenly spaced from 0 to below the total."""
     return np.linspace(0, total - 1, max(1, min(count, total))).astype(np.int64) if total else np.arange(0)
 
@@ -378,13 +354,3 @@ def _mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
 
 def _plain(value: np.ndarray) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def row_labels(data: SparseLogitDataset) -> np.ndarray:
-    """Labels of the rows of a store, int64 [num_samples]; -1 where the data set has no label, or no such sample."""
-    labels = read_labels(data.dataset, data.label_key)
-    if data.keys is None:
-        return labels
-    found = np.full(data.store.manifest.num_samples, -1)
-    found[rows_of(data)] = labels
-    return found

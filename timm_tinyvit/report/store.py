@@ -4,7 +4,6 @@ The page goes without pictures where the data set is not at hand or this machine
 where matplotlib is not installed; it says so.
 """
 
-import io
 import json
 import math
 from dataclasses import asdict
@@ -19,20 +18,17 @@ from ..base.errors import InputError
 from ..base.files import write_aside
 from ..base.hub_client import is_hub_url
 from ..base.text import counted, decimal, percent, readable_bytes, text_table
-from ..data.dataset import SparseLogitDataset
-from ..data.sources import class_names, load_split, read_labels
-from ..data.views import Replay, ViewRecipe, check_probe
+from ..data.views import check_probe
 from ..store.local import LogitStore
 from ..store.remote import HubStore, open_store_at
 from ..train.calibration import NUM_BINS
+from .labels import LabelledViews, labelled_views, teacher_classes
 from .page import Page, check_output
-from .pictures import ShownSample, choose_samples, draw_gallery, name_classes, pictures_of, show_samples
+from .pictures import ShownSample, choose_samples, draw_pictures, show_samples
 from .plots import (
     PLOTS_MISSING, add_plots, agreement_plot, can_plot, histogram_plots, reliability_plot, store_plots,
 )
-from .statistics import (
-    MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, filled_shards, label_mismatch, rows_of, store_statistics,
-)
+from .statistics import MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, filled_shards, store_statistics
 
 __all__ = [
     'describe_store', 'figures_of', 'plain_report', 'report_store', 'shards_on_disk', 'store_facts', 'store_page',
@@ -96,20 +92,17 @@ def report_store(
     if not set(epochs) <= set(stored):
         raise InputError(f'the store {store.path} is meant to hold epochs {stored.start}:{stored.stop}, but '
                          f'{epochs.start}:{epochs.stop} are asked for; mend --epochs')
-    data, rows, labels, notes = None, None, None, []
-    if dataset:
-        data = SparseLogitDataset(
-            load_split(dataset, train_split, is_training=True),
-            Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed), store, input_key, target_key, key)
-        rows = rows_of(data)
-        labels = teacher_labels(data, rows, notes)
-    else:
+    data, notes = labelled_views(store, dataset, train_split, input_key, target_key, key), []
+    if data is None:
         notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
+    elif data.teacher_labels is None:
+        notes.append(f'teacher accuracy unknown: {data.mismatch or "the data set has no labels"}')
     max_samples = max_samples or MAX_SAMPLES
-    num_samples = min(max_samples, store.manifest.num_samples if rows is None else len(rows))
+    num_samples = min(max_samples, store.manifest.num_samples if data is None else len(data.rows))
     with progress(total=num_samples * min(max_epochs, len(epochs)), desc='report', unit='view', leave=False) as bar:
         statistics = store_statistics(
-            store, labels, None if rows is None else np.sort(rows), epochs, max_samples, max_epochs, bar.update)
+            store, data and data.teacher_labels, data and np.sort(data.rows), epochs, max_samples, max_epochs,
+            bar.update)
     if statistics is None:
         notes.append('none of it is filled yet')
     text = (json.dumps(plain_report(store, statistics, notes), indent=2) if as_json else
@@ -118,66 +111,24 @@ def report_store(
         return text
     if statistics is None:
         raise InputError(f'the store {store.path} holds nothing to show yet; fill it first')
-    names = name_classes(data, store.manifest.num_classes)
+    names = teacher_classes(store.manifest, data) or [f'class {number}' for number in range(store.manifest.num_classes)]
     if gallery:
-        write_gallery(gallery, data, statistics, rows, names)
+        if data is None:
+            raise InputError('--gallery shows views, which are made from the images; give --dataset')
+        check_probe(data.views.replay, store.manifest.probe, store.manifest.versions)
+        chosen = {'varied': choose_samples(statistics)['varied'][:NUM_GALLERY_ROWS]}
+        samples = show_samples(data, statistics, chosen, names, NUM_GALLERY_EPOCHS)['varied']
+        write_aside(Path(gallery), draw_pictures([sample.pictures for sample in samples]))
     if html:
-        write_page(html, store, data, statistics, rows, names, notes)
+        shown = {}
+        if data is not None:
+            try:
+                check_probe(data.views.replay, store.manifest.probe, store.manifest.versions)
+                shown = show_samples(data, statistics, choose_samples(statistics), names)
+            except InputError as error:
+                notes.append(f'there are no pictures: {error}')
+        store_page(store, statistics, names, shown, notes).write(html)
     return text
-
-
-def teacher_labels(data: SparseLogitDataset, rows: np.ndarray, notes: list[str]) -> np.ndarray | None:
-    """Labels of the rows of a store, int64 [num_samples], where they are classes of its teacher; or a note why not."""
-    if data.label_key is None:
-        notes.append('teacher accuracy unknown: the data set has no labels')
-        return None
-    found = read_labels(data.dataset, data.label_key)
-    mismatch = label_mismatch(found, class_names(data.dataset, data.label_key), data.store.manifest.num_classes)
-    if mismatch:
-        notes.append(f'teacher accuracy unknown: {mismatch}')
-        return None
-    labels = np.full(data.store.manifest.num_samples, -1)
-    labels[rows] = found
-    return labels
-
-
-def write_gallery(
-        path: str | Path,
-        data: SparseLogitDataset | None,
-        statistics: StoreStatistics,
-        rows: np.ndarray,
-        names: Sequence[str],
-) -> None:
-    """Write a picture of some samples under several epochs side by side."""
-    if data is None:
-        raise InputError('--gallery shows views, which are made from the images; give --dataset')
-    manifest = data.store.manifest
-    check_probe(data.replay, manifest.probe, manifest.versions)
-    chosen = {'varied': choose_samples(statistics)['varied'][:NUM_GALLERY_ROWS]}
-    samples = show_samples(data, statistics, chosen, rows, names, NUM_GALLERY_EPOCHS)['varied']
-    buffer = io.BytesIO()
-    draw_gallery(samples).save(buffer, 'png', optimize=True)
-    write_aside(Path(path), buffer.getbuffer())
-
-
-def write_page(
-        path: str | Path,
-        store: LogitStore,
-        data: SparseLogitDataset | None,
-        statistics: StoreStatistics,
-        rows: np.ndarray | None,
-        names: Sequence[str],
-        notes: list[str],
-) -> None:
-    """Write the page on a store; without pictures where there is no data set or this machine makes other views."""
-    shown = {}
-    if data is not None:
-        try:
-            check_probe(data.replay, store.manifest.probe, store.manifest.versions)
-            shown = show_samples(data, statistics, choose_samples(statistics), rows, names)
-        except InputError as error:
-            notes = [*notes, f'there are no pictures: {error}']
-    store_page(store, statistics, names, shown, notes).write(path)
 
 
 def shards_on_disk(store: LogitStore) -> str:
@@ -365,7 +316,7 @@ def store_page(
             page.heading(heading)
             page.paragraph(text.format(measure=measure, hint=hint))
             for sample in shown[kind]:
-                page.pictures(pictures_of(sample), sample.title, width=110)
+                page.pictures(sample.pictures, sample.title, width=110)
     confusions = [] if statistics.is_mixed else statistics.confusions(NUM_CONFUSIONS)
     if confusions:
         page.heading('The most frequent mistakes')
@@ -380,18 +331,13 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ('' if text.endswith('.') else '.')
 
 
-def describe_store(
-        store: LogitStore,
-        labels: np.ndarray | None = None,
-        label_names: Sequence[str] | None = None,
-) -> str:
+def describe_store(store: LogitStore, data: LabelledViews | None = None) -> str:
     """The manifest, what is on disk, and with labels that are the teacher's classes its accuracy, as text."""
     facts = store_facts(store)
-    if labels is None or labels.max() < 0:
-        facts['teacher accuracy'] = 'unknown; give --dataset to compare with the labels'
-    elif mismatch := label_mismatch(labels, label_names, store.manifest.num_classes):
-        facts['teacher accuracy'] = f'unknown; {mismatch}'
+    if data is None or data.teacher_labels is None:
+        mismatch = data and data.mismatch
+        facts['teacher accuracy'] = f'unknown; {mismatch or "give --dataset to compare with the labels"}'
     else:
-        statistics = store_statistics(store, labels, np.flatnonzero(labels >= 0))
+        statistics = store_statistics(store, data.labels, np.flatnonzero(data.labels >= 0))
         facts |= {} if statistics is None else figures_of(statistics, store)
     return '\n'.join(f'{name:<17}{fact}' for name, fact in facts.items())
