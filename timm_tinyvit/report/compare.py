@@ -15,7 +15,7 @@ from ..base.text import percent, text_table
 from ..train.predictions import Predictions, class_accuracy
 from .page import Page, check_output
 from .plots import PLOTS_MISSING, add_plots, can_plot, curve_plots, reliability_plot
-from .run_folder import TrainedRun, without_user
+from .run_folder import TrainedRun
 
 __all__ = ['compare_runs', 'mcnemar']
 
@@ -44,19 +44,42 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> s
     if len(runs) < 2:
         raise InputError('one run alone has nothing to be compared with; name two or more')
     check_output(out)
-    found = _named([TrainedRun.read(folder) for folder in runs])
-    figures, settings, agreements = _figures(found), _settings(found), _agreements(found)
+    runs = _named([TrainedRun.read(folder) for folder in runs])
+    same, losses = _evaluated_alike(runs), _other_losses(runs)
+    header, figures = _figures(runs, same, losses)
+    settings, agreements = _settings(runs), _agreements(runs, same)
+    left_out = [name if runs[name].evaluation else f'{name} (no predictions)' for name in runs if name not in same]
+    left_out = f'Left out, as they were not evaluated on the same samples: {", ".join(left_out)}.' if left_out else ''
     if out is not None:
-        _page(found, figures, settings, agreements).write(out)
-    parts = [text_table([_figures_header(found), *figures]), *_other_losses(found).values()]
+        page = Page(' and '.join(runs) if len(runs) == 2 else f'{len(runs)} runs', 'compared with the first')
+        for problem in [problem for run in runs.values() for problem in run.problems]:
+            page.warning(problem)
+        page.heading('Result')
+        page.table(header, figures)
+        page.heading('Curves')
+        add_plots(page, curve_plots({name: run.rows for name, run in runs.items()}))
+        for sentence in [*([] if can_plot() else [PLOTS_MISSING]), *losses.values()]:
+            page.paragraph(sentence)
+        page.heading('Sample by sample')
+        if agreements:
+            _add_samples(page, runs, same, agreements, left_out)
+        else:
+            page.paragraph(NOT_THE_SAME)
+        page.heading('Settings that differ')
+        if settings:
+            page.table(['setting', *runs], settings)
+        else:
+            page.paragraph('None does.')
+        page.write(out)
+    parts = [text_table([header, *figures]), *losses.values()]
     if settings:
-        parts.append(text_table([['setting', *found], *settings]))
+        parts.append(text_table([['setting', *runs], *settings]))
     if agreements:
-        parts.append(text_table([[f'beside {_weighed(found)[0]}', *AGREEMENT], *agreements]))
-        parts += [*_left_out(found), CHANCE]
+        first = _weighed(runs, next(iter(runs)))
+        parts += [text_table([[f'beside {first}', *AGREEMENT], *agreements]), left_out, CHANCE]
     else:
         parts.append(NOT_THE_SAME)
-    return '\n\n'.join(parts)
+    return '\n\n'.join(filter(None, parts))
 
 
 def mcnemar(only_one: int, only_other: int) -> float:
@@ -75,28 +98,6 @@ def mcnemar(only_one: int, only_other: int) -> float:
     return min(1., 2 * math.exp(largest) * sum(math.exp(value - largest) for value in logs))
 
 
-def _page(
-        runs: dict[str, TrainedRun],
-        figures: list[list[str]],
-        settings: list[list[str]],
-        agreements: list[list[str]],
-) -> Page:
-    page = Page(' and '.join(runs) if len(runs) == 2 else f'{len(runs)} runs', 'compared with the first')
-    for run in runs.values():
-        for problem in run.problems:
-            page.warning(without_user(problem))
-    page.heading('Result')
-    page.table(_figures_header(runs), figures)
-    _add_curves(page, runs)
-    _add_samples(page, runs, agreements)
-    page.heading('Settings that differ')
-    if settings:
-        page.table(['setting', *runs], settings)
-    else:
-        page.paragraph('None does.')
-    return page
-
-
 def _named(runs: Sequence[TrainedRun]) -> dict[str, TrainedRun]:
     """Runs by their names; those that share one with their folders', and numbered where even that is shared."""
     names = [run.name for run in runs]
@@ -111,22 +112,22 @@ def _named(runs: Sequence[TrainedRun]) -> dict[str, TrainedRun]:
     return dict(zip(names, runs))
 
 
-def _weighed(runs: dict[str, TrainedRun]) -> list[str]:
-    """Names of the runs with whose weights their predictions are."""
-    return [f'{name}{run.whose}' for name, run in runs.items()]
+def _weighed(runs: dict[str, TrainedRun], name: str) -> str:
+    """The name of a run with whose weights its predictions are."""
+    return f'{name}{runs[name].whose}'
 
 
-def _figures_header(runs: dict[str, TrainedRun]) -> list[str]:
-    first, *others = runs
-    return ['', first, *(text for name in others for text in (name, 'difference'))]
-
-
-def _figures(runs: dict[str, TrainedRun]) -> list[list[str]]:
-    """Rows of a figure of the first run, and of each other run its own and the difference.
+def _figures(
+        runs: dict[str, TrainedRun],
+        same: dict[str, Predictions],
+        other_losses: dict[str, str],
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a figure of the first run, and of each other run its own and the difference.
 
     There is no difference between losses that are not the same quantity, nor between scores of other samples.
     """
-    other_losses, other_samples = _other_losses(runs), _other_samples(runs)
+    base, *names = runs
+    other_samples = [name for name in names if same and runs[name].evaluation and name not in same]
     columns = []
     for run in runs.values():
         values = {}
@@ -155,14 +156,14 @@ def _figures(runs: dict[str, TrainedRun]) -> list[list[str]]:
         # Rounded first, so that the difference is that of what is read.
         first, *others = [None if values.get(text) is None else round(values[text], digits) for values in columns]
         row = [text, '-' if first is None else f'{first:,.{digits}f}{unit}']
-        for name, value in zip(list(runs)[1:], others):
+        for name, value in zip(names, others):
             incomparable = name in other_losses if text == 'training loss' else (
                 name in other_samples and (of_samples or 'last loss' in text))
             known = first is not None and value is not None and not incomparable
             row += ['-' if value is None else f'{value:,.{digits}f}{unit}',
                     f'{value - first:+,.{digits}f}' if known else '']
         rows.append(row)
-    return rows
+    return ['', base, *(text for name in names for text in (name, 'difference'))], rows
 
 
 def _other_losses(runs: dict[str, TrainedRun]) -> dict[str, str]:
@@ -178,16 +179,11 @@ def _other_losses(runs: dict[str, TrainedRun]) -> dict[str, str]:
     return found
 
 
-def _other_samples(runs: dict[str, TrainedRun]) -> list[str]:
-    """Runs that were evaluated on other samples than the first run."""
-    (_, first), *others = runs.items()
-    return [name for name, run in others if first.evaluation and run.evaluation and not _is_same(first, run)]
-
-
-def _is_same(first: TrainedRun, other: TrainedRun) -> bool:
-    """Whether two runs with predictions were evaluated on the same samples."""
-    one, two = first.evaluation, other.evaluation
-    return one.split == two.split and one.num_classes == two.num_classes
+def _evaluated_alike(runs: dict[str, TrainedRun]) -> dict[str, Predictions]:
+    """Predictions of the first run and of those that were evaluated on the same samples; empty where it has none."""
+    first = next(iter(runs.values())).evaluation
+    return {name: run.evaluation.predictions for name, run in runs.items() if first and run.evaluation and (
+        (run.evaluation.split, run.evaluation.num_classes) == (first.split, first.num_classes))}
 
 
 def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:
@@ -205,60 +201,34 @@ def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:
     return rows
 
 
-def _on_the_same(runs: dict[str, TrainedRun]) -> dict[str, Predictions]:
-    """Predictions of the first run and of those that were evaluated on the same samples; empty where none was."""
-    (_, first), *_ = runs.items()
-    if first.evaluation is None:
-        return {}
-    same = {name: run.evaluation.predictions for name, run in runs.items() if run.evaluation and _is_same(first, run)}
-    return same if len(same) > 1 else {}
-
-
-def _left_out(runs: dict[str, TrainedRun]) -> list[str]:
-    """A sentence that names the runs which are not compared sample by sample with the others, if there are any."""
-    same = _on_the_same(runs)
-    names = [name if run.evaluation else f'{name} (no predictions)' for name, run in runs.items() if name not in same]
-    return [f'Left out, as they were not evaluated on the same samples: {", ".join(names)}.'] if names else []
-
-
-def _agreements(runs: dict[str, TrainedRun]) -> list[list[str]]:
+def _agreements(runs: dict[str, TrainedRun], same: dict[str, Predictions]) -> list[list[str]]:
     """Rows of how a run's last evaluation compares with the first run's, sample by sample."""
-    same = _on_the_same(runs)
     rows = []
     for name, said in list(same.items())[1:]:
         first = next(iter(same.values()))
         only_first, only_this = (int((a.right & ~b.right).sum()) for a, b in ((first, said), (said, first)))
+        both, neither = (int((first.right & said.right).sum()), int((~first.right & ~said.right).sum()))
         chance = mcnemar(only_first, only_this)
         rows.append([
-            f'{name}{runs[name].whose}', percent((first.best == said.best).mean(), 1),
-            f'{int((first.right & said.right).sum()):,}',
-            f'{only_first:,}', f'{only_this:,}', f'{int((~first.right & ~said.right).sum()):,}',
+            _weighed(runs, name), percent((first.best == said.best).mean(), 1),
+            *(f'{count:,}' for count in (both, only_first, only_this, neither)),
             '<0.0001' if chance < 1e-4 else f'{chance:.4f}'])
     return rows
 
 
-def _add_curves(page: Page, runs: dict[str, TrainedRun]) -> None:
-    page.heading('Curves')
-    add_plots(page, curve_plots({name: run.rows for name, run in runs.items()}))
-    if not can_plot():
-        page.paragraph(PLOTS_MISSING)
-    for sentence in _other_losses(runs).values():
-        page.paragraph(sentence)
-
-
-def _add_samples(page: Page, runs: dict[str, TrainedRun], agreements: list[list[str]]) -> None:
-    page.heading('Sample by sample')
-    if not agreements:
-        page.paragraph(NOT_THE_SAME)
-        return
-    same = _on_the_same(runs)
+def _add_samples(
+        page: Page,
+        runs: dict[str, TrainedRun],
+        same: dict[str, Predictions],
+        agreements: list[list[str]],
+        left_out: str,
+) -> None:
     base, *others = same
-    first = same[base]
-    weighed = dict(zip(runs, _weighed(runs)))
+    first, weighed = same[base], {name: _weighed(runs, name) for name in same}
     page.table(['', *AGREEMENT], agreements,
                f'The last evaluation on the same {len(first):,} samples, beside {weighed[base]}')
-    for sentence in _left_out(runs):
-        page.warning(sentence)
+    if left_out:
+        page.warning(left_out)
     page.paragraph(f'Agree: the most probable class is the same. {CHANCE}')
     add_plots(page, reliability_plot({weighed[name]: said.reliability() for name, said in same.items()}))
     evaluation = runs[base].evaluation

@@ -16,7 +16,7 @@ from ..train.predictions import (
 from .page import Page, Picture
 from .pictures import probability_bars
 from .plots import PLOTS_MISSING, add_plots, can_plot, confusion_plot, curve_plots, reliability_plot
-from .run_folder import WHOSE, TrainedRun, shown, without_user
+from .run_folder import WHOSE, TrainedRun, shown
 
 __all__ = ['REPORT', 'write_run_report']
 
@@ -42,7 +42,7 @@ def write_run_report(folder: str | Path, out: str | Path | None = None) -> Path:
     run = TrainedRun.read(folder)
     page = Page(f'Run {run.name}', _subtitle(run))
     for problem in run.problems:
-        page.warning(without_user(problem))
+        page.warning(problem)
     _add_result(page, run)
     _add_curves(page, run)
     _add_evaluation(page, run)

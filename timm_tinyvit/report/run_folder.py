@@ -73,7 +73,7 @@ class TrainedRun:
             try:
                 return reader(folder / name)
             except InputError as error:
-                problems.append(str(error).replace(f'{folder}/', ''))
+                problems.append(without_user(str(error).replace(f'{folder}/', '')))
 
         evaluations = {ending: read(PREDICTIONS.format(ending=ending), Evaluation.read) for ending in ('', '_ema')}
         record = read(RUN_RECORD, lambda file: read_run(file.parent)) or {}
