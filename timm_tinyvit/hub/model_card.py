@@ -259,36 +259,53 @@ def run_card(
         # Those of the same epoch are the same.
         if (item.epoch, item.is_average) not in [(other.epoch, other.is_average) for other in shown]:
             shown.append(item)
-    stores, base, train, val = (record[name] for name in ('stores', 'base', 'train', 'val'))
+    stores, base, val = record['stores'], record['base'], record['val']
     with_top5 = model.num_classes > 5
     title = repo.partition('/')[2]
     results = [] if published.top1 is None else accuracy_results(
         val['name'] if val['on_hub'] else LOCAL_DATA, val['split'], published.top1,
         published.top5 if with_top5 else None, val['name'])
-    data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', **kept_metadata(before, license),
-        tags=['image-classification', 'timm', TAG, *(['knowledge-distillation'] if stores else [])],
-        datasets=_hub_datasets(record) or None,
-        base_model=base['name'] if base and base['on_hub'] else None,
-        **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
+    metadata = model_metadata(
+        title, results, bool(stores), _hub_datasets(record), base['name'] if base and base['on_hub'] else None,
+        **kept_metadata(before, license))
     return ModelCard(render_card(
-        'run_card.md', data, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
-        weights=shown, with_top5=with_top5, with_average=any(item.is_average for item in shown), train=train, val=val,
-        stores=stores,
-        base=base, teachers=list(dict.fromkeys(map(_teacher_words, stores))),
-        processes=record['environment']['processes'], device=record['environment']['device'],
-        images_per_update=record['images_per_update'], versions=record['environment'],
-        commits=record['commits'], recipe=recipe_yaml(record).strip(), command=_training_command(record),
+        'run_card.md', metadata, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
+        weights=shown, with_top5=with_top5, record=record, train=record['train'], val=val, stores=stores, base=base,
+        environment=record['environment'], teachers=list(dict.fromkeys(map(_teacher_words, stores))),
+        recipe=recipe_yaml(record).strip(), command=_training_command(record),
         filling=[_filling_command(record, store) for store in stores if not store['on_hub'] and store['flags']],
         evaluation=evaluation_command(repo, _data_flag(val), val['split'], *val['flags']),
         unpublished=[*(f'`{store["name"]}`' for store in stores if not store['on_hub']),
                      *([_model_link(base)] if base and base['is_local'] else [])],
-        epochs_done=int(rows[-1]['epoch']) + 1, num_epochs=record['epochs'],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
-        picture=PICTURE if (run / PICTURE).is_file() else '', num_rows=len(rows),
-        training_rate=_rate(median(row['images_per_second'] for row in rows)),
-        waiting=median(row['data_wait'] for row in rows), speed=speed,
+        picture=PICTURE if (run / PICTURE).is_file() else '', rows=rows, speed=speed,
+        training_rate=median(row['images_per_second'] for row in rows),
+        waiting=median(row['data_wait'] for row in rows),
         citation=CITATION if stores or model.architecture.startswith('tiny_vit') else ''))
+
+
+def model_metadata(
+        title: str,
+        results: list[EvalResult],
+        is_distilled: bool,
+        data_sets: list[str],
+        base_model: str | None,
+        **licence: Any,
+) -> ModelCardData:
+    """The metadata of a model on the Hub.
+
+    Args:
+        title: What it is called.
+        results: Of `accuracy_results`.
+        is_distilled: Whether it learned from a teacher.
+        data_sets: Names on the Hub of what it learned from.
+        base_model: Name on the Hub of the weights that it started from.
+        licence: Of `kept_metadata`, or `license` alone.
+    """
+    return ModelCardData(
+        library_name='timm', pipeline_tag='image-classification', datasets=data_sets or None, base_model=base_model,
+        tags=['image-classification', 'timm', TAG, *(['knowledge-distillation'] if is_distilled else [])], **licence,
+        **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
 
 
 def recipe_yaml(record: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ checkpoint is known by the name of its file.
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from .model_card import CITATION, TAG, accuracy_results, evaluation_command, model_facts, render_card
+from .model_card import (
+    CITATION, accuracy_results, evaluation_command, model_facts, model_metadata, render_card,
+)
 
 __all__ = ['OFFICIAL_CHECKPOINTS', 'OfficialCheckpoint', 'converted_card', 'find_checkpoint']
 
@@ -110,22 +112,16 @@ def converted_card(folder: Path, source: str, checkpoint: OfficialCheckpoint | N
                 ('official model zoo', SOURCE))
     title = checkpoint.tag if checkpoint else model.architecture
     is_student = checkpoint is not None and checkpoint.knows_imagenet22k and checkpoint.tag != TEACHER
-    data = ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', license=LICENSE if checkpoint else None,
-        tags=['image-classification', 'timm', TAG, *(['knowledge-distillation'] if is_student else [])],
-        datasets=data_sets or None, base_model=_base_model(checkpoint),
-        **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
+    base = checkpoint and checkpoint.base
+    metadata = model_metadata(
+        title, results, is_student, data_sets, base if not base or '/' in base else f'timm/{base}',
+        license=LICENSE if checkpoint else None)
     tuned = next((item for item in OFFICIAL_CHECKPOINTS if checkpoint and item.base == checkpoint.tag), None)
     return ModelCard(render_card(
-        'converted_card.md', data, title=title, repo=repo, model=model, notes='', source=source, url=SOURCE,
+        'converted_card.md', metadata, title=title, repo=repo, model=model, notes='', source=source, url=SOURCE,
         checkpoint=checkpoint, tuned=tuned, is_student=is_student,
         # Of timm's tags only that of 512 pixels squashes as the official evaluation does, and the teacher has none.
         other_crop=checkpoint is not None and checkpoint.tag != TEACHER and model.size[0] < 512,
         evaluation=evaluation_command(repo, IMAGENET_1K, 'validation'), citation=CITATION,
         speed=SPEED.get(model.architecture) if checkpoint else None,
         published_speed=PUBLISHED_SPEED.get(model.architecture) if checkpoint else None))
-
-
-def _base_model(checkpoint: OfficialCheckpoint | None) -> str | None:
-    base = checkpoint and checkpoint.base
-    return base if not base or '/' in base else f'timm/{base}'
