@@ -73,7 +73,7 @@ def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(official
 def test_the_config_says_windows_classes_and_the_official_test_crop(build, crop_pct, crop_mode, tmp_path):
     golden, name = GOLDEN['builds'][build], build.split()[0]
     torch.save(official_state_dict(build), tmp_path / 'official.pth')
-    convert.convert(tmp_path / 'official.pth', name, tmp_path / 'out')
+    convert.convert_checkpoint(tmp_path / 'official.pth', name, tmp_path / 'out')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['architecture'] == name
     assert config['model_args']['window_sizes'] == golden['window_sizes']
@@ -90,7 +90,7 @@ def test_the_teacher_converts_to_the_name_that_plain_timm_knows(tmp_path, monkey
     create_model = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: create_model(
         name, img_size=56, depth=3, embed_dim=128, num_heads=2, **kwargs))
-    convert.convert(tmp_path / 'teacher.pth', convert.TEACHER, tmp_path / 'out')
+    convert.convert_checkpoint(tmp_path / 'teacher.pth', convert.TEACHER, tmp_path / 'out')
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['architecture'] == 'vit_large_patch14_clip_quickgelu_224'
     assert config['pretrained_cfg']['mean'] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
@@ -121,7 +121,8 @@ def test_checkpoints_of_an_official_training_run_convert(official, tmp_path, mon
     torch.save({
         'model': official, 'optimizer': {'state': {}}, 'epoch': 299, 'max_accuracy': 79.1,
         'config': CfgNode(MODEL=CfgNode(NAME='TinyViT-5M-1k'))}, tmp_path / 'run.pth')
-    assert ' with 1000 classes\n' in convert.convert(tmp_path / 'run.pth', 'tiny_vit_5m_224', tmp_path / 'out')
+    said = convert.convert_checkpoint(tmp_path / 'run.pth', 'tiny_vit_5m_224', tmp_path / 'out')
+    assert ' with 1000 classes\n' in said
 
 
 # What cannot be converted
@@ -171,7 +172,7 @@ def test_a_wrong_file_is_refused_in_one_sentence_and_leaves_nothing(case, offici
     folder.mkdir()
     make(official, tmp_path / 'checkpoint.pth')
     with refused(str(tmp_path / 'checkpoint.pth'), *words):
-        convert.convert(tmp_path / 'checkpoint.pth', 'tiny_vit_5m_224', folder / 'out')
+        convert.convert_checkpoint(tmp_path / 'checkpoint.pth', 'tiny_vit_5m_224', folder / 'out')
     assert not list(folder.iterdir())
 
 
@@ -180,23 +181,23 @@ def test_the_wrong_variant_is_named(name, official, tmp_path, refused):
     torch.save({'model': official}, tmp_path / 'checkpoint.pth')
     words = ['no visual.proj'] if name == convert.TEACHER else ['--model tiny_vit_5m_224']
     with refused(name, *words):
-        convert.convert(tmp_path / 'checkpoint.pth', name, tmp_path / 'out')
+        convert.convert_checkpoint(tmp_path / 'checkpoint.pth', name, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
 
 
 def test_windows_of_another_size_are_another_variant(tmp_path, refused):
     torch.save(official_state_dict('tiny_vit_21m_384'), tmp_path / 'checkpoint.pth')
     with refused('--model tiny_vit_21m_384'):
-        convert.convert(tmp_path / 'checkpoint.pth', 'tiny_vit_21m_224', tmp_path / 'out')
+        convert.convert_checkpoint(tmp_path / 'checkpoint.pth', 'tiny_vit_21m_224', tmp_path / 'out')
 
 
 def test_a_folder_in_use_is_left_alone(official, tmp_path, refused):
     torch.save({'model': official}, tmp_path / 'checkpoint.pth')
     (tmp_path / 'out').mkdir()
-    convert.convert(tmp_path / 'checkpoint.pth', 'tiny_vit_5m_224', tmp_path / 'out')
+    convert.convert_checkpoint(tmp_path / 'checkpoint.pth', 'tiny_vit_5m_224', tmp_path / 'out')
     before = {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
     with refused('there already'):
-        convert.convert(tmp_path / 'checkpoint.pth', 'tiny_vit_5m_224', tmp_path / 'out')
+        convert.convert_checkpoint(tmp_path / 'checkpoint.pth', 'tiny_vit_5m_224', tmp_path / 'out')
     assert before == {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
 
 

@@ -494,13 +494,13 @@ def test_a_converted_checkpoint_has_its_card_beside_it(tmp_path):
     weights = {name: golden_tensor(name, shape) for name, shape in zip(
         golden['names'], golden['builds']['tiny_vit_5m_224']['shapes'])}
     torch.save({'model': weights}, tmp_path / 'tiny_vit_5m_1k.pth')
-    convert.convert(tmp_path / 'tiny_vit_5m_1k.pth', 'tiny_vit_5m_224', tmp_path / 'official')
+    convert.convert_checkpoint(tmp_path / 'tiny_vit_5m_1k.pth', 'tiny_vit_5m_224', tmp_path / 'official')
     assert (tmp_path / 'official' / 'README.md').read_text() == str(card_of('tiny_vit_5m_224.in1k'))
     config = timm.create_model(f'local-dir:{tmp_path / "official"}', device='meta').pretrained_cfg
     assert config['label_descriptions'][config['label_names'][0]] == 'tench, Tinca tinca'
 
     (tmp_path / 'tiny_vit_5m_1k.pth').rename(tmp_path / 'mine.pth')
-    convert.convert(tmp_path / 'mine.pth', 'tiny_vit_5m_224', tmp_path / 'other')
+    convert.convert_checkpoint(tmp_path / 'mine.pth', 'tiny_vit_5m_224', tmp_path / 'other')
     card = ModelCard.load(tmp_path / 'other' / 'README.md')
     assert card.data.eval_results is None and card.data.license is None
     assert 'none of the official ones' in card.text and '79.1' not in card.text

@@ -422,7 +422,7 @@ def test_the_card_of_images_without_labels_speaks_of_none(views):
     def card(data, **changes):
         sample, statistics = (make(store, range(4), data) for make in (store_card.sample_table, card_statistics))
         manifest = replace(store.manifest, **changes)
-        return store_card.store_card(manifest, 'org/logits', 1000, sample, statistics, data, has_picture=True)
+        return store_card.dataset_card(manifest, 'org/logits', 1000, sample, statistics, data, has_picture=True)
 
     assert ' `label` and `label_name`, the numbers' in card(data) and 'each with its label' in card(data)
     bare = replace(data, labels=np.full(120, -1), class_names=None)
@@ -514,7 +514,7 @@ def card_of(views, data_changes=None, **changes):
     manifest = replace(store.manifest, **changes)
     data = replace(data, **data_changes) if data_changes else None
     table, statistics = store_card.sample_table(store, [0]), card_statistics(store, [0])
-    return DatasetCard(store_card.store_card(manifest, 'org/logits', 1000, table, statistics, data))
+    return DatasetCard(store_card.dataset_card(manifest, 'org/logits', 1000, table, statistics, data))
 
 
 def test_a_card_of_a_store_names_data_teacher_and_kind(views):

@@ -32,7 +32,7 @@ from ..models.saving import export_model
 from .model_card import CARD, NO_REPO
 from .official import converted_card, find_checkpoint
 
-__all__ = ['convert', 'main', 'official_config']
+__all__ = ['convert_checkpoint', 'main', 'official_config']
 
 TINY_VITS = ('tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512')
 TEACHER = 'clip_vit_large_patch14_224'
@@ -128,7 +128,7 @@ def _crop(name: str) -> tuple[dict[str, Any], str]:
     return CROPS[int(name.rsplit('_', 1)[1])]
 
 
-def convert(checkpoint: Path, name: str, output: Path) -> str:
+def convert_checkpoint(checkpoint: Path, name: str, output: Path) -> str:
     """Convert an official checkpoint into a folder that plain timm loads.
 
     Args:
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--model', required=True, choices=[*TINY_VITS, TEACHER], help='whose weights it holds')
     parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to make')
     args = parser.parse_args(argv)
-    print(convert(args.checkpoint, args.model, args.output))
+    print(convert_checkpoint(args.checkpoint, args.model, args.output))
 
 
 if __name__ == '__main__':

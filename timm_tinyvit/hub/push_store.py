@@ -30,7 +30,7 @@ from ..store.manifest import Manifest
 from ..train.record import PUBLISHED, mark_published
 from .model_card import CARD, has_text
 from .store_card import (
-    PICTURE, SAMPLE, card_statistics, draw_views, parquet_bytes, sample_table, store_card, with_license,
+    PICTURE, SAMPLE, card_statistics, dataset_card, draw_views, parquet_bytes, sample_table, with_license,
 )
 
 __all__ = ['PublishedStore', 'check_complete', 'publish_store']
@@ -277,7 +277,7 @@ def _last_files(
             files[PICTURE] = draw_views(data, statistics)
         else:
             log('the card has no accuracy and no new picture: give --dataset for them')
-        files[CARD] = store_card(
+        files[CARD] = dataset_card(
             manifest, published.repo_id, size, sample, statistics, data,
             PICTURE in files or PICTURE in published.files, published.card, licence).encode()
     elif licence:

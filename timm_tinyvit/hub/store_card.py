@@ -26,7 +26,8 @@ from ..store.manifest import Manifest
 from .model_card import CITATION, card_metadata, kept_metadata, render_card
 
 __all__ = [
-    'PICTURE', 'SAMPLE', 'card_statistics', 'draw_views', 'parquet_bytes', 'sample_table', 'store_card', 'with_license',
+    'PICTURE', 'SAMPLE', 'card_statistics', 'dataset_card', 'draw_views', 'parquet_bytes', 'sample_table',
+    'with_license',
 ]
 
 SAMPLE, PICTURE = 'sample.parquet', 'views.png'
@@ -113,7 +114,7 @@ def draw_views(data: LabelledViews, statistics: StoreStatistics) -> bytes:
         [views[start:start + PICTURE_COLUMNS] for start in range(0, len(views), PICTURE_COLUMNS)], MAX_PICTURE_BYTES)
 
 
-def store_card(
+def dataset_card(
         manifest: Manifest,
         repo_id: str,
         size: int,
