@@ -33,7 +33,7 @@ from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 from timm_tinyvit.train.calibration import calibration
-from timm_tinyvit.train.predictions import Predictions
+from timm_tinyvit.train.predictions import Predictions, confused_pairs
 
 SPLIT = 'train[:120]'
 DATA = ['--dataset', str(EXAMPLES), '--train-split', SPLIT]
@@ -338,7 +338,7 @@ def test_the_most_frequent_mistakes_are_counted_by_view(make_store, monkeypatch)
     statistics = store_statistics(store, labels)
     counts = Counter(zip(np.tile(labels, 4).tolist(), statistics.top.ravel().tolist()))
     mistakes = {pair: count for pair, count in counts.items() if pair[1] not in (-1, pair[0])}
-    found = statistics.confusions(5)
+    found = confused_pairs(statistics.predictions, 5)
     assert [count for *_, count in found] == sorted(mistakes.values(), reverse=True)[:5]
     assert all(mistakes[label, taken] == count for label, taken, count in found)
     label, taken, count = found[0]

@@ -18,7 +18,7 @@ from ..data.pairing import Pairing
 from ..data.views import ViewRecipe
 from ..store.local import LogitStore
 from ..targets.sparse import SparseTargets
-from ..train.calibration import Reliability, calibration
+from ..train.predictions import Predictions
 
 __all__ = [
     'StoreStatistics', 'disagreement', 'evenly', 'filled_shards', 'label_probability', 'store_statistics',
@@ -114,25 +114,21 @@ class StoreStatistics:
         views = (self.top >= 0).sum(axis=0)
         return winner, np.where(views > 1, best / np.maximum(views, 1), np.nan)
 
-    def reliability(self) -> Reliability | None:
-        """How far its probabilities can be trusted; None without labels, and for mixed views, which have no one."""
+    @property
+    def predictions(self) -> Predictions | None:
+        """The teacher's on the views with a label; None without labels, and for mixed views, which have no one."""
         scored = np.isfinite(self.right)
         if self.is_mixed or not scored.any():
             return None
-        return calibration(self.confidence[scored], self.right[scored])
-
-    def confusions(self, count: int) -> list[tuple[int, int, int]]:
-        """The most frequent mistakes: label, what the teacher takes it for, and in how many views; unmixed ones."""
-        wrong = self.right == 0
-        labels = np.broadcast_to(self.labels, self.top.shape)[wrong]
-        pairs, counts = np.unique(np.stack([labels, self.top[wrong]]), axis=1, return_counts=True)
-        order = np.argsort(-counts, kind='stable')[:count]
-        return [(*pairs[:, place].tolist(), int(counts[place])) for place in order]
+        labels = np.broadcast_to(self.labels, self.top.shape)[scored]
+        with np.errstate(divide='ignore'):
+            return Predictions(
+                self.top[scored][:, None], self.confidence[scored][:, None], labels, np.log(self.label_prob[scored]))
 
     def summary(self) -> dict[str, Any]:
         """The figures as plain JSON values; None where there is nothing to say."""
         winner, share = self.majority()
-        reliability = self.reliability()
+        predictions = self.predictions
         scored = (self.labels >= 0) & (winner >= 0)
         by_epoch = {name: self.by_epoch(name) for name in (
             'right', 'confidence', 'label_prob', 'entropy', 'num_listed')}
@@ -151,7 +147,7 @@ class StoreStatistics:
             'majority': _plain(_mean(share)),
             'unanimous': _plain(_mean((share == 1)[np.isfinite(share)])),
             'disagreement': _plain(_mean(self.disagreement)),
-            'calibration_error': reliability and reliability.error,
+            'calibration_error': None if predictions is None else predictions.reliability().error,
             'epochs': [
                 {'epoch': epoch, 'views': int(views), **{
                     {'right': 'accuracy', 'label_prob': 'label_probability', 'num_listed': 'listed_classes'}.get(

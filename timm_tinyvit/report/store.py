@@ -22,6 +22,7 @@ from ..data.views import check_probe
 from ..store.local import LogitStore
 from ..store.remote import HubStore, open_store_at
 from ..train.calibration import NUM_BINS
+from ..train.predictions import confused_pairs
 from .labels import LabelledViews, labelled_views, teacher_classes
 from .page import Page, check_output
 from .pictures import ShownSample, choose_samples, draw_pictures, show_samples
@@ -297,9 +298,9 @@ def store_page(
     page.heading('The teacher')
     page.facts(figures_of(statistics, store))
     add_plots(page, histogram_plots(statistics))
-    reliability = statistics.reliability()
-    if reliability is not None:
-        add_plots(page, reliability_plot({'teacher': reliability}))
+    predictions = statistics.predictions
+    if predictions is not None:
+        add_plots(page, reliability_plot({'teacher': predictions.reliability()}))
     page.heading('Epoch by epoch')
     page.table(*table_of(statistics))
     if len(statistics.epochs) > 1:
@@ -317,7 +318,7 @@ def store_page(
             page.paragraph(text.format(measure=measure, hint=hint))
             for sample in shown[kind]:
                 page.pictures(sample.pictures, sample.title, width=110)
-    confusions = [] if statistics.is_mixed else statistics.confusions(NUM_CONFUSIONS)
+    confusions = [] if predictions is None else confused_pairs(predictions, NUM_CONFUSIONS)
     if confusions:
         page.heading('The most frequent mistakes')
         page.table(['label', 'top class', 'views'], [
