@@ -126,8 +126,8 @@ def test_mistakes_are_counted_by_hand(write_run):
     said = predictions(LABELS, BEST, SURE)
     assert (f'10 samples of 6 classes, after epoch 3: top-1 60.00%, mean confidence {10 * sum(SURE):.1f}%, expected '
             f'calibration error ') in page
-    assert f'of the label {-said.label_log_probs.mean():.4f}.' in page
-    assert table(page, 'label', 'taken for')[1:] == [
+    assert f'NLL {-said.label_log_probs.mean():.4f}.' in page
+    assert table(page, 'label', 'predicted as')[1:] == [
         ['a', 'b', '2', '50.0%'], ['b', 'a', '1', '50.0%'], ['c', 'f', '1', '100.0%']]
     # Of equal classes that with more samples comes first.
     assert table(page, 'class')[1:] == [
@@ -138,7 +138,7 @@ def test_samples_are_shown_surest_first_with_what_the_label_has(write_run):
     page = write_run_report(write_run()).read_text()
     right, wrong = (
         re.findall(r'>([a-f] #\d)<', part)
-        for part in re.split('Surest of the (?:right ones, of as many classes as there are|wrong ones)<', page)[1:])
+        for part in re.split('Most confident (?:right predictions, of as many classes|wrong predictions)', page)[1:])
     assert right == ['d #7', 'd #8', 'a #0', 'a #1', 'b #5', 'd #9']
     assert wrong == ['a #2', 'c #6', 'a #3', 'b #4']
     bars = re.findall('<li class="(.*?)" style="--share:(.*?)" title="(.*?)">', page[page.index('c #6'):])[:5]
@@ -154,7 +154,7 @@ def test_student_and_teacher_are_told_apart(write_run):
     run = write_run()
     StoredViews(student, teacher, np.array([0.1, 0.2, 0.3, 1.], dtype=np.float32), 2).write(run / 'stored_views.npz')
     page = write_run_report(run).read_text()
-    assert 'same 4 views of the training data, of epoch 3: ' in page and 'most probable class of 50.0%' in page
+    assert 'same 4 views of the training data, of epoch 3: ' in page and 'top-1 class of 50.0%' in page
     assert 'is 0.4000 nats in the mean, 0.2500 in the median' in page
     assert table(page, 'on views with a label') == [
         ['on views with a label', 'student', 'teacher'], ['top-1', '66.7%', '33.3%'],
@@ -235,7 +235,7 @@ def test_a_confusion_matrix_is_of_each_label_in_percent():
     axes, = figure.axes
     said = {text.get_position(): text.get_text() for text in axes.texts}
     assert said == {(0.5, 0.5): '50', (1.5, 0.5): '50', (0.5, 1.5): '12', (1.5, 1.5): '12', (2.5, 1.5): '75'}
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ('taken for', 'label')
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ('predicted as', 'label')
     assert [label.get_text() for label in axes.get_yticklabels()] == ['a', 'b']
 
 

@@ -30,6 +30,7 @@ from timm_tinyvit.report.compare import compare_runs, mcnemar
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import TrainedRun, without_user
 from timm_tinyvit.store.ensemble import Ensemble
+from timm_tinyvit.train.metrics import suffixed
 from timm_tinyvit.train.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
 from timm_tinyvit.train.teacher_comparison import StoredViews, look_at_stored_views
 import train_distill
@@ -132,7 +133,7 @@ def test_the_samples_that_are_shown_are_the_surest_with_the_pictures_that_the_mo
 def test_student_and_teacher_are_compared_on_views_of_the_store(runs):
     """The figures are those of the exported student, the teacher's records and its dense targets."""
     found = StoredViews.read(runs / 'one' / 'stored_views.npz')
-    ending = TrainedRun.read(runs / 'one').ending
+    ending = suffixed('', TrainedRun.read(runs / 'one').weights)
     store, replay = open_store(str(runs / 'logits'), {})
     data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
     sampler = EpochBatchSampler(96, 16, 42, store_epochs=store.manifest.stored_epochs)
@@ -235,7 +236,7 @@ def test_a_view_without_a_label_of_the_teachers_is_not_scored(runs, run, labels,
     assert len(found.student.labelled()) == len(found.teacher.labelled()) == len(kept) and len(found.divergence) == 16
     found.write(run / 'stored_views.npz')
     page = write_run_report(run).read_text()
-    assert ('nobody is right or wrong' in page) == (not kept) and 'Both on the same 16 views' in page
+    assert ('so that there is no accuracy' in page) == (not kept) and 'Both on the same 16 views' in page
 
 
 def test_the_page_says_what_the_metrics_and_predictions_say(runs):
@@ -271,7 +272,8 @@ def test_the_command_in_the_report_gives_its_best_accuracy(runs, capsys):
     capsys.readouterr()
     train_distill.main([*argv, '-j', '0', '--quiet'])
     said = capsys.readouterr().out
-    assert float(re.search(r'top1 ([\d.]+)', said)[1]) == pytest.approx(run.best(f'eval_top1{run.ending}')[1], abs=1e-3)
+    assert float(re.search(r'top1 ([\d.]+)', said)[1]) == pytest.approx(
+        run.best(suffixed('eval_top1', run.weights))[1], abs=1e-3)
 
 
 def rank_trains(environment, argv, out):

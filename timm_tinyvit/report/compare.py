@@ -1,4 +1,4 @@
-"""Runs side by side: figures, curves, settings, and where they were evaluated on the same samples, whose each is.
+"""Runs side by side: figures, curves, settings, and predictions of the same samples one by one.
 
 The first run is what the others are compared with.
 """
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..base.errors import InputError
 from ..base.text import percent, text_table
+from ..train.metrics import suffixed
 from ..train.predictions import Predictions, class_accuracy
 from .page import Page, check_output
 from .plots import PLOTS_MISSING, add_plots, can_plot, curve_plots, reliability_plot
@@ -113,8 +114,8 @@ def _named(runs: Sequence[TrainedRun]) -> dict[str, TrainedRun]:
 
 
 def _weighed(runs: dict[str, TrainedRun], name: str) -> str:
-    """The name of a run with whose weights its predictions are."""
-    return f'{name}{runs[name].whose}'
+    """The name of a run, and which weights its predictions are of."""
+    return f'{name}{runs[name].label}'
 
 
 def _figures(
@@ -131,14 +132,13 @@ def _figures(
     columns = []
     for run in runs.values():
         values = {}
-        for ending, whose in (('', ''), ('_ema', ', averaged')):
-            best = run.best(f'eval_top1{ending}')
-            values[f'best top-1{whose} (chosen on this split)'] = best and best[1]
+        for weights, words in (('student', ''), ('ema', ', averaged')):
+            best = run.best(suffixed('eval_top1', weights))
+            values[f'best top-1{words} (chosen on this split)'] = best and best[1]
             for name, text in (('top1', 'last top-1'), ('top5', 'last top-5'), ('loss', 'last loss')):
-                points = run.column(f'eval_{name}{ending}')
-                values[f'{text}{whose}'] = points[-1][1] if points else None
-            said = run.evaluations.get(ending)
-            values[f'calibration error{whose}'] = said and 100 * said.predictions.reliability().error
+                values[f'{text}{words}'] = run.last(suffixed(f'eval_{name}', weights))
+            evaluation = run.evaluations.get(weights)
+            values[f'calibration error{words}'] = evaluation and 100 * evaluation.predictions.reliability().error
         for name, text in (('loss', 'training loss'), ('images_per_second', 'images per second')):
             points = [value for _, value in run.column(name)]
             if points:
@@ -169,14 +169,15 @@ def _figures(
 def _other_losses(runs: dict[str, TrainedRun]) -> dict[str, str]:
     """Runs whose training loss is another quantity than the first run's, and a sentence that says why."""
     (base, first), *others = runs.items()
-    found = {}
+    sentences = {}
     for name, run in others:
         ours, theirs = first.loss_settings(), run.loss_settings()
         differing = [key for key in ours if key in theirs and ours[key] != theirs[key]]
         if differing:
-            found[name] = (f'The training losses of {base} and {name} are not the same quantity, and not subtracted: '
-                           f'the runs differ in {", ".join(differing)}.')
-    return found
+            sentences[name] = (
+                f'The training losses of {base} and {name} are not the same quantity, and not subtracted: the runs '
+                f'differ in {", ".join(differing)}.')
+    return sentences
 
 
 def _evaluated_alike(runs: dict[str, TrainedRun]) -> dict[str, Predictions]:
@@ -203,15 +204,15 @@ def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:
 
 def _agreements(runs: dict[str, TrainedRun], same: dict[str, Predictions]) -> list[list[str]]:
     """Rows of how a run's last evaluation compares with the first run's, sample by sample."""
+    first = next(iter(same.values()), None)
     rows = []
-    for name, said in list(same.items())[1:]:
-        first = next(iter(same.values()))
-        only_first, only_this = (int((a.right & ~b.right).sum()) for a, b in ((first, said), (said, first)))
-        both, neither = (int((first.right & said.right).sum()), int((~first.right & ~said.right).sum()))
-        chance = mcnemar(only_first, only_this)
+    for name, other in list(same.items())[1:]:
+        counts = [int(samples.sum()) for samples in (
+            first.right & other.right, first.right & ~other.right, ~first.right & other.right,
+            ~first.right & ~other.right)]
+        chance = mcnemar(counts[1], counts[2])
         rows.append([
-            _weighed(runs, name), percent((first.best == said.best).mean(), 1),
-            *(f'{count:,}' for count in (both, only_first, only_this, neither)),
+            _weighed(runs, name), percent((first.best == other.best).mean(), 1), *(f'{count:,}' for count in counts),
             '<0.0001' if chance < 1e-4 else f'{chance:.4f}'])
     return rows
 
@@ -230,7 +231,8 @@ def _add_samples(
     if left_out:
         page.warning(left_out)
     page.paragraph(f'Agree: the most probable class is the same. {CHANCE}')
-    add_plots(page, reliability_plot({weighed[name]: said.reliability() for name, said in same.items()}))
+    add_plots(page, reliability_plot({
+        weighed[name]: predictions.reliability() for name, predictions in same.items()}))
     evaluation = runs[base].evaluation
     counts, before = class_accuracy(first, evaluation.num_classes)
     for name in others:

@@ -216,7 +216,7 @@ def confusion_plot(counts: np.ndarray, names: Sequence[str], title: str = 'Confu
     for row, column in zip(*counts.nonzero()):
         text = short_percent(shares[row, column]).rstrip('%')
         axes.text(column + 0.5, row + 0.5, text, ha='center', va='center', fontsize=8)
-    axes.set(ylim=(num_rows, 0), xlabel='taken for', ylabel='label')
+    axes.set(ylim=(num_rows, 0), xlabel='predicted as', ylabel='label')
     axes.set_xticks(np.arange(num_columns) + 0.5, names, rotation=90, fontsize=8)
     axes.set_yticks(np.arange(num_rows) + 0.5, names[:num_rows], fontsize=8)
     axes.tick_params(length=0)

@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from ..base.text import counted, percent
+from ..train.metrics import suffixed
 from ..train.predictions import (
     Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
 )
 from .page import Page, Picture
 from .pictures import probability_bars
 from .plots import PLOTS_MISSING, add_plots, can_plot, confusion_plot, curve_plots, reliability_plot
-from .run_folder import WHOSE, TrainedRun, shown
+from .run_folder import WEIGHTS, TrainedRun, shown
+from .statistics import evenly
 
 __all__ = ['REPORT', 'write_run_report']
 
@@ -68,16 +70,16 @@ def _subtitle(run: TrainedRun) -> str:
 def _add_result(page: Page, run: TrainedRun) -> None:
     page.heading('Result')
     facts = {}
-    for ending, whose in (('', ''), ('_ema', ' of the averaged weights')):
-        best = run.best(f'eval_top1{ending}')
+    for weights, words in (('student', ''), ('ema', ' of the averaged weights')):
+        names = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss')}
+        best = run.best(names['top1'])
         if best:
-            # Of the very split that it is a figure of, so that it flatters.
-            facts[f'best top-1{whose}'] = f'{best[1]:.2f}% in epoch {best[0]} (chosen on this split)'
-            last = [f'{run.column(f"eval_top1{ending}")[-1][1]:.2f}%']
-            for name, form in (('top5', 'top-5 {:.2f}%'), ('loss', 'loss {:.4f}')):
-                values = run.column(f'eval_{name}{ending}')
-                last += [form.format(values[-1][1])] if values else []
-            facts[f'last top-1{whose}'] = ', '.join(last)
+            # The epoch was chosen on this split, so that the figure flatters.
+            facts[f'best top-1{words}'] = f'{best[1]:.2f}% in epoch {best[0]} (chosen on this split)'
+            forms = {'top1': '{:.2f}%', 'top5': 'top-5 {:.2f}%', 'loss': 'loss {:.4f}'}
+            last = {name: run.last(column) for name, column in names.items()}
+            facts[f'last top-1{words}'] = ', '.join(
+                forms[name].format(value) for name, value in last.items() if value is not None)
     seconds = sum(value for _, value in run.column('seconds'))
     waited = sum(row['seconds'] * row['data_wait'] for row in run.rows if {'seconds', 'data_wait'} <= set(row))
     if seconds:
@@ -96,7 +98,7 @@ def _add_result(page: Page, run: TrainedRun) -> None:
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
-        return f'{seconds:.0f} seconds'
+        return counted(round(seconds), 'second')
     return f'{seconds / 60:.1f} minutes' if seconds < 3600 else f'{seconds / 3600:.1f} hours'
 
 
@@ -107,114 +109,110 @@ def _add_curves(page: Page, run: TrainedRun) -> None:
         page.paragraph(PLOTS_MISSING)
         names = {'loss': 'loss', 'eval_top1': 'top-1', 'eval_top1_ema': 'averaged', 'lr': 'learning rate'}
         names = {name: text for name, text in names.items() if run.column(name)}
-        rows = [row for row in run.rows if 'epoch' in row]
-        chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), 20)).astype(int))
+        rows = [run.rows[place] for place in evenly(len(run.rows), 20)]
         page.table(['epoch', *names.values()], [
-            [round(rows[place]['epoch']) + 1, *(f'{rows[place][name]:.4g}' if name in rows[place] else ''
-                                                for name in names)] for place in chosen])
+            [round(row['epoch']) + 1, *(f'{row[name]:.4g}' if name in row else '' for name in names)] for row in rows])
 
 
 def _add_evaluation(page: Page, run: TrainedRun) -> None:
-    page.heading('On the evaluation split')
-    found = run.evaluation
-    if found is None:
-        page.paragraph('There are no predictions to look at: the run has not been evaluated yet, or it was by an '
-                       'earlier version. The next evaluation leaves them.')
+    page.heading('Validation')
+    evaluation = run.evaluation
+    if evaluation is None:
+        page.paragraph('There are no predictions: the run has not been evaluated yet, or it was by an earlier version. '
+                       'The next evaluation leaves them.')
         return
-    said = found.predictions
-    reliability = said.reliability()
+    predictions = evaluation.predictions
+    reliability = predictions.reliability()
     page.paragraph(
-        f'{len(said):,} samples of {found.num_classes:,} classes, after epoch {found.epoch + 1}{run.whose}: top-1 '
-        f'{percent(said.top(1))}, mean confidence {percent(said.confidence.mean(), 1)}, expected calibration error '
-        f'{percent(reliability.error, 1)}, mean negative log-probability of the label '
-        f'{-said.label_log_probs.mean():.4f}.')
+        f'{len(predictions):,} samples of {evaluation.num_classes:,} classes, after epoch {evaluation.epoch + 1}'
+        f'{run.label}: top-1 {percent(predictions.top(1))}, mean confidence '
+        f'{percent(predictions.confidence.mean(), 1)}, expected calibration error {percent(reliability.error, 1)}, '
+        f'NLL {-predictions.label_log_probs.mean():.4f}.')
     add_plots(page, reliability_plot(
-        {f'student{run.whose}': reliability},
+        {f'student{run.label}': reliability},
         caption='On the diagonal, a confidence of 80% is right 80% of the time.'))
-    _add_confusion(page, found)
-    right, wrong = samples_to_show(said)
+    _add_confusion(page, evaluation)
+    right, wrong = samples_to_show(predictions)
     page.heading('Samples', level=3)
     if len(right):
-        page.pictures(_pictures(found, right), 'Surest of the right ones, of as many classes as there are')
+        page.pictures(_pictures(evaluation, right), 'Most confident right predictions, of as many classes as there are')
     if len(wrong):
-        page.pictures(_pictures(found, wrong), 'Surest of the wrong ones')
+        page.pictures(_pictures(evaluation, wrong), 'Most confident wrong predictions')
 
 
-def _add_confusion(page: Page, found: Evaluation) -> None:
-    said = found.predictions
-    everything = found.num_classes <= MAX_MATRIX
-    classes = np.arange(found.num_classes) if everything else worst_classes(said, found.num_classes, NUM_WORST)
-    counts = confusion(said, classes)
-    names = [found.name(label) for label in classes]
-    if not counts[:, -1].any():
-        counts = counts[:, :-1]
-    else:
+def _add_confusion(page: Page, evaluation: Evaluation) -> None:
+    predictions, num_classes = evaluation.predictions, evaluation.num_classes
+    worst = worst_classes(predictions, num_classes, NUM_WORST)
+    classes = np.arange(num_classes) if num_classes <= MAX_MATRIX else worst
+    counts = confusion(predictions, classes)
+    names = [evaluation.name(label) for label in classes]
+    if counts[:, -1].any():
         names.append('any other')
-    title = 'Confusion' if everything else f'Confusion of the {len(classes)} worst classes'
+    else:
+        counts = counts[:, :-1]
+    title = 'Confusion' if num_classes <= MAX_MATRIX else f'Confusion of the {len(classes)} worst classes'
     add_plots(page, confusion_plot(counts, names, title))
     if not can_plot():
         rows = [[name, *row] for name, row in zip(names, counts.tolist())]
         page.table(['label', *names], rows, f'{title}, in samples')
-    samples, accuracy = class_accuracy(said, found.num_classes)
-    pairs = confused_pairs(said, NUM_WORST)
+    samples, accuracy = class_accuracy(predictions, num_classes)
+    pairs = confused_pairs(predictions, NUM_WORST)
     if pairs:
-        page.heading('Most frequent mistakes', level=3)
+        page.heading('Most frequent confusions', level=3)
         page.table(
-            ['label', 'taken for', 'samples', 'of the label'],
-            [[found.name(label), found.name(other), count, percent(count / samples[label], 1)]
+            ['label', 'predicted as', 'samples', 'of the label'],
+            [[evaluation.name(label), evaluation.name(other), count, percent(count / samples[label], 1)]
              for label, other, count in pairs])
     page.heading('Worst classes', level=3)
     rows = []
-    for label in worst_classes(said, found.num_classes, NUM_WORST):
-        others = said.best[(said.labels == label) & ~said.right]
-        mostly = found.name(np.bincount(others).argmax()) if len(others) else '-'
-        rows.append([found.name(label), int(samples[label]), percent(accuracy[label], 1), mostly])
-    page.table(['class', 'samples', 'top-1', 'mostly taken for'], rows)
+    for label in worst:
+        others = predictions.best[(predictions.labels == label) & ~predictions.right]
+        mostly = evaluation.name(np.bincount(others).argmax()) if len(others) else '-'
+        rows.append([evaluation.name(label), int(samples[label]), percent(accuracy[label], 1), mostly])
+    page.table(['class', 'samples', 'top-1', 'mostly predicted as'], rows)
 
 
 def _pictures(evaluation: Evaluation, samples: np.ndarray) -> list[Picture]:
-    """Pictures of samples with the student's best classes; of those whose view was kept."""
-    said, pictures = evaluation.predictions, []
+    """Pictures of samples with the student's most probable classes; of those whose view was kept."""
+    predictions, pictures = evaluation.predictions, []
     names = [evaluation.name(number) for number in range(evaluation.num_classes)]
-    places = {int(sample): place for place, sample in enumerate(evaluation.shown)}
-    for sample in filter(places.__contains__, samples.tolist()):
-        label = int(said.labels[sample])
+    views = dict(zip(evaluation.shown.tolist(), evaluation.views))
+    for sample in filter(views.__contains__, samples.tolist()):
+        label = int(predictions.labels[sample])
         bars = probability_bars(
-            zip(said.ids[sample].tolist(), said.probs[sample].tolist()),
-            {label: float(np.exp(said.label_log_probs[sample]))}, names)
-        pictures.append(Picture(evaluation.views[places[sample]], f'{names[label]} #{sample}', bars))
+            zip(predictions.ids[sample].tolist(), predictions.probs[sample].tolist()),
+            {label: float(np.exp(predictions.label_log_probs[sample]))}, names)
+        pictures.append(Picture(views[sample], f'{names[label]} #{sample}', bars))
     return pictures
 
 
 def _add_teacher(page: Page, run: TrainedRun) -> None:
     page.heading('Student and teacher')
-    found = run.stored_views
-    if not run.settings.get('logits') and found is None:
-        page.paragraph('The student learned from labels alone; there is no teacher to compare it with.')
+    views = run.stored_views
+    if views is None:
+        page.paragraph(
+            'The student is compared with its teacher on stored views when a training ends; this one has not ended yet.'
+            if run.settings.get('logits') else
+            'The student learned from labels alone; there is no teacher to compare it with.')
         return
-    if found is None:
-        page.paragraph('The student looks at stored views beside its teacher when a training ends; this one has not '
-                       'ended yet.')
-        return
-    student, teacher = found.student, found.teacher
-    whose = WHOSE[found.ending]
-    stored = f', stored epoch {" and ".join(map(str, found.stored_epochs))}' if found.stored_epochs else ''
+    student, teacher = views.student, views.teacher
+    name = f'student{WEIGHTS["ema" if views.ending else "student"]}'
+    stored = f', stored epoch {" and ".join(map(str, views.stored_epochs))}' if views.stored_epochs else ''
     page.paragraph(
-        f'Both on the same {len(student):,} views of the training data, of epoch {found.epoch + 1}{stored}: the '
-        f'student{whose} and the teacher agree on the most probable class of '
-        f'{percent((student.best == teacher.best).mean(), 1)}, and the KL divergence from what '
-        f'the store says of the teacher is {found.divergence.mean():.4f} nats in the mean, '
-        f'{np.median(found.divergence):.4f} in the median.')
+        f'Both on the same {len(student):,} views of the training data, of epoch {views.epoch + 1}{stored}: the '
+        f'{name} and the teacher agree on the top-1 class of {percent((student.best == teacher.best).mean(), 1)}, and '
+        f'the KL divergence from the stored targets is {views.divergence.mean():.4f} nats in the mean, '
+        f'{np.median(views.divergence):.4f} in the median.')
     student, teacher = student.labelled(), teacher.labelled()
     if not len(student):
-        page.paragraph('The views have no label each of the classes of the teacher, so that nobody is right or wrong.')
+        page.paragraph('No view has one label that is a class of the teacher, so that there is no accuracy.')
         return
-    models = {f'student{whose}': student.reliability(), 'teacher': teacher.reliability()}
+    models = {name: student.reliability(), 'teacher': teacher.reliability()}
     page.table(['on views with a label', *models], [
         [text, *(percent(value, 1) for value in values)] for text, values in (
             ('top-1', (student.top(1), teacher.top(1))),
             ('mean confidence', (student.confidence.mean(), teacher.confidence.mean())),
-            ('expected calibration error', [found.error for found in models.values()]),
+            ('expected calibration error', [reliability.error for reliability in models.values()]),
             ('right where the other is wrong', (_only(student, teacher), _only(teacher, student))),
         )])
     add_plots(page, reliability_plot(models))

@@ -15,22 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import InputError
-from ..train.metrics import read_metrics
+from ..train.metrics import read_metrics, suffixed
 from ..train.predictions import Evaluation
 from ..train.record import RUN_RECORD, read_run
 from ..train.teacher_comparison import StoredViews
 
-__all__ = ['PREDICTIONS', 'STORED_VIEWS', 'WHOSE', 'TrainedRun', 'metric', 'shown', 'without_user']
+__all__ = ['STORED_VIEWS', 'WEIGHTS', 'TrainedRun', 'metric', 'shown', 'without_user']
 
-PREDICTIONS = 'predictions{ending}.npz'
 STORED_VIEWS = 'stored_views.npz'
 TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{8,}')
 # A folder or a file, and not a name on the Hub or a relative path; a scheme such as `local-dir:` may stand before it.
 PLACE = re.compile(r'([\w-]+:(?!//))?(?:/|~|\.\.?/).*?([^/]+)/*')
 # What a training loss is measured by, beside the data.
 MIXING = ('mixup', 'cutmix', 'cutmix_minmax')
-# Weights as words that stand behind a name, by the ending of theirs.
-WHOSE = {'': '', '_ema': ' (averaged weights)'}
+# Each set of weights, and words for it that stand behind a name.
+WEIGHTS = {'student': '', 'ema': ' (averaged weights)'}
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,7 @@ class TrainedRun:
         settings: All flags; empty where they are not known.
         launches: Epoch, commit and environment of each launch of the run; empty where they are not known.
         changed: The flags that are not the defaults; None where they are not known.
-        evaluations: The last predictions, by the ending of the weights' name: of the student, and `_ema` of its
-            average.
+        evaluations: The last predictions of each set of weights, see `WEIGHTS`.
         stored_views: The student beside its teacher, where it has one.
         problems: A sentence for each file that cannot be read.
     """
@@ -75,11 +73,12 @@ class TrainedRun:
             except InputError as error:
                 problems.append(without_user(str(error).replace(f'{folder}/', '')))
 
-        evaluations = {ending: read(PREDICTIONS.format(ending=ending), Evaluation.read) for ending in ('', '_ema')}
+        evaluations = {
+            weights: read(f'{suffixed("predictions", weights)}.npz', Evaluation.read) for weights in WEIGHTS}
         record = read(RUN_RECORD, lambda file: read_run(file.parent)) or {}
         return cls(
             folder, read_metrics(folder), record.get('flags', {}), record.get('launches', []), record.get('changed'),
-            {ending: found for ending, found in evaluations.items() if found is not None},
+            {weights: evaluation for weights, evaluation in evaluations.items() if evaluation is not None},
             read(STORED_VIEWS, StoredViews.read), problems)
 
     @property
@@ -100,21 +99,25 @@ class TrainedRun:
         """The epoch, from 1, of the largest value of a metric, and it; the first of several."""
         return max(self.column(name), key=lambda pair: pair[1], default=None)
 
+    def last(self, name: str) -> float | None:
+        """The last value of a metric."""
+        return self.column(name)[-1][1] if self.column(name) else None
+
     @cached_property
-    def ending(self) -> str:
-        """Whose accuracy counts: the average's, where it ended higher than the student's own."""
-        last = {ending: values[-1][1] for ending in ('', '_ema') if (values := self.column(f'eval_top1{ending}'))}
-        return max(last, key=last.get, default='')
+    def weights(self) -> str:
+        """The weights whose accuracy counts: the average, where it ended higher than the student's own."""
+        last = {weights: self.last(suffixed('eval_top1', weights)) for weights in WEIGHTS}
+        return max(WEIGHTS, key=lambda weights: -1. if last[weights] is None else last[weights])
 
     @property
-    def whose(self) -> str:
-        """Which weights those are, as words that stand behind its name; none for the student's own."""
-        return WHOSE[self.ending]
+    def label(self) -> str:
+        """Which weights those are, as words that stand behind a name; none for the student's own."""
+        return WEIGHTS[self.weights]
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """Its predictions."""
-        return self.evaluations.get(self.ending)
+        """Their predictions."""
+        return self.evaluations.get(self.weights)
 
     def loss_settings(self) -> dict[str, Any]:
         """The settings that say what its training loss is: losses of others are not the same quantity."""
@@ -141,7 +144,7 @@ class TrainedRun:
             if value:
                 words += [f'--{name.replace("_", "-")}']
                 words += [f'{key}={item}' for key, item in value.items()] if isinstance(value, dict) else [str(value)]
-        words += ['--eval', str(self.folder / f'best{self.ending}')]
+        words += ['--eval', str(self.folder / suffixed('best', self.weights))]
         return ' '.join(map(_quoted, map(without_user, words)))
 
 
