@@ -47,7 +47,7 @@ from timm_tinyvit.teacher.creating import create_store, create_teacher, views_to
 from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.train.batches import TrainBatches
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
-from timm_tinyvit.train.evaluate import Evaluator, evaluate_checkpoint
+from timm_tinyvit.train.evaluate import Evaluator
 from timm_tinyvit.train.metrics import METRICS, write_metrics
 from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
@@ -259,11 +259,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = create_accelerator(args.amp_dtype, args.log, folder)
     show, num_epochs = accelerator.is_main_process, args.epochs + args.cooldown_epochs
     speak(show, args.quiet)
-    if args.eval is not None:
-        metrics = evaluate_checkpoint(args, accelerator)
-        result(', '.join(f'{name} {value:.3f}' for name, value in metrics.items()))
-        accelerator.end_training()
-        return
     check_launch(args, accelerator)
     create_run_folder(folder, show)
 

@@ -2,7 +2,7 @@
 
     python hub/render.py [--output FOLDER]
 
-`cards/TAG.md` is the card that `python -m timm_tinyvit.hub.convert` leaves beside an official checkpoint's weights;
+`cards/TAG.md` is the card that `timm-tinyvit convert` leaves beside an official checkpoint's weights;
 ORG/NAME in it stands for the repo, whose name `publish` puts in. `demo/README.md` is the card of the student that
 `make demo` distils, from files of that run in the same folder.
 """

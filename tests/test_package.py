@@ -22,9 +22,12 @@ def wheel(tmp_path_factory) -> Path:
     return next(folder.glob('*.whl'))
 
 
-def test_the_wheel_holds_the_package_its_recipes_and_the_training_script(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_holds_the_package_its_recipes_and_the_programs(wheel):
+    files = zipfile.ZipFile(wheel)
+    names = set(files.namelist())
     assert {'train_distill.py', 'timm_tinyvit/data/probe.jpg', 'timm_tinyvit/config/recipes/demo.yaml'} <= names
+    scripts, = (name for name in names if name.endswith('entry_points.txt'))
+    assert b'timm-tinyvit = timm_tinyvit.cli:main' in files.read(scripts)
     modules = {f'timm_tinyvit/{file.name}' for file in (ROOT / 'timm_tinyvit').glob('*.py')}
     assert modules <= names
     assert not [name for name in names if name.startswith(('tests/', 'examples/', 'benchmarks/'))]

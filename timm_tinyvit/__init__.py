@@ -1,11 +1,53 @@
 """TinyViT and fast pretraining distillation for timm.
 
-Importing this package registers the five TinyViT models and the paper's CLIP teacher with timm; everything else is
-imported from its own module.
+Importing this package registers the five TinyViT models and the paper's CLIP teacher with timm. The public names below
+are imported on first use, so that importing the package costs little more than importing timm.
 """
 
-from .models import clip_teacher  # noqa: F401  registers the teacher
-from .models.tiny_vit import TinyVit
+import importlib
+import os
+import sys
+from typing import Any
+
 from .version import __version__
 
-__all__ = ['TinyVit', '__version__']
+# Public name -> module.
+_PUBLIC = {
+    'EpochBatchSampler': 'data.dataset', 'LogitStore': 'store.local', 'Replay': 'data.views',
+    'SparseLogitDataset': 'data.dataset', 'SparseTargets': 'targets.sparse', 'TinyVit': 'models.tiny_vit',
+    'ViewRecipe': 'data.view_config', 'collate': 'data.dataset', 'load_split': 'data.sources',
+    'open_store': 'data.opening', 'sparse_soft_target_cross_entropy': 'targets.sparse',
+}
+__all__ = ['__version__', 'register_models', *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'.{_PUBLIC[name]}', __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def register_models() -> None:
+    """Register the models with timm, as importing this package does."""
+    from .models import clip_teacher, tiny_vit  # noqa: F401
+
+
+def _is_own_program() -> bool:
+    """Whether Python imports this package to run `timm-tinyvit` or `python -m timm_tinyvit`.
+
+    These read their arguments first, which takes no torch, and then register the models themselves.
+    """
+    argv = getattr(sys, 'argv', None) or ['']
+    if argv[0] == '-m':
+        # While Python looks for the module, whose name stands before its arguments.
+        module = sys.orig_argv[-len(argv)].removeprefix('-m')
+        return module == __name__ or module.startswith(f'{__name__}.')
+    return os.path.basename(argv[0]) in ('timm-tinyvit', 'timm-tinyvit.exe')
+
+
+if not _is_own_program():
+    register_models()

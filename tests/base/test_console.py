@@ -17,9 +17,8 @@ import datasets
 import pytest
 
 import train_distill
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base import console as terminal
-from timm_tinyvit.report import __main__ as report
 
 DATA = train_distill.Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist'
 
@@ -173,7 +172,7 @@ def test_quiet_programs_say_their_results(tmp_path, teacher, capsys):
     assert 'teacher: 100%, 64 of 64, ' in capsys.readouterr().err
     with screen() as read:
         for quiet in ([], ['--quiet']):
-            report.main([store[1], '--dataset', str(DATA), '--train-split', 'train[:32]', *quiet])
+            cli.main(['report', store[1], '--dataset', str(DATA), '--train-split', 'train[:32]', *quiet])
             said = read()
             assert 'teacher accuracy' in said and ('\r' in said.replace('\r\n', '')) == (not quiet)
     capsys.readouterr()
@@ -183,12 +182,12 @@ def test_quiet_programs_say_their_results(tmp_path, teacher, capsys):
     said = capsys.readouterr()
     assert said.out.startswith(f'finished: {tmp_path / "run"}, best top-1') and said.out.count('\n') == 1
     assert said.err == ''
-    train_distill.main([*train, '--eval', str(tmp_path / 'run' / 'last')])
+    cli.main(['eval', str(tmp_path / 'run' / 'last'), *SMALL[:2], *SMALL[4:], '--val-split', 'test[:16]'])
     assert capsys.readouterr().out.startswith('loss ')
 
 
-@pytest.mark.parametrize('main', [train_distill.main, save_logits.main, report.main])
-def test_help_says_what_quiet_leaves(main, capsys):
+@pytest.mark.parametrize('command', ['train', 'fill', 'report', 'store verify'])
+def test_help_says_what_quiet_leaves(command, capsys):
     with pytest.raises(SystemExit):
-        main(['--help'])
+        cli.main([*command.split(), '--help'])
     assert '--quiet say nothing but results, warnings and errors' in ' '.join(capsys.readouterr().out.split())

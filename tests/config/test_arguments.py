@@ -3,13 +3,12 @@
 import pytest
 
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.config.arguments import (
-    ArgumentParser, add_view_arguments, parse_arguments, recipe_names, view_arguments,
-)
+from timm_tinyvit.config.arguments import ArgumentParser, add_view_arguments, recipe_names, view_arguments
 
 
 def parser() -> ArgumentParser:
     made = ArgumentParser()
+    made.add_recipes()
     add_view_arguments(made)
     made.add_argument('--lr', type=float, default=0.5)
     made.add_argument('--fast', action='store_true')
@@ -17,17 +16,17 @@ def parser() -> ArgumentParser:
 
 
 def test_only_what_was_asked_for_of_a_view_is_given():
-    args = parse_arguments(parser(), ['--img-size', '64', '--aa', 'v0', '--scale', '0.5', '1'])
+    args = parser().parse_args(['--img-size', '64', '--aa', 'v0', '--scale', '0.5', '1'])
     assert view_arguments(args) == {'auto_augment': 'v0', 'input_size': [3, 64, 64], 'scale': [0.5, 1.0]}
-    assert view_arguments(parse_arguments(parser(), [])) == {}
+    assert view_arguments(parser().parse_args([])) == {}
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text('lr: 0.25\nhflip: 0\nfast: true\nscale: [0.1, 1]\n')
-    args = parse_arguments(parser(), ['--config', str(recipe), '--hflip', '1'])
+    args = parser().parse_args(['--config', str(recipe), '--hflip', '1'])
     assert (args.lr, args.hflip, args.fast, args.scale) == (0.25, 1.0, True, [0.1, 1.0])
-    assert parse_arguments(parser(), []).lr == 0.5
+    assert parser().parse_args([]).lr == 0.5
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -43,14 +42,14 @@ def test_a_wrong_recipe_is_one_sentence(tmp_path, text, expected):
     recipe = tmp_path / 'recipe.yaml'
     recipe.write_text(text)
     with pytest.raises(InputError) as error:
-        parse_arguments(parser(), ['--config', str(recipe)])
+        parser().parse_args(['--config', str(recipe)])
     assert expected in str(error.value) and '\n' not in str(error.value)
 
 
 def test_recipes_of_the_package_are_found_by_name():
     assert 'demo' in recipe_names()
     with pytest.raises(InputError, match='there is no recipe nothing; give a YAML file, or one of .*demo'):
-        parse_arguments(parser(), ['--config', 'nothing'])
+        parser().parse_args(['--config', 'nothing'])
 
 
 def test_help_shows_the_defaults_that_say_something():

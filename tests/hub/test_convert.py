@@ -31,7 +31,7 @@ def official():
 
 def run(*args):
     return subprocess.run(
-        [sys.executable, '-m', 'timm_tinyvit.hub.convert', *map(str, args)],
+        [sys.executable, '-m', 'timm_tinyvit', 'convert', *map(str, args)],
         capture_output=True, text=True, timeout=300)
 
 

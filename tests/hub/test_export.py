@@ -12,7 +12,9 @@ import torch
 from support.golden_weights import relative_difference
 from timm.models import save_for_hf
 
-from timm_tinyvit.hub.export import export, main
+from timm_tinyvit import cli
+from timm_tinyvit.config import commands
+from timm_tinyvit.hub.export import FORMATS, export
 
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxscript', 'onnxruntime')),
@@ -93,7 +95,7 @@ def test_a_wrong_ending_is_refused(model, tmp_path, refused):
 def test_the_command_exports_at_another_size(model, tmp_path):
     save_for_hf(model, tmp_path / 'saved')
     result = subprocess.run(
-        [sys.executable, '-m', 'timm_tinyvit.hub.export', '--model', str(tmp_path / 'saved'), '--format', 'torch',
+        [sys.executable, '-m', 'timm_tinyvit', 'export', '--model', str(tmp_path / 'saved'), '--format', 'torch',
          '--img-size', '48', '80', '--output', str(tmp_path / 'model.pt2')],
         capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -105,9 +107,13 @@ def test_the_command_exports_at_another_size(model, tmp_path):
 def test_a_model_of_any_size_takes_any_and_one_with_patches_says_no(tmp_path, capsys):
     for name in ('test_resnet', 'test_vit'):
         save_for_hf(timm.create_model(name, num_classes=10), tmp_path / name)
-    command = ['--format', 'torch', '--output', str(tmp_path / 'model.pt2'), '--model']
-    main([*command, str(tmp_path / 'test_resnet'), '--img-size', '64'])
+    command = ['export', '--format', 'torch', '--output', str(tmp_path / 'model.pt2'), '--model']
+    cli.main([*command, str(tmp_path / 'test_resnet'), '--img-size', '64'])
     assert torch.export.load(tmp_path / 'model.pt2').module()(torch.randn(2, 3, 64, 64)).shape == (2, 10)
     with pytest.raises(SystemExit, match='2'):
-        main([*command, str(tmp_path / 'test_vit'), '--img-size', '8'])
+        cli.main([*command, str(tmp_path / 'test_vit'), '--img-size', '8'])
     assert 'test_vit cannot take --img-size 8' in capsys.readouterr().err
+
+
+def test_the_command_takes_every_format():
+    assert set(commands.FORMATS) == set(FORMATS)

@@ -21,7 +21,7 @@ from datasets import load_dataset
 from huggingface_hub import ModelCard
 from support.golden_weights import golden_tensor
 
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.machine import source_commit
 from timm_tinyvit.hub import convert
 from timm_tinyvit.hub.model_card import model_facts, read_weights, recipe_yaml, run_card
@@ -124,8 +124,9 @@ def test_the_recipe_of_a_card_gives_the_settings_of_the_run(run, tmp_path):
 
 
 def test_the_training_command_of_a_card_asks_for_the_same_run(run, tmp_path):
-    command = section(run_card(run, 'best', 'org/student'), 'Training').split('```\naccelerate ')[1].split('```')[0]
-    argv = shlex.split(command.replace('\\\n', ''))[3:]
+    training = section(run_card(run, 'best', 'org/student'), 'Training')
+    command = training.split('```\ntimm-tinyvit train ')[1].split('```')[0]
+    argv = shlex.split(command.replace('\\\n', ''))
     assert argv[-2:] == ['--logits', 'logits'] and argv[argv.index('--dataset') + 1] == './fashion_mnist'
     argv[argv.index('recipe.yaml')] = write_recipe(run, tmp_path)
     again, before = vars(train_distill.settings(argv)), json.loads((run / 'run.json').read_text())['flags']
@@ -154,7 +155,7 @@ def filling_commands(card):
     block = section(card, 'Training').partition('fills the store:\n\n```\n')[2] or section(
         card, 'Training').partition('each teacher fills its store:\n\n```\n')[2]
     commands = block.partition('\n```')[0].replace('\\\n', '').splitlines()
-    return [shlex.split(command.partition('save_logits ')[2]) for command in commands]
+    return [shlex.split(command.partition('timm-tinyvit fill ')[2]) for command in commands]
 
 
 @pytest.mark.parametrize('flags', [
@@ -509,10 +510,10 @@ def test_a_converted_checkpoint_has_its_card_beside_it(tmp_path):
 def test_the_command_of_a_card_measures_its_accuracy(run, capsys):
     """With the folder in place of the repo; the tests of publishing pull it."""
     card = run_card(run, 'best', 'org/student')
-    argv = shlex.split(section(card, 'Accuracy').split('```')[1].replace('\\\n', ''))[3:]
+    argv = shlex.split(section(card, 'Accuracy').split('```')[1].replace('\\\n', ''))[1:]
     argv[argv.index('hf-hub:org/student')] = f'local-dir:{run / "best"}'
     argv[argv.index('./fashion_mnist')] = DATA
     capsys.readouterr()
-    train_distill.main([*argv, '-j', '0'])
+    cli.main([*argv, '-j', '0'])
     said = capsys.readouterr().out
     assert f'top1 {100 * card.data.eval_results[0].metric_value:.3f}' in said

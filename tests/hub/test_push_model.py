@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_distill
+from timm_tinyvit import cli
 from timm_tinyvit.hub import push_model as publish
 from timm_tinyvit.hub.model_card import CARD, NO_REPO, read_weights
 from timm_tinyvit.models.saving import export_model
@@ -47,7 +48,7 @@ def vit(runs, tmp_path):
 
 def push(hub, hub_children, folder, home, *flags, token=''):
     return hub_children.run(
-        ['-m', 'timm_tinyvit.hub.push_model', folder, '--repo', REPO, *flags], hub.environment(home, token))
+        ['-m', 'timm_tinyvit', 'publish', folder, '--repo', REPO, *flags], hub.environment(home, token))
 
 
 def sentence_of(result, one_sentence, *words):
@@ -156,10 +157,10 @@ def test_the_card_of_a_pushed_model_does_what_it_says(hub, hub_children, runs, t
     assert shown.returncode == 0, shown.stderr
     assert len(shown.stdout.splitlines()) == 5 and '% ' in shown.stdout
 
-    command = next(block for block in blocks if block.startswith('\npython -m train_distill --eval'))
+    command = next(block for block in blocks if block.startswith('\ntimm-tinyvit eval'))
     words = shlex.split(command.replace('\\\n', ''))[1:]
     measured = hub_children.run(
-        [*words, '-j', '0'], hub.environment(tmp_path, token=None), folder=ROOT / 'examples')
+        ['-m', 'timm_tinyvit', *words, '-j', '0'], hub.environment(tmp_path, token=None), folder=ROOT / 'examples')
     assert measured.returncode == 0, measured.stderr
     assert f'top1 {100 * card.data.eval_results[0].metric_value:.3f}' in measured.stdout
 
@@ -319,7 +320,7 @@ def test_a_push_that_fails_at_the_end_leaves_the_models_and_says_how_to_push_the
                '--hub-license', 'mit']
     hub.fail(r'POST /api/models/org/student/commit/', '500', times=99)
     result = hub_children.run(command, hub.environment(home))
-    again = f'python -m timm_tinyvit.hub.push_model {folder / "run"} --repo {REPO} --license mit'
+    again = f'timm-tinyvit publish {folder / "run"} --repo {REPO} --license mit'
     sentence = sentence_of(result, one_sentence, 'the run is finished', again)
     assert 'finished:' in result.stdout and len(hub.commits(REPO)) == 1
     assert all((folder / 'run' / name / 'model.safetensors').is_file() for name in ('best', 'last', 'best_ema'))
@@ -329,7 +330,8 @@ def test_a_push_that_fails_at_the_end_leaves_the_models_and_says_how_to_push_the
     assert not leaks(folder, home, hub.files(REPO), result, second)
 
     hub.forget()
-    done = hub_children.run(shlex.split(sentence.partition('to push them: python ')[2]), hub.environment(home))
+    words = shlex.split(sentence.partition('to push them: timm-tinyvit ')[2])
+    done = hub_children.run(['-m', 'timm_tinyvit', *words], hub.environment(home))
     assert done.returncode == 0, done.stderr
     assert set(hub.files(REPO)) == FILES
     assert ModelCard(hub.files(REPO)[CARD].decode()).data.license == 'mit'
@@ -341,20 +343,19 @@ def test_the_flags_of_a_push_do_not_hinder_a_resume():
 
 def test_a_dry_run_writes_what_would_be_pushed(vit, tmp_path, capsys):
     (tmp_path / 'notes.md').write_text('Seen on a Tuesday.')
-    publish.main([str(vit / 'last'), '--repo', REPO, '--dry-run', str(tmp_path / 'dry'), '--notes',
-                  str(tmp_path / 'notes.md')])
+    command = ['publish', str(vit / 'last'), '--repo', REPO, '--notes', str(tmp_path / 'notes.md'), '--dry-run']
+    cli.main([*command, str(tmp_path / 'dry')])
     assert {file.name for file in (tmp_path / 'dry').iterdir()} == FILES
     card = (tmp_path / 'dry' / CARD).read_text()
     assert '**`last`, published here**' in card and 'Seen on a Tuesday.' in card
     assert 'Inference: ' in card and json.loads((vit / 'speed.json').read_text())['batch_size'] > 0
-    publish.main([str(vit / 'last'), '--repo', REPO, '--dry-run', str(tmp_path / 'again'), '--notes',
-                  str(tmp_path / 'notes.md')])
+    cli.main([*command, str(tmp_path / 'again')])
     assert (tmp_path / 'again' / CARD).read_text() == card
 
 
 def test_bad_input_gets_one_clear_sentence(vit, tmp_path, refused, capsys):
     with pytest.raises(SystemExit) as stop:
-        publish.main([str(vit), '--repo', REPO, '--notes', str(tmp_path / 'none.md')])
+        cli.main(['publish', str(vit), '--repo', REPO, '--notes', str(tmp_path / 'none.md')])
     assert stop.value.code == 2 and 'none.md cannot be read' in capsys.readouterr().err
     with refused('is neither a run'):
         publish.model_files(tmp_path, REPO)
@@ -365,7 +366,7 @@ def test_bad_input_gets_one_clear_sentence(vit, tmp_path, refused, capsys):
         publish.model_files(vit, REPO, 'best_ema')
     for flags, words in (
         (['--push-to-hub', 'student'], "'student' is no name of a repo"),
-        (['--hub-private'], 'need a repo'), (['--push-to-hub', REPO, '--eval'], '--eval trains nothing'),
+        (['--hub-private'], 'need a repo'),
     ):
         with refused(words):
             train_distill.settings([*VIT, *flags])

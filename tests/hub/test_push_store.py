@@ -21,7 +21,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 from support.hub_server import READ_TOKEN, TOKEN, card_problems
 
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.leases import Claims
 from timm_tinyvit.data.dataset import SparseLogitDataset
@@ -47,11 +47,12 @@ def store(filled_store, tmp_path) -> Path:
 
 @pytest.fixture
 def push(hub, hub_children, tmp_path):
-    """`push([store, flag, ...], ...)` runs save_logits --push-to-hub, for each list, in commits of 10 files, one after
-    the other in a process whose Hub is the server; returns status, stdout and stderr of each."""
+    """`push([store, flag, ...], ...)` runs `timm-tinyvit store push`, or with a teacher `fill`, for each list, in
+    commits of 10 files, one after the other in a process whose Hub is the server; returns status, stdout and stderr of
+    each."""
     code = '''
 import contextlib, functools, io, json, os
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli
 from timm_tinyvit.hub import push_store as publish_store
 publish_store.MAX_FILES = 10
 publish_store.Claims = functools.partial(publish_store.Claims, expire=0.5)
@@ -60,7 +61,7 @@ for argv in json.loads(os.environ['COMMANDS']):
     status, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            save_logits.main(argv)
+            cli.main(argv)
         except SystemExit as end:
             status = end.code
     ends.append([status, out.getvalue(), err.getvalue()])
@@ -68,9 +69,11 @@ print(json.dumps(ends))
 '''
 
     def push(*commands, start=False, **environment):
-        commands = [['--logits', str(store), *map(str, flags)] for store, *flags in commands]
-        commands = [argv if '--push-to-hub' in argv else [*argv, '--push-to-hub', 'org/logits'] for argv in commands]
-        environment = hub.environment(tmp_path / 'home', COMMANDS=json.dumps(commands), **environment)
+        commands = [
+            ['fill', '--logits', store, '--push-to-hub', 'org/logits', *flags] if '--teacher' in flags else
+            ['store', 'push', store, *flags, *([] if '--repo' in flags else ['--repo', 'org/logits'])]
+            for store, *flags in commands]
+        environment = hub.environment(tmp_path / 'home', COMMANDS=json.dumps(commands, default=str), **environment)
         if start:
             return hub_children.start(code, environment)
         ended = hub_children.run(code, environment)
@@ -89,7 +92,7 @@ def messages(hub) -> list[str]:
 
 
 def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_store, keyed_store, tmp_path):
-    (status, said, _), = push([filled_store, *DATA, '--hub-private'])
+    (status, said, _), = push([filled_store, *DATA, '--private'])
     assert status == 0 and 'pushed to hf://datasets/org/logits: 4 epochs' in said
     commits = hub.commits('org/logits', 'dataset')
     added = [set(after.files) - set(before.files) for before, after in zip(commits, commits[1:])]
@@ -101,7 +104,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     assert card_problems(there['README.md'].decode()) == ([], [])
     assert len(there['views.png']) < 300_000 and Image.open(io.BytesIO(there['views.png'])).width > 500
     # Without the data set nothing that it gave is taken away, and with it the same bytes come out.
-    *ends, keyed = push([filled_store], [filled_store, *DATA], [keyed_store[1], '--push-to-hub', 'org/keyed'])
+    *ends, keyed = push([filled_store], [filled_store, *DATA], [keyed_store[1], '--repo', 'org/keyed'])
     assert all(status == 0 and 'nothing was pushed' in said for status, said, _ in ends), ends
     commits_of_keyed = hub.commits('org/keyed', 'dataset')
     assert keyed[0] == 0 and set(commits_of_keyed[-1].files) - set(commits_of_keyed[-2].files) == {
@@ -161,13 +164,13 @@ def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, 
                                       'Store of 4 epochs, 120 samples']
     assert DatasetCard(there['README.md'].decode()).data.license == 'cc-by-4.0'
     # A licence alone changes nothing else of what was made with the data.
-    (status, *_), = push([filled_store, '--hub-license', 'cc0-1.0'])
+    (status, *_), = push([filled_store, '--license', 'cc0-1.0'])
     card, before = (DatasetCard(files['README.md'].decode()) for files in (published(hub), there))
     assert status == 0 and card.text == before.text and '](views.png)' in card.text
     assert card.data.to_dict() == before.data.to_dict() | {'license': 'cc0-1.0'}
     assert published(hub)['sample.parquet'] == there['sample.parquet']
     commits = len(messages(hub))
-    assert push([filled_store, '--hub-license', 'cc0-1.0'])[0][0] == 0 and len(messages(hub)) == commits
+    assert push([filled_store, '--license', 'cc0-1.0'])[0][0] == 0 and len(messages(hub)) == commits
 
 
 def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
@@ -190,9 +193,9 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
         (filled_store, 'other', ['another store', 'seed: 5, 0']),
         (store, 'logits', ['1 problem(s)', 'nothing was pushed']),
     ]
-    ends = push(*([path, '--push-to-hub', f'org/{repo}'] for path, repo, _ in expected),
-                [filled_store, '--push-to-hub', 'org/lacking', '--epochs', '2:4', '--hub-license', 'mit'])
-    refused = push([filled_store, '--push-to-hub', 'org/new'], HF_TOKEN=READ_TOKEN)
+    ends = push(*([path, '--repo', f'org/{repo}'] for path, repo, _ in expected),
+                [filled_store, '--repo', 'org/lacking', '--epochs', '2:4', '--license', 'mit'])
+    refused = push([filled_store, '--repo', 'org/new'], HF_TOKEN=READ_TOKEN)
     for (status, _, said), words in zip(ends + refused, [words for *_, words in expected] + [
             ['lacks 6 shards', 'epoch 1'], ['write']]):
         assert status == 2
@@ -305,15 +308,18 @@ def test_a_picture_of_any_views_stays_small(views, monkeypatch):
     assert 100_000 < len(content) <= store_card.MAX_PICTURE_BYTES
 
 
-@pytest.mark.parametrize('flags, words', [
-    (['--push-to-hub', 'logits'], ['ORG/NAME']),
-    (['--push-to-hub', 'org/logits', '--shards', '0:2'], ['--shards']),
-    (['--push-to-hub', 'org/logits', '--verify'], ['--verify']),
-    (['--hub-private'], ['--push-to-hub']),
+FILL = ['fill', '--dataset', 'x', '--teacher', 't', '--epochs', '1', '--logits', 'here']
+
+
+@pytest.mark.parametrize('argv, words', [
+    ([*FILL, '--push-to-hub', 'logits'], ['ORG/NAME']),
+    ([*FILL, '--push-to-hub', 'org/logits', '--shards', '0:2'], ['--shards', 'timm-tinyvit store push']),
+    ([*FILL, '--hub-private'], ['--push-to-hub']),
+    (['store', 'push', 'here', '--repo', 'logits'], ['ORG/NAME']),
 ])
-def test_flags_that_do_not_go_together_are_one_sentence(flags, words, filled_store, capsys, one_sentence):
+def test_flags_that_do_not_go_together_are_one_sentence(argv, words, capsys, one_sentence):
     with pytest.raises(SystemExit) as stopped:
-        save_logits.main(['--logits', str(filled_store), *flags])
+        cli.main(argv)
     assert stopped.value.code == 2
     one_sentence(capsys.readouterr().err.strip(), *words)
 
@@ -340,7 +346,7 @@ def test_data_with_fewer_classes_than_the_teacher_are_named_by_themselves_and_ha
     assert 'no accuracy, as the labels are 3 classes, those of the teacher 10' in card and 'accuracy |' not in card
     table = pq.read_table(io.BytesIO(there['sample.parquet']))
     assert 'names' not in table.column_names and set(table['label_name'].to_pylist()) == {'first', 'second', 'third'}
-    save_logits.main(['--logits', str(tmp_path / 'store'), *map(str, flags), '--describe'])
+    cli.main(['store', 'describe', str(tmp_path / 'store'), *map(str, flags)])
     assert 'unknown; the labels are 3 classes, those of the teacher 10' in capsys.readouterr().out
 
 

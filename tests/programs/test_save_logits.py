@@ -1,4 +1,4 @@
-"""The program that fills, checks and describes a store, with a real timm model over real images."""
+"""The commands that fill, check and describe a store, with a real timm model over real images."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base import console as terminal
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
@@ -24,8 +24,8 @@ from timm_tinyvit.teacher.teacher import Teacher
 
 DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
 VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--aa', 'rand-m9-mstd0.5-inc1']
-COMMON = ['--dataset', DATA, '--train-split', 'train[:100]', *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3',
-          '--codec', 'float16']
+DATA_FLAGS = ['--dataset', DATA, '--train-split', 'train[:100]']
+COMMON = [*DATA_FLAGS, *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3', '--codec', 'float16']
 
 
 @pytest.fixture(scope='module')
@@ -47,10 +47,10 @@ def tree(path: Path) -> dict:
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()}
 
 
-def refusal(argv, capsys) -> str:
+def refusal(argv, capsys, command='fill') -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        save_logits.main([str(argument) for argument in argv])
+        cli.main([*command.split(), *map(str, argv)])
     assert exit.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith('error: ')
@@ -125,7 +125,7 @@ def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teache
 
 
 def test_verify_finds_every_damage_without_data_or_teacher(store, tmp_path, capsys):
-    save_logits.main(['--logits', str(store), '--verify'])
+    cli.main(['store', 'verify', str(store)])
     assert '8 shards, every byte as it was written' in capsys.readouterr().out
     path = tmp_path / 'logits'
     shutil.copytree(store, path)
@@ -136,14 +136,14 @@ def test_verify_finds_every_damage_without_data_or_teacher(store, tmp_path, caps
     damaged.write_bytes(content)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
-        save_logits.main(['--logits', str(path), '--verify'])
+        cli.main(['store', 'verify', str(path)])
     said = capsys.readouterr()
     problems = said.out.strip().splitlines()
     assert exit.value.code == 2 and '2 problem(s)' in said.err.strip().splitlines()[-1]
     assert len(problems) == 2 and 'lacks 1 of the 4 shards of epoch 1' in problems[0] and str(damaged) in problems[1]
-    save_logits.main(['--logits', str(path), '--verify', '--epochs', '1'])
+    cli.main(['store', 'verify', str(path), '--epochs', '1'])
     assert '4 shards, every byte' in capsys.readouterr().out
-    assert 'the store' in refusal(['--logits', path, '--verify', '--epochs', '1:3'], capsys)
+    assert 'the store' in refusal([path, '--epochs', '1:3'], capsys, 'store verify')
 
 
 def test_a_moved_teacher_is_still_the_same_teacher(store, teacher, tmp_path):
@@ -165,7 +165,7 @@ def test_a_checkpoint_of_a_named_model_is_a_teacher_too(store, teacher, tmp_path
 
 
 def test_check_finds_the_stored_targets_again(store, teacher, capsys):
-    save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(store), '--check'])
+    cli.main(['store', 'check', str(store), *DATA_FLAGS, '--teacher', teacher])
     said = capsys.readouterr().out
     found = re.search(
         r'(\d+) views: (\d+) come out .*, ([\d.]+)% other ids, .* by (\S+) in the mean, (\S+) at most, ', said)
@@ -190,7 +190,7 @@ def test_classes_with_other_numbers_in_the_teacher_are_told(there, said, capsys)
 
 
 def test_describe_prints_completeness_size_and_accuracy(store, capsys):
-    save_logits.main(['--logits', str(store), '--describe', '--dataset', DATA, '--train-split', 'train[:100]'])
+    cli.main(['store', 'describe', str(store), *DATA_FLAGS])
     said = capsys.readouterr().out
     assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said
     assert '18 bytes per view' in said and 'the 3 most probable classes, and the mass of the others' in said
@@ -206,10 +206,10 @@ def test_describe_prints_completeness_size_and_accuracy(store, capsys):
 def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
     fill = [*COMMON, '--teacher', teacher, '--epochs', '1', '--logits']
     cases = [
-        (['--logits', store], '--dataset is missing'),
-        ([*COMMON, '--logits', store, '--epochs', '1'], '--teacher is missing'),
-        ([*COMMON, '--teacher', teacher], '--logits is missing'),
-        ([*COMMON, '--teacher', teacher, '--logits', store], '--epochs is missing'),
+        (['--teacher', teacher, '--epochs', '1', '--logits', store], 'one of the arguments --dataset --data-dir is'),
+        ([*COMMON, '--logits', store, '--epochs', '1'], 'arguments are required: --teacher; see timm-tinyvit fill'),
+        ([*COMMON, '--teacher', teacher], 'arguments are required: --logits, --epochs'),
+        ([*fill, store, '--data-dir', DATA], '--data-dir: not allowed with argument --dataset'),
         ([*fill, store, '--epochs', '5:2'], "'5:2' is no range"),
         ([*fill, tmp_path / 'new', '--topk', '11'], 'k = 11 does not fit 10 classes'),
         ([*fill, tmp_path / 'new', '--codec', 'zip'], "there is no codec 'zip'"),
@@ -222,14 +222,13 @@ def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
         ([*fill, store, '--hflip', '0'], 'hflip 0.0 instead of 0.5'),
         ([*fill, tmp_path / 'new', '-j', '-1'], '--workers is -1'),
         ([*fill, tmp_path / 'new', '--shards', '4:9'], 'only shards 0:4'),
-        ([*fill, store, '--samples', '0:5'], 'give --copy-to too'),
-        (['--logits', tmp_path / 'new', '--merge-from', store, '--epochs', '1'], 'leave --copy-to and --epochs out'),
-        (['--describe', '--logits', tmp_path], 'there is no logit store at'),
-        ([*fill, teacher], 'is not a logit store; give --logits a new folder'),
+        ([*fill, store, '--samples', '0:5'], 'unknown argument --samples'),
+        ([*fill, teacher], 'is not a logit store; name a new folder'),
     ]
     for argv, expected in cases:
         assert expected in refusal(argv, capsys)
     assert not (tmp_path / 'new').exists()
+    assert 'there is no logit store at' in refusal([tmp_path], capsys, 'store describe')
 
 
 def test_a_teacher_that_says_nan_is_refused(teacher, tmp_path, capsys):
@@ -243,23 +242,26 @@ def test_a_teacher_that_says_nan_is_refused(teacher, tmp_path, capsys):
 def test_check_refuses_another_teacher(store, tmp_path, capsys):
     torch.manual_seed(1)
     export_model(tmp_path / 'other', timm.create_model('test_resnet', num_classes=10))
-    said = refusal([*COMMON, '--teacher', tmp_path / 'other', '--logits', store, '--check'], capsys)
+    said = refusal([store, *DATA_FLAGS, '--teacher', tmp_path / 'other'], capsys, 'store check')
     assert 'is not the teacher of the store' in said
 
 
-def test_a_recipe_of_the_trainer_says_how_to_fill_and_its_other_keys_are_passed_over(store, tmp_path, capsys):
+def test_a_recipe_of_the_trainer_says_how_to_fill_and_its_other_keys_are_passed_over(teacher, tmp_path, capsys):
     recipe = tmp_path / 'recipe.yaml'
-    recipe.write_text('epochs: 2\nlr: 0.001\nmodel: tiny_vit_5m_224\ntopk: 3\n')
-    save_logits.main(['--describe', '--logits', str(store), '--config', str(recipe)])
+    recipe.write_text('epochs: 2\nlr: 0.001\nmodel: tiny_vit_5m_224\ntopk: 3\nlog: [tensorboard]\n')
+    fill = [*DATA_FLAGS, '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '-j', '0', '--img-size', '32']
+    cli.main(['fill', *fill, '--config', str(recipe)])
+    assert LogitStore.open(tmp_path / 'logits').manifest.k == 3
+    cli.main(['store', 'describe', str(tmp_path / 'logits')])
     # A store of some kilobytes is not one of 0.0 MB.
     assert re.search(r'size +[1-9][0-9.]* kB on disk', capsys.readouterr().out)
     recipe.write_text('lr: 0.001\nlearning: 2\n')
-    assert "unknown key 'learning'" in refusal(['--describe', '--logits', store, '--config', recipe], capsys)
+    assert "unknown key 'learning'" in refusal([*fill, '--config', recipe], capsys)
 
 
 def test_a_file_in_the_place_of_an_epoch_is_called_one(store, tmp_path, capsys):
     copy = shutil.copytree(store, tmp_path / 'copy')
     shutil.rmtree(copy / 'epoch-00001')
     (copy / 'epoch-00001').write_text('not a folder')
-    said = refusal(['--describe', '--logits', copy], capsys)
+    said = refusal([copy], capsys, 'store describe')
     assert 'epoch-00001 is a file where the folder of epoch 1 should be' in said

@@ -244,6 +244,7 @@ def test_of_a_sharded_model_one_whole_copy_is_there_at_a_time(tmp_path, monkeypa
 
 def test_a_precision_of_the_launch_and_one_that_a_cpu_lacks_are_told(monkeypatch, capsys):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'bf16')
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1 << 16)
     AcceleratorState._reset_state(True)
     create_accelerator('bfloat16')
     assert not capsys.readouterr().err
@@ -252,6 +253,23 @@ def test_a_precision_of_the_launch_and_one_that_a_cpu_lacks_are_told(monkeypatch
     said = capsys.readouterr().err
     assert 'asks for mixed precision bf16' in said and '--teacher-amp-dtype' in said
     assert 'float16 needs a GPU' in said or torch.accelerator.is_available()
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason='the cores are not what computes')
+def test_cores_that_the_launcher_leaves_idle_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(8))
+    for launched, threads, said in ((True, 1, '1 of 8 CPU cores are used; give accelerate launch '
+                                     '--num_cpu_threads_per_process 8, or start timm-tinyvit without'),
+                                    (True, 8, ''), (False, 1, '')):
+        monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)  # noqa: B023
+        if launched:
+            monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'no')
+        else:
+            monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
+        AcceleratorState._reset_state(True)
+        create_accelerator()
+        assert said in capsys.readouterr().err if said else not capsys.readouterr().err
     AcceleratorState._reset_state(True)
 
 

@@ -17,12 +17,11 @@ from PIL import Image, ImageColor
 
 from conftest import EXAMPLES
 from test_page import check_self_contained, pixels_of
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.pairing import Pairing
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.report import __main__ as report
 from timm_tinyvit.report import plots
 from timm_tinyvit.report.page import Bar, Picture
 from timm_tinyvit.report.labels import label_mismatch, labelled_views, teacher_classes
@@ -269,7 +268,7 @@ def test_notes_say_what_a_sample_was_chosen_for(filled_store, labels, monkeypatc
 
 def run(*flags):
     """Run the program in this process."""
-    report.main([str(flag) for flag in flags])
+    cli.main(['report', *map(str, flags)])
 
 
 def refusal(capsys, *flags):
@@ -349,7 +348,7 @@ def test_the_most_frequent_mistakes_are_counted_by_view(make_store, monkeypatch)
 def test_describe_says_what_the_report_says(filled_store, capsys):
     run(filled_store, *DATA)
     said = capsys.readouterr().out
-    save_logits.main(['--logits', str(filled_store), '--describe', *DATA])
+    cli.main(['store', 'describe', str(filled_store), *DATA])
     described = capsys.readouterr().out.strip()
     assert described in said and 'top-1 on the views of 4 epochs, ' in described
 
@@ -610,7 +609,7 @@ def test_an_empty_store_is_described(filled_store, tmp_path, capsys):
     said = capsys.readouterr().out
     assert '0 of 24 (20 samples each), 0 of 4 epochs complete' in said and 'none of it is filled yet' in said
     assert 'holds nothing to show yet' in refusal(capsys, tmp_path / 'empty', '--html', tmp_path / 'page.html')
-    save_logits.main(['--logits', str(tmp_path / 'empty'), '--describe', *DATA])
+    cli.main(['store', 'describe', str(tmp_path / 'empty'), *DATA])
 
 
 def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
@@ -621,7 +620,7 @@ def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
     content[-60] ^= 1
     shard.write_bytes(content)
     cases = [
-        ([], 'a store or the folder of a run is missing'),
+        ([], 'the following arguments are required: STORE|RUN; see timm-tinyvit report --help'),
         ([tmp_path / 'none'], 'there is no logit store at'),
         ([filled_store, *DATA[:2], '--train-split', 'train[:119]'], 'this is not the data set'),
         ([filled_store, '--epochs', '3:5'], 'is meant to hold epochs 0:4, but 3:5 are asked for'),
@@ -630,16 +629,15 @@ def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
         ([filled_store, '--gallery', tmp_path], 'cannot be written: it is a folder'),
         ([filled_store, '--max-samples', '0'], '--max-samples is 0'),
         ([damaged], 'shard-00003.arrow is damaged'),
-        ([filled_store, '--htlm', 'page.html'], 'unrecognized arguments'),
-        (['--compare', 'a', 'b', '--json', '--gallery', tmp_path / 'g.png'], '--compare has no use for what is for '
-         'stores alone; leave --gallery and --json out'),
-        (['a', 'b'], 'a and b are two; give one, or put runs side by side with --compare a b'),
-        ([filled_store, '--compare', 'a', 'b'], 'logits stands beside --compare'),
-        (['--compare', tmp_path], 'has nothing to be compared with'),
+        ([filled_store, '--htlm', 'page.html'], 'unknown argument --htlm; did you mean --html?'),
+        (['a', 'b'], 'a and b are two; give one, or put runs side by side with timm-tinyvit compare a b'),
     ]
     for flags, words in cases:
         said = refusal(capsys, *flags)
         assert said.startswith('error: ') and words in said, said
+    with pytest.raises(SystemExit):
+        cli.main(['compare', str(tmp_path)])
+    assert 'has nothing to be compared with' in capsys.readouterr().err
 
 
 def test_a_store_on_the_hub_is_reported_as_one_on_disk(hub, hub_children, filled_store, tmp_path, labels):
@@ -647,10 +645,10 @@ def test_a_store_on_the_hub_is_reported_as_one_on_disk(hub, hub_children, filled
     hub.add_commit('org/logits', files, repo_type='dataset')
     page = tmp_path / 'page.html'
     ended = hub_children.run(f"""
-from timm_tinyvit.report import __main__ as report
-report.main(['hf://datasets/org/logits', *{DATA}, '--json', '--epochs', '0:4', '--html', '{page}'])
+from timm_tinyvit import cli
+cli.main(['report', 'hf://datasets/org/logits', *{DATA}, '--json', '--epochs', '0:4', '--html', '{page}'])
 print('|')
-report.main(['hf://datasets/org/logits'])
+cli.main(['report', 'hf://datasets/org/logits'])
 """, hub.environment(tmp_path / 'home'))
     assert ended.returncode == 0, ended.stderr
     whole, _, brief = ended.stdout.partition('|')

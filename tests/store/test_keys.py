@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import train_distill
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint, keyed_fingerprint
@@ -298,15 +298,15 @@ def test_a_teacher_finds_its_own_words_again_in_a_shuffled_part_of_its_data(
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=10)
     export_model(tmp_path / 'teacher', model, data_config={'input_size': (3, 32, 32)})
-    common = ['--teacher', str(tmp_path / 'teacher'), '--logits', str(tmp_path / 'logits'), '-j', '0']
-    fill = [*common, '--epochs', '2', '--img-size', '32', '--topk', '3', '--codec', 'float16', '--shard-size', '50',
-            '--key', 'name']
+    teach = ['--teacher', str(tmp_path / 'teacher')]
+    fill = [*teach, '--logits', str(tmp_path / 'logits'), '-j', '0', '--epochs', '2', '--img-size', '32', '--topk', '3',
+            '--codec', 'float16', '--shard-size', '50', '--key', 'name']
     save_logits.main([*fill, '--dataset', str(folder / 'whole')])
     for name in ('whole', 'part'):
         capsys.readouterr()
-        save_logits.main([*common, '--check', '--dataset', str(folder / name)])
+        cli.main(['store', 'check', str(tmp_path / 'logits'), *teach, '--dataset', str(folder / name)])
         assert '0.000% other ids' in capsys.readouterr().out
-        save_logits.main(['--logits', str(tmp_path / 'logits'), '--describe', '--dataset', str(folder / name)])
+        cli.main(['store', 'describe', str(tmp_path / 'logits'), '--dataset', str(folder / name)])
         assert 'top-1 on the views of 2 epochs, ' in capsys.readouterr().out
     # A student learns from a part of it.
     train_distill.main([

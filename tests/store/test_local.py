@@ -194,7 +194,7 @@ def test_a_place_without_a_store_is_refused_when_read(tmp_path, refused):
     (tmp_path / 'file').write_text('a file')
     for path in (tmp_path, tmp_path / 'nothing', tmp_path / 'file', tmp_path / 'file' / 'below'):
         assert not LogitStore.exists(path)
-        with refused(f'no logit store at {path}', 'save_logits'):
+        with refused(f'no logit store at {path}', 'timm-tinyvit fill'):
             LogitStore.open(path)
 
 
@@ -335,7 +335,7 @@ def test_every_damaged_byte_of_a_shard_is_seen(tmp_path, refused):
         damaged = bytearray(content)
         damaged[position] ^= 1 << bits.randrange(8)
         path.write_bytes(damaged)
-        with refused(str(path), 'damaged', 'save_logits'):
+        with refused(str(path), 'damaged', 'timm-tinyvit fill'):
             LogitStore.open(store.path).read(0, [5])
     # The neighbours are not touched by it.
     np.testing.assert_array_equal(store.read(0, [0, 9]), make_records(store.manifest, 0)[[0, 9]])
@@ -373,7 +373,7 @@ def test_a_missing_shard_is_named(tmp_path, refused):
     store.shard_path(1, 2).unlink()
     assert LogitStore.open(store.path).missing(range(2)) == [(1, 2)]
     store.read(1, [0, 7])
-    with refused(str(store.path), 'no shard 2 of epoch 1', 'save_logits'):
+    with refused(str(store.path), 'no shard 2 of epoch 1', 'timm-tinyvit fill'):
         store.read(1, [0, 9])
     shutil.rmtree(store.path / 'epoch-00000')
     assert store.missing([0, 1]) == [(0, 0), (0, 1), (0, 2), (1, 2)]
@@ -397,7 +397,7 @@ def test_lengths_and_headers_are_checked_without_reading_records(tmp_path, refus
             (other.shard_path(1, 1).read_bytes(), 'another store, epoch or place')):
         path.write_bytes(data)
         store.check_files([0])
-        with refused(str(path), words, 'save_logits'):
+        with refused(str(path), words, 'timm-tinyvit fill'):
             store.check_files(range(2))
     path.unlink()
     # What is missing is for `missing` to say.

@@ -15,7 +15,7 @@ import pytest
 import train_distill
 from conftest import EXAMPLES
 from support.hub_server import TOKEN
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.hub_client import HubUrl
 from timm_tinyvit.base.leases import Claims
@@ -275,9 +275,9 @@ print(refusal(lambda: store.read(1, [120])))
 ''').splitlines()
     words = [
         ['epoch-00003/shard-00002', 'fetched 3 times'], ['fetched 3 times'], ['fetched 3 times'],
-        ['no epoch 2 yet', '--push-to-hub'], ['no epoch 2 yet'], ['no store.json', 'not pushed to its end'],
+        ['no epoch 2 yet', 'timm-tinyvit store push'], ['no epoch 2 yet'], ['no store.json', 'not pushed to its end'],
         ['not readable as JSON'], ['no such revision'], ['no such revision'], ['no such repo'], ['hf://datasets/ORG/NAME'],
-        ['hf://datasets/ORG/NAME'], ['only be read', '--push-to-hub'], ['only be read'], ['120']]
+        ['hf://datasets/ORG/NAME'], ['only be read', 'timm-tinyvit store push'], ['only be read'], ['120']]
     assert len(said) == len(words)
     for sentence, expected in zip(said, words):
         one_sentence(sentence, *expected)
@@ -470,10 +470,10 @@ print(refusal(lambda: hub_store.check_content(open_store_at('{URL}'), before, 2)
 
 def test_the_programs_take_a_store_on_the_hub(hub, run, pushed, filled_store, tmp_path):
     said = run(f'''
-from timm_tinyvit import save_logits
-for flags in ('--describe', '--verify', '--verify --epochs 1:3 --store-cache {tmp_path}/cache',
-              '--copy-to {tmp_path}/copy --epochs 1:3'):
-    save_logits.main(['--logits', '{URL}', *flags.split()])
+from timm_tinyvit import cli
+for words in ('describe {URL}', 'verify {URL}', 'verify {URL} --epochs 1:3 --store-cache {tmp_path}/cache',
+              'copy {URL} --output {tmp_path}/copy --epochs 1:3'):
+    cli.main(['store', *words.split()])
 ''')
     assert f'{URL}@{pushed}' in said and '24 of 24' in said and 'on the Hub' in said
     assert '24 shards, every byte' in said and '12 shards, every byte' in said
@@ -499,15 +499,15 @@ print(len(rows), rows.split, rows.features['label'].names[0], sum(rows['label'])
     assert hub.seen('GET .*test-00000') and not hub.seen('GET .*train-00000')
 
 
-@pytest.mark.parametrize('program, flags, words', [
-    (save_logits, ['--dataset', 'x', '--teacher', 't', '--epochs', '1', '--logits', URL], ['only read', '--push-to']),
-    (save_logits, ['--logits', 'here', '--copy-to', URL], ['only read']),
-    (save_logits, ['--logits', 'here', '--describe', '--keep-epochs', '0'], ['--keep-epochs']),
-    (train_distill, ['--dataset', 'x', '--teacher', 't', '--logits', URL], ['--teacher', 'folder']),
+@pytest.mark.parametrize('argv, words', [
+    (['fill', '--dataset', 'x', '--teacher', 't', '--epochs', '1', '--logits', URL], ['only read', 'store push']),
+    (['store', 'copy', 'here', '--output', URL], ['only read']),
+    (['store', 'describe', 'here', '--keep-epochs', '0'], ['--keep-epochs']),
+    (['train', '--dataset', 'x', '--teacher', 't', '--logits', URL], ['--teacher', 'folder']),
 ])
-def test_what_cannot_be_done_with_one_is_refused_before_anything_is_loaded(program, flags, words, capsys, one_sentence):
+def test_what_cannot_be_done_with_one_is_refused_before_anything_is_loaded(argv, words, capsys, one_sentence):
     with pytest.raises(SystemExit) as stopped:
-        program.main(flags)
+        cli.main(argv)
     assert stopped.value.code == 2
     one_sentence(capsys.readouterr().err.strip(), *words)
 

@@ -9,7 +9,7 @@ import timm
 import torch
 
 import train_distill
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.opening import open_store
@@ -55,7 +55,7 @@ def stores(tmp_path_factory, teachers, data):
         fill(folder / name, teachers[0], data / name, '--key', 'name', '--epochs', '3')
     fill(folder / 'placed', teachers[0], data / 'whole', '--epochs', '3')
     fill(folder / 'longer', teachers[1], data / 'whole', '--epochs', '4', '--topk', '5', '--codec', 'compact')
-    run('--logits', folder / 'longer', '--copy-to', folder / 'other', '--epochs', '1:4')
+    run('copy', folder / 'longer', '--output', folder / 'other', '--epochs', '1:4')
     return folder
 
 
@@ -66,7 +66,7 @@ def fill(path, teacher, data, *flags):
 
 
 def run(*argv):
-    save_logits.main([str(argument) for argument in argv])
+    cli.main(['store', *map(str, argv)])
 
 
 def tree(path):
@@ -96,7 +96,7 @@ def refusal(argv, capsys):
 
 @pytest.mark.parametrize('name', ['placed', 'whole'])
 def test_copied_epochs_are_the_same_files_and_train_alike(name, stores, data, teachers, tmp_path):
-    run('--logits', stores / name, '--copy-to', tmp_path / 'copy', '--epochs', '1:3')
+    run('copy', stores / name, '--output', tmp_path / 'copy', '--epochs', '1:3')
     manifest = LogitStore.open(tmp_path / 'copy').manifest
     assert manifest.stored_epochs == range(1, 3)
     assert manifest.identity == LogitStore.open(stores / name).manifest.identity
@@ -117,10 +117,10 @@ def test_copied_epochs_are_the_same_files_and_train_alike(name, stores, data, te
 
 
 def test_a_copy_is_completed_by_the_same_command_and_goes_on_growing(stores, data, teachers, tmp_path, capsys):
-    run('--logits', stores / 'placed', '--copy-to', tmp_path / 'copy', '--epochs', '1:2')
+    run('copy', stores / 'placed', '--output', tmp_path / 'copy', '--epochs', '1:2')
     whole = tree(tmp_path / 'copy')
     (tmp_path / 'copy' / 'epoch-00001' / 'shard-00001.arrow').unlink()
-    run('--logits', stores / 'placed', '--copy-to', tmp_path / 'copy', '--epochs', '1:2')
+    run('copy', stores / 'placed', '--output', tmp_path / 'copy', '--epochs', '1:2')
     assert tree(tmp_path / 'copy') == whole
     # The teacher adds the next epoch, and makes again what is lost.
     (tmp_path / 'copy' / 'epoch-00001' / 'shard-00002.arrow').unlink()
@@ -137,17 +137,17 @@ def test_a_copy_is_completed_by_the_same_command_and_goes_on_growing(stores, dat
     ('whole', []), ('whole', ['--dataset', 'mixed']), ('placed', ['--samples', '20:80', '--dataset', 'whole'])])
 def test_more_epochs_copied_into_a_copy_belong_to_it(name, flags, stores, data, tmp_path, capsys):
     flags = [data / flag if flag in ('mixed', 'whole') else flag for flag in flags]
-    run('--logits', stores / name, '--copy-to', tmp_path / 'copy', '--epochs', '1:2', *flags)
-    run('--logits', stores / name, '--copy-to', tmp_path / 'copy', '--epochs', '2:3', *flags)
-    run('--logits', stores / name, '--copy-to', tmp_path / 'at once', '--epochs', '1:3', *flags)
+    run('copy', stores / name, '--output', tmp_path / 'copy', '--epochs', '1:2', *flags)
+    run('copy', stores / name, '--output', tmp_path / 'copy', '--epochs', '2:3', *flags)
+    run('copy', stores / name, '--output', tmp_path / 'at once', '--epochs', '1:3', *flags)
     assert tree(tmp_path / 'copy') == tree(tmp_path / 'at once')
-    said = refusal(['--logits', stores / name, '--copy-to', tmp_path / 'copy', '--epochs', '0:1', *flags], capsys)
+    said = refusal(['copy', stores / name, '--output', tmp_path / 'copy', '--epochs', '0:1', *flags], capsys)
     assert 'begins at epoch 1' in said
     assert tree(tmp_path / 'copy') == tree(tmp_path / 'at once')
 
 
 def test_a_copied_range_shows_the_views_and_records_of_the_whole(stores, data, teachers, fashion, tmp_path):
-    run('--logits', stores / 'placed', '--copy-to', tmp_path / 'copy', '--samples', '30:90', '--epochs', '1:3',
+    run('copy', stores / 'placed', '--output', tmp_path / 'copy', '--samples', '30:90', '--epochs', '1:3',
         '--dataset', data / 'whole')
     (tmp_path / 'slice').mkdir()
     part = load_split(str(data / 'whole'), 'train[30:90]', is_training=True)
@@ -161,13 +161,13 @@ def test_a_copied_range_shows_the_views_and_records_of_the_whole(stores, data, t
     (tmp_path / 'copy' / 'epoch-00002' / 'shard-00001.arrow').unlink()
     fill(tmp_path / 'copy', teachers[0], tmp_path / 'slice', '--epochs', '1:3')
     assert tree(tmp_path / 'copy') == before
-    run('--logits', tmp_path / 'copy', '--copy-to', tmp_path / 'less', '--samples', '10:20', '--dataset',
+    run('copy', tmp_path / 'copy', '--output', tmp_path / 'less', '--samples', '10:20', '--dataset',
         tmp_path / 'slice')
     assert LogitStore.open(tmp_path / 'less').manifest.first_sample == 40
 
 
 def test_the_keys_of_a_part_copied_out_give_the_store_of_that_part(stores, data, teachers, tmp_path):
-    run('--logits', stores / 'whole', '--copy-to', tmp_path / 'copy', '--dataset', data / 'mixed')
+    run('copy', stores / 'whole', '--output', tmp_path / 'copy', '--dataset', data / 'mixed')
     fill(tmp_path / 'made', teachers[0], data / 'mixed', '--key', 'name', '--epochs', '3')
     made, copied = tree(tmp_path / 'made'), tree(tmp_path / 'copy')
     # The teacher's sums depend a little on who else is in its batch.
@@ -184,7 +184,7 @@ def test_damage_is_not_copied(stores, tmp_path, capsys):
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    said = refusal(['--logits', tmp_path / 'damaged', '--copy-to', tmp_path / 'copy'], capsys)
+    said = refusal(['copy', tmp_path / 'damaged', '--output', tmp_path / 'copy'], capsys)
     assert str(file) in said and 'damaged' in said
     assert not (tmp_path / 'copy' / 'epoch-00001' / 'shard-00002.arrow').exists()
 
@@ -198,17 +198,17 @@ def test_shards_of_one_store_filled_in_two_places_come_together(stores, tmp_path
         shutil.copytree(stores / 'placed', tmp_path / name)
         for shard in others:
             (tmp_path / name / f'{shard}.arrow').unlink()
-    run('--logits', tmp_path / 'merged', '--merge-from', tmp_path / 'left', tmp_path / 'right')
+    run('merge', tmp_path / 'left', tmp_path / 'right', '--output', tmp_path / 'merged')
     assert tree(tmp_path / 'merged') == tree(stores / 'placed')
     # Into a store that is there, from copies of single epochs.
-    run('--logits', stores / 'placed', '--copy-to', tmp_path / 'begun', '--epochs', '0:1')
-    run('--logits', stores / 'placed', '--copy-to', tmp_path / 'last', '--epochs', '2:3')
-    run('--logits', tmp_path / 'begun', '--merge-from', tmp_path / 'last', tmp_path / 'left')
+    run('copy', stores / 'placed', '--output', tmp_path / 'begun', '--epochs', '0:1')
+    run('copy', stores / 'placed', '--output', tmp_path / 'last', '--epochs', '2:3')
+    run('merge', tmp_path / 'last', tmp_path / 'left', '--output', tmp_path / 'begun')
     assert tree(tmp_path / 'begun') == tree(stores / 'placed')
 
 
 def test_keyed_stores_of_two_parts_unite_to_the_store_of_the_whole(stores, data, tmp_path, capsys):
-    run('--logits', tmp_path / 'merged', '--merge-from', stores / 'first', stores / 'rest')
+    run('merge', stores / 'first', stores / 'rest', '--output', tmp_path / 'merged')
     merged, whole = LogitStore.open(tmp_path / 'merged'), LogitStore.open(stores / 'whole')
     assert merged.manifest == whole.manifest
     assert (tmp_path / 'merged' / 'keys.arrow').read_bytes() == (stores / 'whole' / 'keys.arrow').read_bytes()
@@ -221,33 +221,33 @@ def test_keyed_stores_of_two_parts_unite_to_the_store_of_the_whole(stores, data,
 
 
 def test_a_sample_of_two_stores_is_the_first_ones(stores, data, tmp_path, capsys):
-    run('--logits', tmp_path / 'merged', '--merge-from', stores / 'second', stores / 'first')
+    run('merge', stores / 'second', stores / 'first', '--output', tmp_path / 'merged')
     assert '20 samples are in more than one store' in capsys.readouterr().out
     manifest = LogitStore.open(tmp_path / 'merged').manifest
     assert manifest.num_samples == 120 and len(manifest.dataset['samples']) == 120
     found, _ = batch_of(tmp_path / 'merged', data / 'whole', 0, range(50, 120))
     expected, _ = batch_of(stores / 'second', data / 'second', 0, range(70))
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    run('--logits', tmp_path / 'merged', '--verify')
+    run('verify', tmp_path / 'merged')
 
 
 def test_stores_that_do_not_fit_together_are_refused_in_one_sentence(stores, data, teachers, tmp_path, capsys):
     new = tmp_path / 'new'
     cases = [
-        (['--logits', new, '--merge-from', stores / 'placed', stores / 'other'], 'do not fit together'),
-        (['--logits', new, '--merge-from', stores / 'placed', stores / 'whole'], 'do not fit together'),
-        (['--logits', new, '--merge-from', tmp_path], 'there is no logit store'),
-        (['--logits', stores / 'other', '--merge-from', stores / 'placed'], 'is a store of something else'),
-        (['--logits', stores / 'placed', '--copy-to', new, '--epochs', '2:5'], 'meant to hold 0:3; mend --epochs'),
-        (['--logits', stores / 'placed', '--copy-to', new, '--samples', '0:9'], '--samples without --dataset'),
-        (['--logits', stores / 'placed', '--copy-to', new, '--samples', '0:900', '--dataset', data / 'whole'],
+        (['merge', stores / 'placed', stores / 'other', '--output', new], 'do not fit together'),
+        (['merge', stores / 'placed', stores / 'whole', '--output', new], 'do not fit together'),
+        (['merge', tmp_path, '--output', new], 'there is no logit store'),
+        (['merge', stores / 'placed', '--output', stores / 'other'], 'is a store of something else'),
+        (['copy', stores / 'placed', '--output', new, '--epochs', '2:5'], 'meant to hold 0:3; mend --epochs'),
+        (['copy', stores / 'placed', '--output', new, '--samples', '0:9'], '--samples without --dataset'),
+        (['copy', stores / 'placed', '--output', new, '--samples', '0:900', '--dataset', data / 'whole'],
          'only samples 0:120'),
-        (['--logits', stores / 'placed', '--copy-to', new, '--samples', '0:9', '--dataset', data / 'first'],
+        (['copy', stores / 'placed', '--output', new, '--samples', '0:9', '--dataset', data / 'first'],
          'not the data set'),
-        (['--logits', stores / 'placed', '--copy-to', new, '--dataset', data / 'first'], 'have no keys'),
-        (['--logits', stores / 'whole', '--copy-to', new, '--samples', '0:9', '--dataset', data / 'whole'],
+        (['copy', stores / 'placed', '--output', new, '--dataset', data / 'first'], 'have no keys'),
+        (['copy', stores / 'whole', '--output', new, '--samples', '0:9', '--dataset', data / 'whole'],
          'have keys; leave --samples out'),
-        (['--logits', stores / 'rest', '--copy-to', new, '--dataset', data / 'first'], 'has no sample with key'),
+        (['copy', stores / 'rest', '--output', new, '--dataset', data / 'first'], 'has no sample with key'),
     ]
     for argv, words in cases:
         assert words in refusal(argv, capsys), argv
@@ -307,6 +307,6 @@ def test_an_ensemble_of_other_views_or_without_a_common_epoch_is_refused(stores,
     opened = {name: LogitStore.open(stores / name) for name in ('placed', 'other', 'whole')}
     with refused('not of the same views', 'key, dataset'):
         Ensemble([opened['placed'], opened['whole']])
-    run('--logits', stores / 'placed', '--copy-to', tmp_path / 'first', '--epochs', '0:1')
+    run('copy', stores / 'placed', '--output', tmp_path / 'first', '--epochs', '0:1')
     with refused('no epoch in common'):
         Ensemble([LogitStore.open(tmp_path / 'first'), opened['other']])

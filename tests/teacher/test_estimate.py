@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import EXAMPLES
-from timm_tinyvit import save_logits
+from timm_tinyvit import cli
 from timm_tinyvit.teacher.estimate import estimate_store
 
 
@@ -23,20 +23,20 @@ def test_hours_follow_from_the_teachers_speed_and_the_processes():
 
 
 def test_the_program_prints_it_without_a_store_a_teacher_or_data(capsys):
-    save_logits.main([
-        '--estimate', '--num-samples', '1281167', '--teacher-num-classes', '1000', '--epochs', '300',
+    cli.main([
+        'store', 'estimate', '--num-samples', '1281167', '--teacher-num-classes', '1000', '--epochs', '300',
         '--views-per-second', '1000', '--processes', '8'])
     assert '6.9 GB' in (printed := capsys.readouterr().out) and '13.3 hours' in printed
 
 
 def test_the_program_counts_the_samples_of_a_data_set(capsys):
-    save_logits.main(['--estimate', '--dataset', str(EXAMPLES), '--teacher-num-classes', '10', '--epochs', '2:5'])
+    cli.main(['store', 'estimate', '--dataset', str(EXAMPLES), '--teacher-num-classes', '10', '--epochs', '2:5'])
     assert '1,000 samples x 3 epochs' in capsys.readouterr().out
 
 
 def test_what_the_program_needs_to_know_is_one_sentence(capsys, one_sentence):
     with pytest.raises(SystemExit) as stopped:
-        save_logits.main(['--estimate', '--num-samples', '10', '--epochs', '2'])
+        cli.main(['store', 'estimate', '--num-samples', '10', '--epochs', '2'])
     assert stopped.value.code == 2
     one_sentence(capsys.readouterr().err.strip(), '--teacher-num-classes')
 

@@ -1,4 +1,4 @@
-"""`--eval` against the run that made the weights, and against timm's own transform and model."""
+"""`timm-tinyvit eval` against the run that made the weights, and against timm's own transform and model."""
 
 import argparse
 import csv
@@ -13,6 +13,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 
 import train_distill
+from timm_tinyvit import cli
 from timm_tinyvit.data.classes import is_imagenet1k
 from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from timm_tinyvit.models.saving import export_model
@@ -37,7 +38,7 @@ def run(tmp_path_factory) -> Path:
 
 def evaluated(capsys, *argv, common=SMALL) -> dict[str, float]:
     capsys.readouterr()
-    train_distill.main([*common, *argv])
+    cli.main(['eval', *common, *argv])
     line = capsys.readouterr().out.strip().splitlines()[-1]
     return {name: float(value) for name, value in (part.split() for part in line.split(', '))}
 
@@ -46,7 +47,7 @@ def test_eval_repeats_what_the_run_has_said_of_both_its_weights(run, capsys):
     row, = csv.DictReader(open(run / 'metrics.csv'))
     checkpoint = sorted(run.glob('checkpoint-*.pt'))[-1]
     for weights, ending in ((run / 'last', ''), (checkpoint, ''), (run / 'last_ema', '_ema')):
-        found = evaluated(capsys, '--img-size', '48', '--eval', str(weights))
+        found = evaluated(capsys, str(weights), '--img-size', '48')
         assert found == {name: pytest.approx(float(row[f'eval_{name}{ending}']), abs=6e-4) for name in found}
         assert set(found) == {'loss', 'top1', 'top5'}
     assert row['eval_loss'] != row['eval_loss_ema']
@@ -55,33 +56,33 @@ def test_eval_repeats_what_the_run_has_said_of_both_its_weights(run, capsys):
 def test_eval_takes_size_and_crop_from_the_folder_of_the_weights(run, capsys, tmp_path, one_sentence):
     row, = csv.DictReader(open(run / 'metrics.csv'))
     for weights in (run / 'last', run / 'last' / 'model.safetensors'):
-        found = evaluated(capsys, '--eval', str(weights))
+        found = evaluated(capsys, str(weights))
         assert found['loss'] == pytest.approx(float(row['eval_loss']), abs=6e-4)
     shutil.copytree(run / 'last', tmp_path / 'last')
     (tmp_path / 'last' / 'config.json').write_text('[]')
     with pytest.raises(SystemExit):
-        evaluated(capsys, '--eval', str(tmp_path / 'last'))
+        evaluated(capsys, str(tmp_path / 'last'))
     one_sentence(capsys.readouterr().err.strip(), 'config.json')
 
 
 def test_eval_takes_the_model_from_the_folder_of_the_weights(run, capsys, tmp_path, one_sentence):
     checkpoint = str(sorted(run.glob('checkpoint-*.pt'))[-1])
     for weights in (str(run / 'last_ema'), str(run / 'last' / 'model.safetensors'), checkpoint):
-        assert evaluated(capsys, '--eval', weights, common=COMMON) == evaluated(capsys, '--eval', weights)
+        assert evaluated(capsys, weights, common=COMMON) == evaluated(capsys, weights)
     student = timm.create_model('tiny_vit_5m_224', embed_dims=(16, 32, 32, 64), num_heads=(1, 1, 1, 2), num_classes=10)
     student.set_input_size((64, 64))
     export_model(tmp_path / 'small', student, data_config={'input_size': (3, 64, 64)})
-    assert set(evaluated(capsys, '--eval', str(tmp_path / 'small'), common=COMMON)) == {'loss', 'top1', 'top5'}
+    assert set(evaluated(capsys, str(tmp_path / 'small'), common=COMMON)) == {'loss', 'top1', 'top5'}
     config = tmp_path / 'small' / 'config.json'
     config.write_text(config.read_text().replace('tiny_vit_5m_224', 'tiny_vit_6m'))
     with pytest.raises(SystemExit):
-        evaluated(capsys, '--eval', str(tmp_path / 'small'), common=COMMON)
+        evaluated(capsys, str(tmp_path / 'small'), common=COMMON)
     one_sentence(capsys.readouterr().err.strip(), 'local-dir:', 'tiny_vit_6m', '--model')
 
 
 def test_eval_prepares_images_as_timm_does(run, capsys):
     found = evaluated(
-        capsys, '--eval', str(run / 'last'), '--img-size', '40', '--crop-pct', '0.8', '--crop-mode', 'squash',
+        capsys, str(run / 'last'), '--img-size', '40', '--crop-pct', '0.8', '--crop-mode', 'squash',
         '--interpolation', 'bilinear')
     model = timm.create_model(f'local-dir:{run / "last"}', pretrained=True).eval()
     flags = dict(img_size=40, crop_pct=0.8, crop_mode='squash', interpolation='bilinear')
@@ -132,20 +133,20 @@ def test_a_classifier_of_22k_is_scored_on_the_classes_of_1k(tmp_path, capsys):
     (tmp_path / 'data').mkdir()
     rows.to_parquet(tmp_path / 'data' / 'test.parquet')
     found = evaluated(capsys, '--val-dataset', str(tmp_path / 'data'), '--val-split', 'test', '--model', 'test_resnet',
-                      '--img-size', '32', '--eval', str(tmp_path / 'model'))
+                      '--img-size', '32', str(tmp_path / 'model'))
     assert found['top1'] == 100
 
 
 def test_labels_of_fewer_classes_than_the_model_has_are_told(run, capsys, tmp_path):
     torch.manual_seed(0)
     export_model(tmp_path / 'model', timm.create_model('test_resnet', num_classes=12))
-    train_distill.main([*COMMON, '--img-size', '32', '--eval', str(tmp_path / 'model')])
+    cli.main(['eval', str(tmp_path / 'model'), *COMMON, '--img-size', '32'])
     assert 'the labels of --val-split are 10 classes, the model has 12: accuracies say' in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_evaluated_as_what_its_run_exported(run, capsys):
     checkpoint, = run.glob('checkpoint-*.pt')
-    flags = ['--model', 'test_efficientnet', '--val-split', 'test[:40]', '--eval']
+    flags = ['--model', 'test_efficientnet', '--val-split', 'test[:40]']
     assert evaluated(capsys, *flags, str(checkpoint)) == evaluated(capsys, *flags, str(run / 'last'))
 
 
@@ -157,20 +158,20 @@ def test_an_official_checkpoint_is_evaluated_under_its_own_names(tmp_path, capsy
     weights = model.state_dict()
     official = {theirs: weights[ours] for ours, theirs in rename_official({name: name for name in known}).items()}
     torch.save({'model': official}, tmp_path / 'official.pth')
-    flags = ['--model', 'tiny_vit_5m_224', '--img-size', '64', '--val-split', 'test[:8]', '--eval']
+    flags = ['--model', 'tiny_vit_5m_224', '--img-size', '64', '--val-split', 'test[:8]']
     assert evaluated(capsys, *flags, str(tmp_path / 'official.pth')) == evaluated(
         capsys, *flags, str(tmp_path / 'model'))
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--eval'], 'no weights to evaluate'),
-    (['--eval', '/nowhere/last'], 'there is no file /nowhere/last'),
-    (['--eval', '{run}/last', '--model', 'test_resnet'], 'are of another model'),
-    (['--eval', '{run}/last', '--num-classes', '5'], 'are of another model'),
-    (['--eval', '{run}/last', '--val-split', 'exam'], 'no split exam'),
+    ([], 'no weights to evaluate'),
+    (['/nowhere/last'], 'there is no file /nowhere/last'),
+    (['{run}/last', '--model', 'test_resnet'], 'are of another model'),
+    (['{run}/last', '--num-classes', '5'], 'are of another model'),
+    (['{run}/last', '--val-split', 'exam'], 'no split exam'),
 ], ids=['none', 'no file', 'other model', 'other classes', 'no split'])
 def test_what_cannot_be_evaluated_gets_one_sentence(run, capsys, one_sentence, argv, words):
     with pytest.raises(SystemExit) as exit:
-        train_distill.main([*SMALL, *(argument.format(run=run) for argument in argv)])
+        cli.main(['eval', *SMALL, *(argument.format(run=run) for argument in argv)])
     assert exit.value.code == 2
     one_sentence(capsys.readouterr().err.strip().splitlines()[-1], words)

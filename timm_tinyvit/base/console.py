@@ -14,8 +14,6 @@ from time import monotonic
 from typing import Any, TextIO
 from collections.abc import Iterable, Iterator
 
-import datasets
-from huggingface_hub.utils import disable_progress_bars
 from tqdm import auto, std
 
 __all__ = ['best_effort', 'colored', 'log', 'progress', 'result', 'speak', 'warn']
@@ -41,7 +39,10 @@ def speak(is_first: bool, quiet: bool = False) -> None:
         warnings.simplefilter('ignore')
         logging.disable(logging.WARNING)
     if not is_first or quiet or not _is_drawn(sys.stderr):
-        # Those of libraries know no log files.
+        # Those of libraries know no log files. Imported here, and not for a program that only answers --help.
+        import datasets
+        from huggingface_hub.utils import disable_progress_bars
+
         datasets.disable_progress_bars()
         disable_progress_bars()
 

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend.
+"""The one kind of error that a user can fix.
 
 Whatever comes from outside (a flag, a file, a data set, a store of another machine) and is wrong raises `InputError`
 with one sentence: what was found, what was expected, what to do. The programs print that sentence and exit with a

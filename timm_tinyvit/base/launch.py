@@ -24,11 +24,9 @@ from .console import warn
 from .errors import InputError, Terminated
 
 __all__ = [
-    'TRACKERS', 'StepFlags', 'create_accelerator', 'device_name', 'make_deterministic', 'quiet_worker',
-    'start_trackers', 'stop_requests', 'stop_with_launcher', 'total',
+    'StepFlags', 'create_accelerator', 'device_name', 'make_deterministic', 'quiet_worker', 'start_trackers',
+    'stop_requests', 'stop_with_launcher', 'total',
 ]
-
-TRACKERS = ('tensorboard', 'wandb', 'trackio')
 
 # A launcher kills half a minute after it has asked to stop.
 STOP_SECONDS = 30
@@ -58,7 +56,7 @@ def create_accelerator(
 
     Args:
         amp_dtype: Autocast to `bfloat16` or `float16`.
-        trackers: Names of experiment trackers, of `TRACKERS`.
+        trackers: Names of experiment trackers.
         folder: Where trackers that write files write them.
 
     Raises:
@@ -92,7 +90,19 @@ def create_accelerator(
         # accelerate shards on GPUs alone and would give plain DDP here, without a word; torch shards on CPUs as well.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+    if accelerator.device.type == 'cpu':
+        _warn_of_idle_cores(int(os.environ.get('LOCAL_WORLD_SIZE', '1')))
     return accelerator
+
+
+def _warn_of_idle_cores(num_processes: int) -> None:
+    """Say so where accelerate's launcher, as it does by default, leaves each process of this machine one thread."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    if 'ACCELERATE_MIXED_PRECISION' in os.environ and threads * num_processes < cores:
+        alone = ', or start timm-tinyvit without a launcher' if num_processes == 1 else ''
+        warn(f'{threads * num_processes} of {cores} CPU cores are used; give accelerate launch '
+             f'--num_cpu_threads_per_process {cores // num_processes}{alone}')
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:

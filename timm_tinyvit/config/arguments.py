@@ -5,27 +5,32 @@ flags of a view have no defaults here, so that a program can tell what was asked
 """
 
 import argparse
+import ast
 import difflib
+import operator
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
-from collections.abc import Callable, Container, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Collection, Sequence
 
-import torch
 import yaml
 
 from ..base.errors import InputError
-from ..base.hub_client import check_repo_id
-from ..data.views import ViewRecipe
-from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
-from ..store.manifest import Manifest
+from ..data.view_config import ViewRecipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..store.ensemble import Ensemble
+    from ..store.local import LogitStore
+    from ..store.manifest import Manifest
 
 __all__ = [
-    'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'add_data_arguments', 'add_push_arguments', 'add_store_arguments',
-    'add_view_arguments', 'amp_dtype', 'check_push_arguments', 'check_store_flags', 'parse_arguments', 'parse_range',
-    'recipe_names', 'store_settings', 'view_arguments',
+    'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'KeyValues', 'add_data_arguments', 'add_image_arguments',
+    'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_store_arguments', 'add_teacher_arguments',
+    'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments', 'check_store_flags', 'folder',
+    'parse_range', 'recipe_names', 'store_settings', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
@@ -46,7 +51,7 @@ VIEW_FLAGS = {
 }
 
 
-def store_settings(manifest: Manifest) -> dict[str, Any]:
+def store_settings(manifest: 'Manifest') -> dict[str, Any]:
     """The settings of `STORE_DEFAULTS` as a store has them."""
     return dict(
         topk=manifest.k, codec=manifest.codec, key=manifest.key,
@@ -62,28 +67,132 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if says_nothing else super()._get_help_string(action)
 
 
+class KeyValues(argparse.Action):
+    """Pairs like `depths=[2,2,2,2]` as a dict, of Python values where they are some, as in timm."""
+
+    def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Sequence[str],
+            option_string: str | None = None,
+    ) -> None:
+        pairs = {}
+        for text in values:
+            name, sign, value = text.partition('=')
+            if not sign:
+                parser.error(f'{option_string} has {text!r}; write pairs like name=value')
+            try:
+                pairs[name] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[name] = value
+        setattr(namespace, self.dest, pairs)
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
+    """An argument parser whose errors are one sentence.
+
+    Attributes:
+        finish: Completes and checks what was parsed, for what argparse has no words.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self.finish: Callable[[argparse.Namespace], argparse.Namespace] = lambda args: args
+        self._other_flags: Callable[[], Collection[str]] = tuple
+
+    @property
+    def flags(self) -> Collection[str]:
+        """All flags, as in `--lr`."""
+        return self._option_string_actions.keys()
+
+    def add_recipes(self, other_flags: Callable[[], Collection[str]] = tuple) -> None:
+        """Add `--config`, which names a recipe, by its path or as one of this package.
+
+        Args:
+            other_flags: Flags of other programs, whose keys in a recipe are passed over.
+        """
+        self.add_argument('-c', '--config', metavar='FILE', help=f'recipe: a YAML file, or {", ".join(recipe_names())}')
+        self._other_flags = other_flags
+
+    def parse_known_args(
+            self,
+            args: Sequence[str] | None = None,
+            namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse flags over those of the recipe; whatever is unknown or has a wrong value is an error.
+
+        Raises:
+            InputError: There is such a flag or key, or no such recipe.
+        """
+        args = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:
+            # Before argparse, which would miss what is required and only misspelt.
+            for flag in (word.partition('=')[0] for word in args if word.startswith('--')):
+                if flag not in ('--', *self.flags):
+                    raise InputError(f'unknown argument {flag}{_nearest(self, flag)}')
+        if '--config' in self.flags:
+            args = [*_recipe_flags(self, args, self._other_flags), *args]
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            raise InputError(f'unknown argument {unknown[0]}; see {self.prog} --help')
+        _check_limits(parsed)
+        return self.finish(parsed), []
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f'{message}; see --help')
+        raise InputError(f'{message}; see {self.prog} --help')
+
+
+# Smallest and largest values of flags, of whatever program.
+AT_LEAST = dict(
+    batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
+    val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0, recovery_interval=0,
+    warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0, clip_grad=0,
+    momentum=0, model_ema_decay=0, keep_epochs=1, warmup_lr=0, min_lr=0, num_samples=1, max_samples=1, processes=1,
+    teacher_num_classes=1)
+AT_MOST = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
+ABOVE = dict(
+    temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0, views_per_second=0)
+BELOW = dict(smoothing=1, views_per_second=float('inf'))
+
+
+def _check_limits(args: argparse.Namespace) -> None:
+    for limits, holds, words in ((AT_LEAST, operator.ge, 'at least'), (AT_MOST, operator.le, 'at most'),
+                                 (ABOVE, operator.gt, 'more than'), (BELOW, operator.lt, 'less than')):
+        for name, value in vars(args).items():
+            if name in limits and isinstance(value, (int, float)) and not holds(value, limits[name]):
+                raise InputError(f'--{name.replace("_", "-")} is {value}; expected {words} {limits[name]}')
+
+
+def add_image_arguments(parser: argparse.ArgumentParser, required: bool = False) -> argparse._ArgumentGroup:
+    """Where training images and labels come from; returns the group of these flags, for further ones."""
+    group = parser.add_argument_group('data')
+    either = group.add_mutually_exclusive_group(required=required)
+    either.add_argument('--dataset', metavar='NAME',
+                        help='Hub name (hfds/NAME too), or a folder of parquet files, images, tars or save_to_disk')
+    either.add_argument('--data-dir', dest='dataset', metavar='DIR', help='the same, for a folder')
+    group.add_argument('--train-split', metavar='NAME', help='training split or a slice of it (default: train)')
+    group.add_argument('--input-key', metavar='NAME', help='image column (default: found by its usual names)')
+    group.add_argument('--target-key', metavar='NAME', help='label column (default: found by its usual names)')
+    return group
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where images and labels come from."""
-    group = parser.add_argument_group('data')
-    group.add_argument('--dataset', metavar='NAME',
-                       help='Hub name (hfds/NAME too), or a folder of parquet files, images, tars or save_to_disk')
-    group.add_argument('--data-dir', metavar='DIR', help='a folder, if --dataset is not given')
-    group.add_argument('--train-split', metavar='NAME', help='training split or a slice of it (default: train)')
+    """Where the images of a whole training or filling come from, and how they are loaded."""
+    group = add_image_arguments(parser, required=True)
     group.add_argument('--streaming', action='store_true',
                        help='stream the training data, without a copy on disk; needs a store with keys, see --key')
-    group.add_argument('--input-key', metavar='NAME', help='image column (default: found by its usual names)')
-    group.add_argument('--target-key', metavar='NAME', help='label column (default: found by its usual names)')
+    add_workers(group)
+
+
+def add_workers(group: argparse._ActionsContainer) -> None:
+    """The flag of whatever loads images."""
     group.add_argument('-j', '--workers', type=int, default=2, metavar='N', help='loader processes per rank')
+
+
+def add_quiet(group: argparse._ActionsContainer) -> None:
+    """The flag of whatever takes a while."""
+    group.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
 
 
 def add_push_arguments(parser: argparse.ArgumentParser, what: str, licence: str) -> None:
@@ -133,22 +242,31 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
     add('--decoder', 'pillow, or torch, which is faster and makes slightly other pixels', metavar='NAME')
 
 
-def add_store_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """The teacher, and the store that keeps what it says; with `several`, `--logits` takes a list of stores."""
-    group = parser.add_argument_group('teacher and store')
-    group.add_argument(
-        '--logits', metavar='DIR', nargs='+' if several else None,
-        help='the logit store, a folder or hf://datasets/ORG/NAME'
-             + ('; several, of different teachers, to learn from their average' if several else ''))
-    group.add_argument('--keep-epochs', type=int, metavar='N',
-                       help='epochs of a store on the Hub to keep on disk (default: those in use and the next)')
-    group.add_argument('--store-cache', metavar='DIR', help='where to keep these epochs (default: a folder in HF_HOME)')
-    group.add_argument(
-        '--teacher', metavar='NAME', help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
+def add_keep_arguments(parser: argparse._ActionsContainer) -> None:
+    """What to keep on disk of a store on the Hub."""
+    parser.add_argument('--keep-epochs', type=int, metavar='N',
+                        help='epochs of a store on the Hub to keep on disk (default: those in use and the next)')
+    parser.add_argument('--store-cache', metavar='DIR',
+                        help='where to keep these epochs (default: a folder in HF_HOME)')
+
+
+def add_teacher_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    """The teacher."""
+    group = parser.add_argument_group('teacher')
+    group.add_argument('--teacher', metavar='NAME', required=required,
+                       help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
     group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the model of --teacher')
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
     group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
+
+
+def add_store_arguments(
+        parser: argparse.ArgumentParser,
+        names: Collection[str] = STORE_DEFAULTS.keys(),
+) -> argparse._ArgumentGroup:
+    """How a new store keeps what the teacher predicts: settings of `STORE_DEFAULTS`; returns their group."""
+    group = parser.add_argument_group('store')
     for name, kind, metavar, help in (
         ('topk', int, 'K', 'most probable classes that are kept of a view'),
         ('codec', str, 'NAME', 'format of the records, as in compact or float16'),
@@ -157,9 +275,22 @@ def add_store_arguments(parser: argparse.ArgumentParser, several: bool = False) 
         ('store_seed', int, 'S', 'seed of the views'),
         ('teacher_batch_size', int, 'N', 'views per teacher batch'),
     ):
-        group.add_argument(
-            f'--{name.replace("_", "-")}', type=kind, metavar=metavar,
-            help=f'{help} (default: the store\'s, or {STORE_DEFAULTS[name] or "none"} for a new one)')
+        if name in names:
+            group.add_argument(
+                f'--{name.replace("_", "-")}', type=kind, metavar=metavar,
+                help=f'{help} (default: the store\'s, or {STORE_DEFAULTS[name] or "none"} for a new one)')
+    return group
+
+
+def folder(text: str) -> str:
+    """The type of an argument that names a store to write."""
+    if '://' in text:
+        from ..base.hub_client import is_hub_url
+
+        if is_hub_url(text):
+            raise argparse.ArgumentTypeError(f'{text} is on the Hub, where a store is only read; give a folder, and '
+                                             f'publish it with timm-tinyvit store push')
+    return text
 
 
 def view_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -171,8 +302,10 @@ def view_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {entry: recipe[entry] for entry in given}
 
 
-def amp_dtype(name: str | None) -> torch.dtype | None:
+def amp_dtype(name: str | None) -> 'torch.dtype | None':
     """The torch type of an --amp-dtype flag."""
+    import torch
+
     return None if name is None else getattr(torch, name)
 
 
@@ -182,50 +315,22 @@ def recipe_names() -> list[str]:
         item.name.removesuffix('.yaml') for item in RECIPES.iterdir() if item.name.endswith('.yaml'))
 
 
-def parse_arguments(
-        parser: ArgumentParser,
-        argv: Sequence[str] | None = None,
-        other_flags: Callable[[], Container[str]] = tuple,
-) -> argparse.Namespace:
-    """Parse flags, over those of the recipe that `--config` names: a path, or the name of one in this package.
-
-    Args:
-        parser: Knows the flags.
-        argv: The arguments; by default the command line's.
-        other_flags: Flags of other programs, whose keys in a recipe are passed over.
-
-    Raises:
-        InputError: A flag or key is unknown or has a wrong value, or there is no such recipe.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser.add_argument('-c', '--config', metavar='FILE', help=f'recipe: a YAML file, or {", ".join(recipe_names())}')
-    peek = ArgumentParser(add_help=False)
-    peek.add_argument('-c', '--config')
-    config = peek.parse_known_args(argv)[0].config
-    recipe = [] if config is None else _recipe_flags(parser, config, other_flags)
-    try:
-        args, unknown = parser.parse_known_args(recipe + argv)
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        # timm's ParseKwargs unpacks what it gets.
-        raise InputError(f'the arguments cannot be read ({error}); write pairs like name=value after --model-kwargs')
-    if unknown:
-        raise InputError(f'unknown argument {unknown[0]}{_nearest(parser, unknown[0].partition("=")[0])}')
-    return args
-
-
-def _nearest(parser: argparse.ArgumentParser, name: str) -> str:
-    near = difflib.get_close_matches(name, parser._option_string_actions, 1)
-    return f'; did you mean {near[0]}?' if near else '; see --help'
+def _nearest(parser: ArgumentParser, name: str) -> str:
+    near = difflib.get_close_matches(name, parser.flags, 1)
+    return f'; did you mean {near[0]}?' if near else f'; see {parser.prog} --help'
 
 
 def _recipe_flags(
-        parser: argparse.ArgumentParser,
-        config: str,
-        other_flags: Callable[[], Container[str]],
+        parser: ArgumentParser,
+        args: Sequence[str],
+        other_flags: Callable[[], Collection[str]],
 ) -> list[str]:
-    """The flags of a recipe as they would stand on the command line."""
+    """The flags of the recipe that arguments name, as they would stand on the command line."""
+    peek = ArgumentParser(prog=parser.prog, add_help=False)
+    peek.add_argument('-c', '--config')
+    config = argparse.ArgumentParser.parse_known_args(peek, args)[0].config
+    if config is None:
+        return []
     file = Path(config)
     if not file.is_file() and config in recipe_names():
         file = RECIPES / f'{config}.yaml'
@@ -254,7 +359,8 @@ def _recipe_flags(
         elif value is not None and value != []:
             pairs = [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else None
             flags += [flag, *map(str, pairs or (value if isinstance(value, list) else [value]))]
-    return flags
+    # --config takes one value: what follows is none of the recipe's.
+    return [*flags, '--config', config]
 
 
 def parse_range(text: str) -> range:
@@ -269,13 +375,13 @@ def parse_range(text: str) -> range:
     return numbers
 
 
-def check_store_flags(store: LogitStore | Ensemble, args: argparse.Namespace) -> None:
+def check_store_flags(store: 'LogitStore | Ensemble', args: argparse.Namespace) -> None:
     """Refuse flags that ask for other targets than a store has.
 
     Raises:
         InputError: They do.
     """
-    for part in store.stores if isinstance(store, Ensemble) else [store]:
+    for part in getattr(store, 'stores', [store]):
         there = store_settings(part.manifest)
         for name in ('topk', 'codec', 'store_seed'):
             given, value = getattr(args, name), there[name]
@@ -289,13 +395,11 @@ def check_push_arguments(args: argparse.Namespace) -> None:
     """Refuse flags that ask for no push that can be, without asking the Hub.
 
     Raises:
-        InputError: The repo has no possible name, or there is none, or nothing is trained.
+        InputError: The repo has no possible name, or there is none.
     """
-    if args.push_to_hub is None:
-        if args.hub_private or args.hub_license:
-            raise InputError('--hub-private and --hub-license need a repo; name it with --push-to-hub ORG/NAME')
-        return
-    check_repo_id(args.push_to_hub)
-    if args.eval is not None:
-        raise InputError('--eval trains nothing that --push-to-hub could push; push a run with python -m '
-                         'timm_tinyvit.hub.push_model')
+    if args.push_to_hub is not None:
+        from ..base.hub_client import check_repo_id
+
+        check_repo_id(args.push_to_hub)
+    elif args.hub_private or args.hub_license:
+        raise InputError('--hub-private and --hub-license need a repo; name it with --push-to-hub ORG/NAME')

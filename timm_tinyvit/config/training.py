@@ -1,39 +1,58 @@
 """The flags of train_distill, and everything that is refused about them, in one place."""
 
 import argparse
-import operator
 from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
-import torch
-from timm.utils import ParseKwargs
-
 from ..base.console import warn
 from ..base.errors import InputError
-from ..base.hub_client import is_hub_url
-from ..base.launch import TRACKERS
-from ..models.loading import config_beside
 from .arguments import (
-    ArgumentParser, add_data_arguments, add_push_arguments, add_store_arguments, add_view_arguments,
-    check_push_arguments, parse_arguments,
+    ArgumentParser, KeyValues, add_data_arguments, add_image_arguments, add_keep_arguments, add_push_arguments,
+    add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments, add_workers, check_push_arguments,
+    view_arguments,
 )
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['DEFAULT_MODEL', 'check_launch', 'create_parser', 'settings']
+__all__ = ['DEFAULT_MODEL', 'add_arguments', 'add_eval_arguments', 'check_launch', 'create_parser', 'settings']
 
 DEFAULT_MODEL = 'tiny_vit_5m_224'
+TRACKERS = ('tensorboard', 'wandb', 'trackio')
 
 
 def create_parser() -> ArgumentParser:
-    """The flags of this script: timm's names, with defaults near the paper's."""
-    parser = ArgumentParser(prog='train_distill', description=__doc__.split('\n')[0])
+    """The parser of train_distill: timm's names, with defaults near the paper's."""
+    parser = ArgumentParser(prog='train_distill', description='Train a student from a store, or from labels.')
+    add_arguments(parser)
+    return parser
+
+
+def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags that were given, over those of a recipe and the defaults."""
+    args = create_parser().parse_args(argv)
+    idle = [f'--{name.replace("_", "-")}' for name, usual in (
+        ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None), ('keep_epochs', None),
+        ('store_cache', None)) if getattr(args, name) != usual]
+    if idle and not args.logits:
+        warn(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
+    return args
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags of a training."""
+    parser.finish = _finish
+    parser.add_recipes()
     add_data_arguments(parser)
-    parser.add_argument('--val-dataset', metavar='NAME', help='evaluation data, if not a split of --dataset')
-    parser.add_argument('--val-split', metavar='NAME', help='evaluation split (default: validation, val or test)')
+    _add_validation_data(parser)
     add_view_arguments(parser)
-    add_store_arguments(parser, several=True)
+    group = parser.add_argument_group('store to learn from')
+    group.add_argument('--logits', metavar='DIR', nargs='+',
+                       help='the logit store, a folder or hf://datasets/ORG/NAME; several, of different teachers, to '
+                            'learn from their average')
+    add_keep_arguments(group)
+    add_teacher_arguments(parser)
+    add_store_arguments(parser)
     group = parser.add_argument_group('distillation')
     group.add_argument('--store-epochs', type=int, metavar='E',
                        help='with --teacher: epochs that the store is to hold (default: its own, or --epochs)')
@@ -41,14 +60,8 @@ def create_parser() -> ArgumentParser:
                        help='weight of the distillation loss; that of the label loss is 1 - A')
     group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
                        help='temperature that softens teacher and student')
-    group = parser.add_argument_group('student')
-    group.add_argument('--model', metavar='NAME',
-                       help=f'timm name of the student (default: that of the weights of --eval, or {DEFAULT_MODEL})')
-    group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
+    group = _add_model(parser)
     group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights, a file or a folder')
-    group.add_argument('--num-classes', type=int, metavar='N', help='classes (default: the store\'s or the data\'s)')
-    group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs,
-                       help='arguments of the model, as in depths=[2,2,2,2]')
     group.add_argument('--drop', type=float, default=0., metavar='P', help='dropout')
     group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth (default: the model\'s)')
     group.add_argument('--freeze-bn', action='store_true', help='keep the running statistics of batch norms fixed')
@@ -56,7 +69,6 @@ def create_parser() -> ArgumentParser:
     group.add_argument('--model-ema', action='store_true', help='also average the weights; evaluate and export both')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of the average')
     group.add_argument('--model-ema-warmup', action='store_true', help='start with a smaller decay')
-    group.add_argument('--channels-last', action='store_true', help='channels-last memory format')
     group.add_argument('--compile', '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
                        help='torch.compile the student')
     group = parser.add_argument_group('optimisation')
@@ -92,21 +104,15 @@ def create_parser() -> ArgumentParser:
     group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'),
                        help='pair: views mixed as in a store; batch, elem: timm\'s Mixup, one lambda per batch or view '
                             '(default: pair with --logits, else batch)')
-    group.add_argument('--amp', action='store_true', help='as --amp-dtype float16, unless that says otherwise')
-    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast the student')
+    _add_precision(group)
     group.add_argument('--deterministic', action='store_true', help='bit-identical runs on GPUs too; slower')
     group.add_argument('--seed', type=int, default=42, metavar='S',
                        help='seed of weights, order and dropout; that of views is --store-seed')
     group = parser.add_argument_group('evaluation and output')
-    group.add_argument('--eval', nargs='?', const='', metavar='FILE',
-                       help='only evaluate: this checkpoint or folder, or the weights that the student starts from')
     group.add_argument('-vb', '--validation-batch-size', type=int, metavar='N',
                        help='images per process (default: --batch-size)')
     group.add_argument('--val-interval', type=int, default=1, metavar='N', help='epochs between evaluations')
-    group.add_argument('--crop-pct', type=float, metavar='P', help='evaluation crop (default: the model\'s)')
-    group.add_argument('--crop-mode', choices=('center', 'squash', 'border'),
-                       help='kind of evaluation crop (default: the model\'s)')
-    group.add_argument('--interpolation', metavar='NAME', help='evaluation resize (default: the model\'s)')
+    _add_crop(group)
     group.add_argument('--output', default='./output/train', metavar='DIR', help='folder of runs')
     group.add_argument('--experiment', metavar='NAME', help='folder of this run (default: the model\'s name)')
     group.add_argument('--checkpoint-hist', type=int, default=2, metavar='N', help='checkpoints to keep')
@@ -114,49 +120,104 @@ def create_parser() -> ArgumentParser:
                        help='updates between checkpoints within an epoch, 0 for none')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between logged losses')
     group.add_argument('--log', nargs='+', default=[], choices=TRACKERS, help='trackers to report to as well')
-    group.add_argument('--quiet', action='store_true', help='say nothing but results, warnings and errors')
+    add_quiet(group)
     add_push_arguments(
         parser, 'push the best model to this repo at the end', 'licence of the weights, as in apache-2.0')
-    return parser
 
 
-def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags that were given, over those of a recipe and the defaults."""
-    args = parse_arguments(create_parser(), argv)
+def add_eval_arguments(parser: ArgumentParser) -> None:
+    """The flags of an evaluation; its recipe may be that of the training."""
+    parser.finish = _finish_evaluation
+    parser.add_recipes(lambda: create_parser().flags)
+    parser.add_argument('initial_checkpoint', nargs='?', metavar='CHECKPOINT',
+                        help='weights, a file or a folder as RUN/best (default: those of --pretrained)')
+    group = add_image_arguments(parser, required=True)
+    _add_validation_data(group)
+    add_workers(group)
+    group = _add_model(parser)
+    _add_precision(group)
+    group = parser.add_argument_group('evaluation')
+    group.add_argument('--img-size', type=int, metavar='N', help='height and width of images (default: the model\'s)')
+    group.add_argument('-b', '--batch-size', '-vb', '--validation-batch-size', type=int, default=128, metavar='N',
+                       help='images per process')
+    _add_crop(group)
+    add_quiet(group)
+    # What else makes a student.
+    parser.set_defaults(drop=0., drop_path=None, validation_batch_size=None)
+
+
+def _add_validation_data(group: argparse._ActionsContainer) -> None:
+    group.add_argument('--val-dataset', metavar='NAME', help='evaluation data, if not a split of --dataset')
+    group.add_argument('--val-split', metavar='NAME', help='evaluation split (default: validation, val or test)')
+
+
+def _add_model(parser: ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group('student')
+    group.add_argument('--model', metavar='NAME',
+                       help=f'timm name (default: that of the weights that are evaluated, or {DEFAULT_MODEL})')
+    group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
+    group.add_argument('--num-classes', type=int, metavar='N',
+                       help='classes (default: those of the store, the data or the weights)')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='NAME=VALUE',
+                       help='arguments of the model, as in depths=[2,2,2,2]')
+    group.add_argument('--channels-last', action='store_true', help='channels-last memory format')
+    return group
+
+
+def _add_precision(group: argparse._ActionsContainer) -> None:
+    group.add_argument('--amp', action='store_true', help='as --amp-dtype float16, unless that says otherwise')
+    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast the student')
+
+
+def _add_crop(group: argparse._ActionsContainer) -> None:
+    group.add_argument('--crop-pct', type=float, metavar='P', help='evaluation crop (default: the model\'s)')
+    group.add_argument('--crop-mode', choices=('center', 'squash', 'border'),
+                       help='kind of evaluation crop (default: the model\'s)')
+    group.add_argument('--interpolation', metavar='NAME', help='evaluation resize (default: the model\'s)')
+
+
+def _finish_precision(args: argparse.Namespace) -> None:
+    if args.amp and args.amp_dtype is None:
+        args.amp_dtype = 'float16'
+    del args.amp
+
+
+def _finish_evaluation(args: argparse.Namespace) -> argparse.Namespace:
+    if args.initial_checkpoint is None and not args.pretrained:
+        raise InputError('there are no weights to evaluate; name a checkpoint, or add --pretrained')
+    _finish_precision(args)
+    if args.model is None and args.initial_checkpoint is not None:
+        from ..models.loading import config_beside
+
+        if config := config_beside(args.initial_checkpoint):
+            args.model = f'local-dir:{config.parent}'
+    args.model = args.model or DEFAULT_MODEL
+    return args
+
+
+def _finish(args: argparse.Namespace) -> argparse.Namespace:
     check_push_arguments(args)
-    if args.model is None:
-        config = config_beside(args.eval)
-        args.model = f'local-dir:{config.parent}' if config else DEFAULT_MODEL
-    args.dataset = args.dataset or args.data_dir
-    if not args.dataset:
-        raise InputError('--dataset is missing: a Hub name, or a folder of parquet files or images')
-    at_least = dict(
-        batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
-        val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0,
-        recovery_interval=0, warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0,
-        weight_decay=0, clip_grad=0, momentum=0, model_ema_decay=0, keep_epochs=1, warmup_lr=0, min_lr=0)
-    at_most = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
-    above = dict(temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0)
-    below = dict(smoothing=1)
-    for limits, holds, words in (
-        (at_least, operator.ge, 'at least'), (at_most, operator.le, 'at most'), (above, operator.gt, 'more than'),
-        (below, operator.lt, 'less than'),
-    ):
-        for name, limit in limits.items():
-            value = getattr(args, name)
-            if value is not None and not holds(value, limit):
-                raise InputError(f'--{name.replace("_", "-")} is {value}; expected {words} {limit}')
+    view_arguments(args)
+    _finish_precision(args)
+    args.model = args.model or DEFAULT_MODEL
     if args.sched == 'none':
         raise InputError('--sched none is not a schedule here; use --sched constant')
-    if args.compile and args.compile not in torch.compiler.list_backends(exclude_tags=()):
-        raise InputError(f'--compile {args.compile} is no backend of torch.compile; leave its name out for inductor')
+    if args.compile not in (None, 'inductor'):
+        import torch
+
+        if args.compile not in torch.compiler.list_backends(exclude_tags=()):
+            raise InputError(
+                f'--compile {args.compile} is no backend of torch.compile; leave its name out for inductor')
     if args.teacher and not args.logits:
-        raise InputError('--teacher without --logits: name the folder that keeps what the teacher says')
+        raise InputError('--teacher without --logits: name the folder that keeps what the teacher predicts')
     if args.teacher and len(args.logits) > 1:
-        raise InputError('--teacher with several stores in --logits: fill each with save_logits first')
-    if args.teacher and is_hub_url(args.logits[0]):
-        raise InputError(f'--teacher fills a store in a folder, and {args.logits[0]} is on the Hub; leave --teacher '
-                         f'out, or give --logits a folder')
+        raise InputError('--teacher with several stores in --logits: fill each with timm-tinyvit fill first')
+    if args.teacher:
+        from ..base.hub_client import is_hub_url
+
+        if is_hub_url(args.logits[0]):
+            raise InputError(f'--teacher fills a store in a folder, and {args.logits[0]} is on the Hub; leave '
+                             f'--teacher out, or give --logits a folder')
     if args.streaming and not args.logits:
         raise InputError('--streaming needs a store with keys: give --logits')
     if (args.epochs + args.cooldown_epochs) % args.views_per_image:
@@ -164,15 +225,6 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
                          f'{args.views_per_image}; without the last of them not every image is shown as often')
     if args.streaming and args.views_per_image > 1:
         raise InputError('--views-per-image wants the images in any order, which a stream does not give; leave it out')
-    if not args.logits:
-        idle = [f'--{name.replace("_", "-")}' for name, usual in (
-            ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None),
-            ('keep_epochs', None), ('store_cache', None)) if getattr(args, name) != usual]
-        if idle and args.eval is None:
-            warn(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
-    if args.amp and args.amp_dtype is None:
-        args.amp_dtype = 'float16'
-    del args.amp
     if args.mixup_mode is None:
         args.mixup_mode = 'pair' if args.logits else 'batch'
     if args.logits and args.mixup_mode != 'pair':

@@ -1,12 +1,12 @@
 """Official checkpoints of TinyViT and of its teacher, as the Hub and plain timm take them.
 
-    python -m timm_tinyvit.hub.convert tiny_vit_21m_22kto1k_384_distill.pth --model tiny_vit_21m_384 --output converted
+    timm-tinyvit convert tiny_vit_21m_22kto1k_384_distill.pth --model tiny_vit_21m_384 --output converted
 
 The folder holds model.safetensors, config.json and a card; `timm.create_model('local-dir:FOLDER', pretrained=True)`
-makes the model, with or without this package, and `python -m timm_tinyvit.hub.push_model FOLDER --repo ORG/NAME` pushes
-it. The config asks for the test crop of the official evaluation, which the paper's accuracies belong to; timm's
-own tags ask for another at 224 and 384. Nothing in a checkpoint is ever executed, and a checkpoint that does not fit
-leaves no folder behind.
+makes the model, with or without this package, and `timm-tinyvit publish FOLDER --repo ORG/NAME` pushes it. The config
+asks for the test crop of the official evaluation, which the paper's accuracies belong to; timm's own tags ask for
+another at 224 and 384. Nothing in a checkpoint is ever executed, and a checkpoint that does not fit leaves no folder
+behind.
 """
 
 import os
@@ -14,7 +14,6 @@ import pickle
 import shutil
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,15 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from ..base.errors import InputError, reports_input_errors
+from ..base.errors import InputError
 from ..base.files import write_aside
-from ..config.arguments import ArgumentParser
 from ..models import clip_teacher, tiny_vit
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.saving import export_model
 from .model_card import CARD, NO_REPO
 from .official import converted_card, find_checkpoint
 
-__all__ = ['convert_checkpoint', 'main', 'official_config']
+__all__ = ['convert_checkpoint', 'official_config']
 
 TINY_VITS = ('tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512')
 TEACHER = 'clip_vit_large_patch14_224'
@@ -168,17 +166,3 @@ def convert_checkpoint(checkpoint: Path, name: str, output: Path) -> str:
         f'{output}: {name} with {model.num_classes} classes',
         f'test crop: {_crop(name)[1]}, as in the official evaluation; the accuracies of the paper belong to it',
         f"load it with: timm.create_model('local-dir:{output}', pretrained=True)"])
-
-
-@reports_input_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('checkpoint', type=Path, help='an official .pth file')
-    parser.add_argument('--model', required=True, choices=[*TINY_VITS, TEACHER], help='whose weights it holds')
-    parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to make')
-    args = parser.parse_args(argv)
-    print(convert_checkpoint(args.checkpoint, args.model, args.output))
-
-
-if __name__ == '__main__':
-    main()

@@ -1,8 +1,8 @@
 """Models for other runtimes: ONNX, a `torch.export` program, or a library compiled by AOTInductor.
 
-    python -m timm_tinyvit.hub.export --model tiny_vit_21m_224 --format onnx --output tiny_vit_21m.onnx
-    python -m timm_tinyvit.hub.export --model local-dir:my_run --format torch --output my_run.pt2
-    python -m timm_tinyvit.hub.export --model tiny_vit_5m_224 --format aotinductor --output tiny_vit_5m.pt2
+    timm-tinyvit export --model tiny_vit_21m_224 --format onnx --output tiny_vit_21m.onnx
+    timm-tinyvit export --model local-dir:my_run --format torch --output my_run.pt2
+    timm-tinyvit export --model tiny_vit_5m_224 --format aotinductor --output tiny_vit_5m.pt2
 
 The model is put in eval mode and its batch norms are folded first. Images go in as float [batch, channels, H, W],
 normalised as the model's config says, logits come out, and the batch may be of any size. What was written is loaded
@@ -21,11 +21,10 @@ from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from ..base.errors import InputError, reports_input_errors
-from ..config.arguments import ArgumentParser
+from ..base.errors import InputError
 from ..models.loading import create_pretrained, look_at_zeros, set_image_size
 
-__all__ = ['FORMATS', 'export', 'export_pretrained', 'main']
+__all__ = ['FORMATS', 'export', 'export_pretrained']
 
 # float32 rounding in another order of summation
 TOLERANCE = 1e-4
@@ -152,21 +151,3 @@ def _set_size(model: nn.Module, name: str, img_size: Sequence[int]) -> None:
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = f'{type(error).__name__} {error}'.splitlines()[0]
         raise InputError(f'{name} cannot take --img-size {" ".join(map(str, img_size))}: {reason}')
-
-
-@reports_input_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--model', required=True, help='timm name, hf-hub:ORG/NAME, local-dir:PATH or folder')
-    parser.add_argument('--checkpoint', metavar='FILE', help='weights, instead of the pretrained ones of that name')
-    parser.add_argument('--num-classes', type=int, help="classes of the checkpoint's head")
-    parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help='another image size')
-    parser.add_argument('--format', required=True, choices=FORMATS)
-    parser.add_argument('--output', required=True, type=Path, metavar='FILE')
-    args = parser.parse_args(argv)
-    print(export_pretrained(
-        args.model, args.format, args.output, args.checkpoint, args.num_classes, args.img_size))
-
-
-if __name__ == '__main__':
-    main()

@@ -203,7 +203,7 @@ def accuracy_results(
 def evaluation_command(repo: str, dataset: str, split: str, *flags: str) -> str:
     """The command that measures the accuracy of a published model."""
     data = shlex.join(['--dataset', dataset, '--val-split', split, *flags])
-    return f'python -m train_distill --eval --pretrained --model hf-hub:{repo} \\\n    {data}'
+    return f'timm-tinyvit eval --pretrained --model hf-hub:{repo} \\\n    {data}'
 
 
 def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
@@ -361,7 +361,9 @@ def _training_command(record: dict[str, Any]) -> str:
     base = record['base']
     if base and base['is_local'] and record['recipe']['model'] != f'local-dir:{base["name"]}':
         data += ['--initial-checkpoint', base['name']]
-    return _wrapped('accelerate launch -m train_distill --config recipe.yaml', data)
+    processes = record['environment']['processes']
+    program = 'timm-tinyvit train' if processes == 1 else 'accelerate launch -m train_distill'
+    return _wrapped(f'{program} --config recipe.yaml', data)
 
 
 def _filling_command(record: dict[str, Any], store: dict[str, Any]) -> str:
@@ -372,7 +374,7 @@ def _filling_command(record: dict[str, Any], store: dict[str, Any]) -> str:
         if name in record['recipe']:
             data += [f'--{name.replace("_", "-")}', record['recipe'][name]]
     teacher = store['teacher']['name'] if store['teacher_repo'] else 'TEACHER'
-    return _wrapped('python -m timm_tinyvit.save_logits', [
+    return _wrapped('timm-tinyvit fill', [
         *data, '--logits', store['name'], '--teacher', teacher, *store['flags']])
 
 

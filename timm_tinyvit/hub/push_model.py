@@ -1,10 +1,10 @@
 """Models on the Hub: weights, configuration and card in one commit, or nothing at all.
 
-    python -m timm_tinyvit.hub.push_model output/train/tiny_vit_5m_224 --repo ORG/NAME
+    timm-tinyvit publish output/train/tiny_vit_5m_224 --repo ORG/NAME
 
-takes the folder of a run of train_distill, or one that `timm_tinyvit.hub.convert` made, and `timm.create_model('hf-hub:
-ORG/NAME', pretrained=True)` makes the model anywhere. Pushed again unchanged it makes no second commit: nothing of what
-is pushed depends on when and where that happens. The card is written anew each time; `--notes` adds words of your own.
+takes the folder of a training, or one that `timm-tinyvit convert` made, and `timm.create_model('hf-hub:ORG/NAME',
+pretrained=True)` makes the model anywhere. Pushed again unchanged it makes no second commit: nothing of what is pushed
+depends on when and where that happens. The card is written anew each time; `--notes` adds words of your own.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
-from collections.abc import Sequence
 
 import timm
 import torch
@@ -22,19 +21,18 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 
-from ..base.console import result, speak
-from ..base.errors import InputError, reports_input_errors
+from ..base.console import result
+from ..base.errors import InputError
 from ..base.files import write_aside
 from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
 from ..base.launch import device_name
-from ..config.arguments import ArgumentParser
 from ..train.metrics import METRICS
 from ..train.record import read_run
 from .model_card import (
     CARD, NO_REPO, PICTURE, TAG, card_metadata, has_text, read_weights, recipe_yaml, run_card,
 )
 
-__all__ = ['main', 'model_files', 'prepare_push', 'publish', 'push_finished_run']
+__all__ = ['model_files', 'prepare_push', 'publish', 'push_finished_run']
 
 SPEED = 'speed.json'
 SPEED_SECONDS = 2.
@@ -57,8 +55,7 @@ def prepare_push(args: argparse.Namespace) -> None:
         check_license(args.hub_license)
         _open_repo(args.push_to_hub, args.hub_private)
     except InputError as error:
-        raise InputError(f'{error}; or leave --push-to-hub out, and push the run later with python -m '
-                         f'timm_tinyvit.hub.push_model')
+        raise InputError(f'{error}; or leave --push-to-hub out, and push the run later with timm-tinyvit publish')
 
 
 def push_finished_run(folder: Path, args: argparse.Namespace) -> None:
@@ -70,7 +67,7 @@ def push_finished_run(folder: Path, args: argparse.Namespace) -> None:
     try:
         result(publish(folder, args.push_to_hub, private=args.hub_private, license=args.hub_license))
     except InputError as error:
-        again = f'python -m timm_tinyvit.hub.push_model {folder} --repo {args.push_to_hub}'
+        again = f'timm-tinyvit publish {folder} --repo {args.push_to_hub}'
         again += f' --license {args.hub_license}' if args.hub_license else ''
         again += ' --private' if args.hub_private else ''
         raise InputError(f'the run is finished and its models are in {folder}, but nothing was pushed: {error}; to '
@@ -136,7 +133,7 @@ def model_files(
     """What a push brings to a repo, by path there.
 
     Args:
-        folder: A run of train_distill, one of the model folders in it, or a folder that `convert` made.
+        folder: A run, one of the model folders in it, or a folder that `convert` made.
         repo: ORG/NAME.
         which: The weights of a run: `best`, `last`, `best_ema` or `last_ema`; by default the most accurate ones.
         license: The licence of the weights.
@@ -174,8 +171,8 @@ def _find_model(folder: Path, which: str | None) -> tuple[Path, str | None]:
         return folder, which or names[0]
     if which is not None or not all((folder / name).is_file() for name in (CARD, *MODEL)):
         raise InputError(
-            f'{folder} is neither a run of train_distill, with {METRICS}, nor a model with a card, {CARD} beside '
-            f'{" and ".join(MODEL)}, as timm_tinyvit.hub.convert makes them; name a folder that is')
+            f'{folder} is neither a run of timm-tinyvit train, with {METRICS}, nor a model with a card, {CARD} beside '
+            f'{" and ".join(MODEL)}, as timm-tinyvit convert makes them; name a folder that is')
     return folder, None
 
 
@@ -260,24 +257,3 @@ def _measure_speed(folder: Path) -> dict[str, Any]:
         'images_per_second': batch_size / median(seconds[1:]), 'batch_size': batch_size,
         'device': device_name(device), 'threads': torch.get_num_threads() if device.type == 'cpu' else 0,
         'torch': torch.__version__}
-
-
-@reports_input_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(prog='publish', description=__doc__.split('\n')[0])
-    parser.add_argument('folder', type=Path, help='a run of train_distill, or a folder of timm_tinyvit.hub.convert')
-    parser.add_argument('--repo', required=True, metavar='ORG/NAME', help='repo on the Hub, created if it is not there')
-    parser.add_argument('--which', choices=('best', 'last', 'best_ema', 'last_ema'),
-                        help='weights of the run (default: the most accurate)')
-    parser.add_argument('--private', action='store_true', help='make a new repo a private one')
-    parser.add_argument('--license', metavar='NAME', help='licence of the weights, as in apache-2.0')
-    parser.add_argument('--notes', type=Path, metavar='FILE', help='Markdown that goes near the top of the card')
-    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the files to this folder and push nothing')
-    args = parser.parse_args(argv)
-    speak(True)
-    result(publish(
-        args.folder, args.repo, args.which, args.private, args.license, args.notes or '', args.dry_run))
-
-
-if __name__ == '__main__':
-    main()

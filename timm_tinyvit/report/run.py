@@ -1,7 +1,7 @@
 """The report of a run: one page on how it went, what its student knows, and how it compares with its teacher.
 
 Everything comes from the folder of the run, so that neither data nor models are at hand when the page is made: at the
-end of a training, or at any time by `python -m timm_tinyvit.report RUN`. Its size does not depend on the number of
+end of a training, or at any time by `timm-tinyvit report RUN`. Its size does not depend on the number of
 classes or samples.
 """
 

@@ -1,4 +1,4 @@
-"""What a run of train_distill leaves in its folder, read back: metrics, settings, environment, predictions.
+"""What a run of `timm-tinyvit train` leaves in its folder, read back: metrics, settings, environment, predictions.
 
 Whatever is missing or damaged beside the metrics costs its part of a report, not the report. What is shown of settings
 names no user: home folders become `~`, and tokens are left out.
@@ -138,13 +138,12 @@ class TrainedRun:
     def evaluation_command(self) -> str:
         """The command that evaluates its best weights again."""
         flags = ['dataset', 'val_dataset', 'val_split', 'input_key', 'target_key', 'model', 'model_kwargs', 'amp_dtype']
-        words = ['python', '-m', 'train_distill']
+        words = ['timm-tinyvit', 'eval', str(self.folder / suffixed('best', self.weights))]
         for name in flags:
             value = self.settings.get(name)
             if value:
                 words += [f'--{name.replace("_", "-")}']
                 words += [f'{key}={item}' for key, item in value.items()] if isinstance(value, dict) else [str(value)]
-        words += ['--eval', str(self.folder / suffixed('best', self.weights))]
         return ' '.join(map(_quoted, map(without_user, words)))
 
 

@@ -310,7 +310,7 @@ class HubCache:
         if absent:
             raise InputError(
                 f'{self.source} has no epoch {epoch} yet: {len(absent)} of its shards are not there; push them '
-                f'(save_logits --push-to-hub), or train on fewer --epochs')
+                f'with timm-tinyvit store push, or train on fewer --epochs')
 
     def _download(self, epoch: int, shard: int) -> None:
         """Fetch one shard, check it, and put it into its place.

@@ -111,7 +111,7 @@ class KeyIndex:
             InputError: The file is missing or damaged, or belongs to another store.
         """
         path = folder / FILE_NAME
-        again = f'delete it and run the save_logits command that made {folder} again'
+        again = f'delete it and fill the store again with timm-tinyvit fill --logits {folder}'
         try:
             content = memoryview(pa.memory_map(str(path)).read_buffer())
         except FileNotFoundError:
@@ -154,8 +154,8 @@ class KeyIndex:
         """
         hashes = np.empty_like(self.hashes)
         if not np.array_equal(np.sort(self.rows), np.arange(len(self))):
-            raise InputError(f'the keys of {self.folder} name rows that it does not have; run the save_logits command '
-                             f'that made it again')
+            raise InputError(f'the keys of {self.folder} name rows that it does not have; fill it again with '
+                             f'timm-tinyvit fill --logits {self.folder}')
         hashes[self.rows] = self.hashes
         return hashes
 

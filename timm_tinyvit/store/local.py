@@ -75,10 +75,10 @@ class LogitStore:
         try:
             others = path.is_dir() and any(not item.name.startswith('.') for item in path.iterdir())
         except OSError as error:
-            raise InputError(f'{path} cannot be read: {error.strerror}; give --logits another folder')
+            raise InputError(f'{path} cannot be read: {error.strerror}; name another folder')
         if not cls.exists(path):
             if path.is_file() or others:
-                raise InputError(f'{path} exists and is not a logit store; give --logits a new folder')
+                raise InputError(f'{path} exists and is not a logit store; name a new folder')
             manifest.check(f'the store {path}')
             with exclusive(path / MANIFEST_NAME):
                 if not cls.exists(path):
@@ -88,7 +88,7 @@ class LogitStore:
         if differences:
             raise InputError(
                 f'{path} is a store of something else ({"; ".join(differences[:4])}; there and in this command); '
-                f'give --logits another folder, or the command the same settings')
+                f'name another folder, or give the command the same settings')
         first_epoch = store.manifest.first_epoch
         if manifest.first_epoch < first_epoch:
             raise InputError(
@@ -118,7 +118,7 @@ class LogitStore:
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f'there is no logit store at {path} (no {MANIFEST_NAME}); '
-                f'make one with `accelerate launch -m timm_tinyvit.save_logits --teacher NAME --logits {path}`')
+                f'make one with timm-tinyvit fill --teacher NAME --logits {path}')
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f'{file} cannot be read: {error}')
         return cls(path, Manifest.from_json(text, str(file)))
@@ -201,7 +201,8 @@ class LogitStore:
             if missing:
                 yield (
                     f'the store {self.path} lacks {len(missing)} of the {self.manifest.num_shards} shards of epoch '
-                    f'{epoch}, first shard {missing[0]}; run the save_logits command that made it again')
+                    f'{epoch}, first shard {missing[0]}; fill it to the end with timm-tinyvit fill --logits '
+                    f'{self.path}')
             for shard in range(self.manifest.num_shards):
                 if shard_name(shard) in there:
                     yield from self._verify_shard(epoch, shard)

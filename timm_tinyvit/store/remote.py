@@ -308,7 +308,7 @@ class HubStore(LogitStore):
 
     def _read_only(self) -> InputError:
         return InputError(f'{self.path} is on the Hub and can only be read; fill a store in a folder, and push that '
-                          f'with save_logits --push-to-hub')
+                          f'with timm-tinyvit store push')
 
 
 class _Fetcher:

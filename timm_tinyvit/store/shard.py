@@ -131,7 +131,7 @@ def _header_parts(identity: str, width: int, rows: int) -> Sequence[bytes]:
 
 
 def _remedy(path: Path) -> str:
-    return f'delete it and fill the store again (save_logits --logits {path.parents[1]})'
+    return f'delete it and fill the store again with timm-tinyvit fill --logits {path.parents[1]}'
 
 
 def _unreadable(path: Path, epoch: int, shard: int, error: OSError) -> InputError:
@@ -140,5 +140,5 @@ def _unreadable(path: Path, epoch: int, shard: int, error: OSError) -> InputErro
     if not os.path.exists(path.parents[1]):
         return InputError(f'the store {path.parents[1]} has vanished; bring it back, or fill it again')
     return InputError(
-        f'the store {path.parents[1]} has no shard {shard} of epoch {epoch}: it was not filled to the end; run the '
-        f'save_logits command that made it again')
+        f'the store {path.parents[1]} has no shard {shard} of epoch {epoch}: it was not filled to the end; fill '
+        f'it with timm-tinyvit fill --logits {path.parents[1]}')

@@ -154,7 +154,7 @@ def merge_stores(path: str | Path, sources: Sequence[LogitStore], log: Callable[
         if there and there.identity == first.identity:
             if start < there.first_epoch:
                 raise InputError(f'{path} begins at epoch {there.first_epoch}, what is merged into it at epoch '
-                                 f'{start}; give --logits a new folder')
+                                 f'{start}; name a new folder')
             start, stop = there.first_epoch, max(stop, there.stored_epochs.stop)
         merged = LogitStore.create(path, replace(first, first_epoch=start, epochs=stop - start))
         if first.key and not KeyIndex.exists(merged.path):
@@ -238,5 +238,5 @@ def _gather(target: LogitStore, epochs: range, places: Places) -> None:
             target.codec.check(records)
         except ValueError as error:
             raise InputError(f'epoch {epoch} of {" and ".join(str(source.path) for source in sources)} holds a bad '
-                             f'record: {error}; run save_logits --verify on it')
+                             f'record: {error}; run timm-tinyvit store verify on it')
         target.write_shard(epoch, shard, records)

@@ -198,16 +198,13 @@ def evaluate(
 
 
 def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
-    """What `evaluate` says of the weights that `--eval` names, or else of those that the student starts from.
+    """What `evaluate` says of the weights that are named, or else of the pretrained ones.
 
     Size, crop and normalisation come from the flags, else from the config.json beside the weights, else from the model.
 
     Raises:
-        InputError: There are no weights, or no labels that fit them.
+        InputError: There are no such weights, or no labels that fit them.
     """
-    args = argparse.Namespace(**{**vars(args), 'initial_checkpoint': args.eval or args.initial_checkpoint})
-    if not args.initial_checkpoint and not args.pretrained:
-        raise InputError('--eval has no weights to evaluate; give it a checkpoint, or add --pretrained')
     with accelerator.main_process_first():
         dataset = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
     beside = _images_of(config_beside(args.initial_checkpoint))

@@ -43,7 +43,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         with open(file, newline='', encoding='utf-8') as lines:
             rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
     except OSError:
-        raise InputError(f'{run} has no {METRICS}; name the folder of a run of train_distill that has finished an '
+        raise InputError(f'{run} has no {METRICS}; name the folder of a run of timm-tinyvit train that has finished an '
                          f'epoch')
     except (TypeError, ValueError, csv.Error):
         rows = []

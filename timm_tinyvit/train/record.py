@@ -228,7 +228,7 @@ def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | 
 
 
 def _store_flags(manifest: Manifest) -> list[str] | None:
-    """The flags of save_logits, but for teacher and data, that make a store with such records.
+    """The flags of `timm-tinyvit fill`, but for teacher and data, that make a store with such records.
 
     Returns:
         None where no flags do: of a part of a larger store, and where the manifest, of another program, says less of

@@ -1,0 +1,260 @@
+"""`timm-tinyvit COMMAND`, also `python -m timm_tinyvit COMMAND`: all that this package does, in one process.
+
+Nothing heavy is imported before the arguments are parsed, so that `--help` and a typing error are answered at once:
+each command imports what it needs. Filling and training with several processes have launchers of their own:
+`accelerate launch -m timm_tinyvit.save_logits` and `accelerate launch train_distill.py`.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from . import __version__, register_models
+from .base.console import log, result, speak
+from .base.errors import InputError, reports_input_errors
+from .config import commands, training
+from .config.arguments import ArgumentParser
+from .save_logits import fill
+
+if TYPE_CHECKING:
+    from .report.labels import LabelledViews
+    from .store.local import LogitStore
+
+__all__ = ['main']
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train a student from a store, or from labels."""
+    import train_distill
+
+    train_distill.main(args.argv)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the accuracy of a model on an evaluation split."""
+    from .base.launch import create_accelerator, stop_with_launcher
+    from .train.evaluate import evaluate_checkpoint
+
+    stop_with_launcher()
+    accelerator = create_accelerator(args.amp_dtype)
+    speak(accelerator.is_main_process, args.quiet)
+    result(', '.join(f'{name} {value:.3f}' for name, value in evaluate_checkpoint(args, accelerator).items()))
+    accelerator.end_training()
+
+
+def describe(args: argparse.Namespace) -> None:
+    """Print the manifest of a store and how much of it is on disk; with --dataset also the teacher's accuracy."""
+    from .report.store import describe_store
+
+    store = _open(args)
+    result(describe_store(store, _labelled_views(args, store)))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Read every byte of a store and name every damaged file."""
+    from .teacher.check import verify_store
+
+    verify_store(_open(args), args.epochs)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Run the teacher again on a sample of stored views and compare its predictions with the store."""
+    from .base.launch import create_accelerator
+    from .data.dataset import SparseLogitDataset
+    from .data.opening import open_store
+    from .data.sources import load_split
+    from .teacher.check import check_store
+    from .teacher.creating import create_teacher
+
+    dataset = load_split(args.dataset, args.train_split, is_training=True)
+    teacher = create_teacher(args, create_accelerator().device)
+    store, replay = open_store(args.store, {}, log, args.keep_epochs, args.store_cache)
+    data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
+    if teacher.weights != store.manifest.teacher['weights']:
+        raise InputError(
+            f'{args.teacher} is not the teacher of the store {args.store}: it was made with '
+            f'{store.manifest.teacher["name"]} of other weights; give --teacher that one')
+    found = check_store(store, teacher, data)
+    result(
+        f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '
+        f'{100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
+        f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most, with the rounding of the '
+        f'codec {store.manifest.codec}')
+
+
+def copy(args: argparse.Namespace) -> None:
+    """Copy epochs of a store, rows of it, or the samples of a data set with keys."""
+    from .data.sources import load_split
+    from .teacher.copy import copy_epochs, copy_keys, copy_range
+
+    store = _open(args)
+    if not args.dataset:
+        if args.samples:
+            raise InputError('--samples without --dataset: the copy is told from others by its images; name the data')
+        _say_filled(copy_epochs(store, args.output, args.epochs or store.manifest.stored_epochs))
+        return
+    dataset = load_split(args.dataset, args.train_split, is_training=True)
+    _say_filled(
+        copy_range(store, args.output, args.samples, dataset, args.epochs, args.input_key, args.target_key)
+        if args.samples else copy_keys(store, args.output, dataset, args.epochs, args.input_key, args.key))
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Merge stores of the same views, whichever epochs, rows or samples each of them has."""
+    from .store.remote import open_store_at
+    from .teacher.copy import merge_stores
+
+    stores = [open_store_at(path, args.keep_epochs, args.store_cache) for path in args.stores]
+    _say_filled(merge_stores(args.output, stores))
+
+
+def estimate(args: argparse.Namespace) -> None:
+    """Print the bytes and hours that a store would take."""
+    from .data.sources import load_split
+    from .teacher.estimate import estimate_store
+
+    num_samples = args.num_samples or len(load_split(args.dataset, args.train_split, is_training=True))
+    result(estimate_store(
+        num_samples, args.teacher_num_classes, len(args.epochs), args.topk, args.codec, args.views_per_second,
+        args.processes, args.keep_epochs))
+
+
+def push(args: argparse.Namespace) -> None:
+    """Publish a store as a dataset repo of the Hub."""
+    from .base.hub_client import check_license, check_repo_id
+    from .hub.push_store import PublishedStore, check_complete, publish_store
+    from .store.local import LogitStore
+
+    check_repo_id(args.repo)
+    store = LogitStore.open(args.store)
+    check_complete(store, args.epochs)
+    check_license(args.license, 'dataset')
+    published = PublishedStore(args.repo, args.private)
+    publish_store(store, published, args.epochs, _labelled_views(args, store), args.license)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Report on what a store says of its teacher, or write the page on a run anew."""
+    from .train.metrics import METRICS
+
+    if '://' not in args.path and (Path(args.path) / METRICS).is_file():
+        from .report.run import write_run_report
+
+        of_store = ('gallery', 'json', 'epochs', 'max_samples', 'dataset', 'train_split', 'input_key', 'target_key',
+                    'key')
+        if given := [f'--{name.replace("_", "-")}' for name in of_store if getattr(args, name) not in (None, False)]:
+            raise InputError(f'the run {args.path} has no use for what is for stores alone; leave '
+                             f'{" and ".join(given)} out')
+        result(str(write_run_report(args.path, args.html)))
+    else:
+        from .report.store import report_store
+
+        result(report_store(
+            args.path, args.html, args.gallery, args.json, args.epochs, args.max_samples, args.dataset,
+            args.train_split, args.input_key, args.target_key, args.key))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Compare runs: metrics, settings that differ, and predictions sample by sample."""
+    from .report.compare import compare_runs
+
+    result(str(compare_runs(args.runs, args.html)))
+
+
+def publish_model(args: argparse.Namespace) -> None:
+    """Publish the model of a run, or a converted checkpoint, with its card on the Hub."""
+    from .hub.push_model import publish
+
+    result(publish(
+        args.folder, args.repo, args.which, args.private, args.license, args.notes or '', args.dry_run))
+
+
+def convert_model(args: argparse.Namespace) -> None:
+    """Convert an official checkpoint into a folder that timm loads."""
+    from .hub.convert import convert_checkpoint
+
+    result(convert_checkpoint(args.checkpoint, args.model, args.output))
+
+
+def export_model(args: argparse.Namespace) -> None:
+    """Export a model to ONNX, torch.export or AOTInductor."""
+    from .hub.export import export_pretrained
+
+    result(export_pretrained(
+        args.model, args.format, args.output, args.checkpoint, args.num_classes, args.img_size))
+
+
+# Name of a command -> what it does, and what adds its arguments; in the order of --help.
+COMMANDS = {
+    'fill': (fill, commands.add_fill_arguments),
+    'train': (train, training.add_arguments),
+    'eval': (evaluate, training.add_eval_arguments),
+    'store describe': (describe, commands.add_describe_arguments),
+    'store verify': (verify, commands.add_verify_arguments),
+    'store check': (check, commands.add_check_arguments),
+    'store copy': (copy, commands.add_copy_arguments),
+    'store merge': (merge, commands.add_merge_arguments),
+    'store estimate': (estimate, commands.add_estimate_arguments),
+    'store push': (push, commands.add_push_store_arguments),
+    'report': (report, commands.add_report_arguments),
+    'compare': (compare, commands.add_compare_arguments),
+    'publish': (publish_model, commands.add_publish_arguments),
+    'convert': (convert_model, commands.add_convert_arguments),
+    'export': (export_model, commands.add_export_arguments),
+}
+
+
+def create_parser() -> ArgumentParser:
+    """The parser of all commands; in what it parses, `run` is the function of the command."""
+    parser = ArgumentParser(prog='timm-tinyvit', description='TinyViT and fast pretraining distillation for timm.')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    groups = {'': parser.add_subparsers(required=True, metavar='COMMAND')}
+    for command, (run, add_arguments) in COMMANDS.items():
+        group, _, name = command.rpartition(' ')
+        if group not in groups:
+            store = groups[''].add_parser(group, help='describe, verify, check, copy, merge, estimate or push a store')
+            groups[group] = store.add_subparsers(required=True, metavar='COMMAND')
+        what = run.__doc__.split('\n')[0]
+        child = groups[group].add_parser(name, help=what[0].lower() + what[1:].removesuffix('.'), description=what)
+        add_arguments(child)
+        child.set_defaults(run=run)
+    return parser
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command with these arguments, by default the command line's."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = create_parser()
+    if '_ARGCOMPLETE' in os.environ:  # a shell wants completions
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    args = parser.parse_args(argv)
+    # Training parses them again, as a program of its own.
+    args.argv = argv[1:]
+    if hasattr(args, 'quiet'):
+        speak(os.environ.get('RANK', '0') == '0', args.quiet)
+    register_models()
+    args.run(args)
+
+
+def _open(args: argparse.Namespace) -> 'LogitStore':
+    from .store.remote import open_store_at
+
+    return open_store_at(args.store, args.keep_epochs, args.store_cache)
+
+
+def _labelled_views(args: argparse.Namespace, store: 'LogitStore') -> 'LabelledViews | None':
+    from .report.labels import labelled_views
+
+    return labelled_views(store, args.dataset, args.train_split, args.input_key, args.target_key, args.key)
+
+
+def _say_filled(store: 'LogitStore') -> None:
+    from .report.store import shards_on_disk
+
+    result(f'shards           {shards_on_disk(store)}')
