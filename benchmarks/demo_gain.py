@@ -27,7 +27,7 @@ def train(data: Path, output: Path, seed: int, distilled: bool, flags: list[str]
     """Train one student and return the last line of its metrics."""
     name = f'{"distilled" if distilled else "plain"}-{seed}'
     command = [
-        sys.executable, str(ROOT / 'train_distill.py'), '--config', 'demo', '--dataset', str(data), '--output',
+        sys.executable, '-m', 'timm_tinyvit', 'train', '--config', 'demo', '--dataset', str(data), '--output',
         str(output), '--experiment', name, '--seed', str(seed), '--quiet', *flags]
     if distilled:
         command += ['--teacher', str(TEACHER), '--logits', str(output / 'logits')]

@@ -34,6 +34,9 @@ def run_together(commands: dict[str, list[str]]) -> dict[str, float]:
     processes: dict[str, subprocess.Popen] = {}
     seconds: dict[str, float] = {}
     start = time.time()
+    # Half of the cores for each.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    threads = str(max(1, cores // len(commands)))
 
     def follow(name: str) -> None:
         process = processes[name]
@@ -45,10 +48,10 @@ def run_together(commands: dict[str, list[str]]) -> dict[str, float]:
                 other.terminate()
 
     for name, command in commands.items():
-        print('$ ' + ' '.join(command).replace(f'{ROOT}/', ''), flush=True)
+        print('$ timm-tinyvit ' + ' '.join(command).replace(f'{ROOT}/', ''), flush=True)
         processes[name] = subprocess.Popen(
-            [sys.executable, '-m', 'accelerate.commands.accelerate_cli', *command[1:]], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            [sys.executable, '-m', 'timm_tinyvit', *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': threads})
     followers = [threading.Thread(target=follow, args=(name,)) for name in processes]
     for follower in followers:
         follower.start()
@@ -64,14 +67,6 @@ def run_together(commands: dict[str, list[str]]) -> dict[str, float]:
     if stopped or failed:
         sys.exit(130 if stopped else failed[0])
     return seconds
-
-
-def launch(*program: str) -> list[str]:
-    """The launch of a program on one process with half of the cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return [
-        'accelerate', 'launch', '--num_processes', '1', '--num_machines', '1', '--mixed_precision', 'no',
-        '--dynamo_backend', 'no', '--num_cpu_threads_per_process', str(max(1, cores // 2)), *program]
 
 
 def teacher_accuracy(split: str) -> float:
@@ -127,10 +122,9 @@ def main() -> None:
     store_flags = ['--teacher', str(DATA / 'teacher'), '--logits', str(output / 'logits')]
 
     fresh = not output.exists()
-    script = str(ROOT / 'train_distill.py')
     seconds = run_together({
-        'plain': launch(script, *flags, '--experiment', 'plain'),
-        'distilled': launch(script, *flags, *store_flags, '--experiment', 'distilled')})
+        'plain': ['train', *flags, '--experiment', 'plain'],
+        'distilled': ['train', *flags, *store_flags, '--experiment', 'distilled']})
 
     store = LogitStore.open(output / 'logits')
     teacher = teacher_accuracy(test_split)

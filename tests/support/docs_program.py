@@ -8,7 +8,6 @@ stands, and run on few images, with small views and teachers. `text` right after
 """
 
 import contextlib
-import importlib
 import importlib.metadata
 import io
 import os
@@ -22,21 +21,27 @@ from pathlib import Path
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 
+from timm_tinyvit import cli
+from timm_tinyvit.config.training import settings
+
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r'^```(\w*)\n(.*?)^```', re.M | re.S)
-PROGRAMS = ('accelerate', 'python', 'pip', 'make')
+PROGRAMS = ('timm-tinyvit', 'accelerate', 'python', 'pip', 'make')
+# The programs that a launcher starts, as commands of timm-tinyvit.
+LAUNCHED = {'train_distill': 'train', 'timm_tinyvit.save_logits': 'fill'}
 # A program that a shell block calls notes its arguments; what only a batch system has is imitated.
 NOTE = '#!/bin/sh\n{ printf "%s\\0" "${0##*/}" "$@"; printf "\\n"; } >> "$NOTES"\n'
 BATCH_SYSTEM = {'srun': '#!/bin/sh\nexec "$@"\n', 'scontrol': '#!/bin/sh\necho first-machine\n'}
 BATCH_VARIABLES = dict(SLURM_NNODES='2', SLURM_NODEID='0', SLURM_JOB_NODELIST='first-machine', SLURM_JOB_ID='1')
 
 SMALL_DATA = ('ILSVRC/imagenet-1k', 'timm/imagenet-22k-wds')
-SMALL_MODELS = {
+SMALL_WORDS = {
     'convnext_large.fb_in22k_ft_in1k': 'hf-hub:tests/teacher-1k',
     'clip_vit_large_patch14_224.in22k': 'hf-hub:tests/teacher-22k',
+    '/shared/runs': 'output',
 }
 SMALL_EXPORTS = {'tiny_vit_21m_224': 'hf-hub:tests/teacher-1k'}
-SMALL_VALUES = {'--epochs': '2', '--samples': '0:8', '--shards': '0:1', '--output': 'output', '--img-size': '32'}
+SMALL_VALUES = {'--epochs': '2', '--samples': '0:8', '--shards': '0:1', '--img-size': '32'}
 SMALL_STORE = '--img-size 32 --workers 0 --teacher-batch-size 8 --shard-size 32'
 SMALL_RUN = (
     '--model tiny_vit_5m_224 --img-size 32 --epochs 2 --warmup-epochs 0 --batch-size 8 --workers 0 --crop-pct 1 '
@@ -91,42 +96,37 @@ def run(words: list[str]) -> None:
         there = importlib.metadata.metadata('timm_tinyvit').get_all('Provides-Extra')
         assert asked <= set(there), f'no extra {asked - set(there)}'
         return
+    if program == 'python':
+        sys.argv = words
+        runpy.run_path(words[0], run_name='__main__')
+        return
     if program == 'accelerate':
         assert words[0] == 'launch'
         launch = launch_command_parser().parse_args(words[1:])
-        name, words = launch.training_script, launch.training_script_args
-    else:
-        name, words = (words[1], words[2:]) if words[0] == '-m' else (words[0], words[1:])
-    name = name.removesuffix('.py')
-    if '/' in name:
-        sys.argv = [f'{name}.py', *words]
-        runpy.run_path(f'{name}.py', run_name='__main__')
-        return
-    module = importlib.import_module(name)
-    if not hasattr(module, 'main'):  # a package that runs as a program
-        module = importlib.import_module(f'{name}.__main__')
+        words = [LAUNCHED[launch.training_script.removesuffix('.py')], *launch.training_script_args]
     AcceleratorState._reset_state(True)  # as in a process of its own
-    words = small(name.rpartition('.')[2], words)
-    print('   ', name, *words, file=sys.stderr)
-    module.main(words)
+    words = small(words)
+    print('    timm-tinyvit', *words, file=sys.stderr)
+    cli.main(words)
 
 
-def small(name: str, words: list[str]) -> list[str]:
-    """The arguments of a program as few images and seconds want them."""
-    if '--estimate' in words:
+def small(words: list[str]) -> list[str]:
+    """The arguments of a command as few images and seconds want them."""
+    command = words[0]
+    if 'estimate' in words:
         return words
-    if name == 'export':
+    if command == 'export':
         return [SMALL_EXPORTS.get(word, word) for word in words] + ['--img-size', '224', '224']
-    if name == 'train_distill':
-        wanted = importlib.import_module(name).settings(words)
+    if command == 'train':
+        wanted = settings(words[1:])
         words = [*words, '--experiment', wanted.experiment or wanted.model]
     if '--dataset' in words and not set(words) & set(SMALL_DATA):
         return words
-    words = [SMALL_MODELS.get(word, word) for word in words]
+    words = [SMALL_WORDS.get(word, word) for word in words]
     words = [SMALL_VALUES.get(before, word) for before, word in zip(['', *words], words)]
-    if name == 'train_distill':
+    if command == 'train':
         words += SMALL_RUN.split()
-    elif name == 'save_logits' and '--teacher' in words and '--check' not in words:
+    elif command == 'fill':
         words += SMALL_STORE.split()
     return words
 
