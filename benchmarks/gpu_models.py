@@ -28,7 +28,8 @@ MODELS = ('tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224')
 PEERS = ('timm', 'timm channels-last', 'ours')
 COMPILED_VARIANTS = (
     'folded once', 'channels-last, layer norm, pointwise', 'depthwise kernel', 'all kernels, folded once')
-TOY = dict(embed_dims=(32, 32, 32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 2))
+TOY = dict(
+    embed_dims=(32, 32, 32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 2), window_sizes=(2, 2, 4, 2))
 Run = Callable[[], torch.Tensor]
 
 
@@ -67,7 +68,8 @@ def create_run(args: argparse.Namespace, name: str, mode: str, peer: str, compil
     if peer == 'timm channels-last':
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     forward = torch.compile(model, backend='aot_eager' if args.toy else 'inductor') if compiles else model
-    autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16)
+    # Triton's interpreter multiplies bfloat16 as if it were integers
+    autocast = functools.partial(torch.autocast, x.device.type, torch.float16 if args.toy else torch.bfloat16)
     if mode == 'inference':
         def infer() -> torch.Tensor:
             with torch.inference_mode(), autocast():
