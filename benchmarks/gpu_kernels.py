@@ -258,7 +258,7 @@ def linear_kernel(model: nn.Module) -> nn.Module:
 
 
 def attention_kernel(model: nn.Module) -> nn.Module:
-    """Attention that finds the tokens of a window where they are, and the biases in their table; it takes no padding."""
+    """Attention that finds the tokens of a window where they are, and the biases in their table; no padding."""
 
     def forward(block: TinyVitBlock, x: torch.Tensor) -> torch.Tensor:
         attn = block.attn
