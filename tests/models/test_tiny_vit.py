@@ -20,7 +20,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import freeze, reparameterize_model
 from torch import nn
 
-from timm_tinyvit.models import cpu, tiny_vit
+from timm_tinyvit.models import layers, tiny_vit
 from timm_tinyvit.models.tiny_vit import (
     TinyVit,
     calc_window_sizes,
@@ -382,7 +382,7 @@ def test_a_batch_gives_what_its_images_give(monkeypatch):
     with torch.no_grad():
         expected = torch.cat([model(image[None]) for image in x])
         for slice_bytes in (1, 2 ** 18, 2 ** 40):
-            monkeypatch.setattr(cpu, '_SLICE_BYTES', slice_bytes)
+            monkeypatch.setattr(layers, '_SLICE_BYTES', slice_bytes)
             assert relative_difference(model(x), expected) <= 1e-5
             assert relative_difference(model(x.to(memory_format=torch.channels_last)), expected) <= 1e-5
 
@@ -432,7 +432,7 @@ def test_a_linear_layer_by_convolution_is_a_linear_layer(shape, layout):
     layer = nn.Linear(8, 24)
     output_grad = torch.randn(*shape[:-1], 24, generator=generator)
     results = []
-    for linear in (cpu._linear_by_conv, nn.functional.linear):
+    for linear in (layers._linear_by_conv, nn.functional.linear):
         inputs = x.clone().requires_grad_()
         layer.zero_grad()
         y = linear(inputs, layer.weight, layer.bias)
@@ -521,7 +521,7 @@ def test_fused_models_give_the_same_logits():
 @pytest.mark.parametrize(('device', 'dtype'), [
     ('cpu', torch.float64), ('cpu', torch.bfloat16), ('meta', torch.float32), ('meta', torch.float16)])
 def test_fusing_keeps_device_and_dtype(device, dtype):
-    conv_norm = cpu.ConvNorm(4, 8, 3, 2, 1, device=device, dtype=dtype)
+    conv_norm = layers.ConvNorm(4, 8, 3, 2, 1, device=device, dtype=dtype)
     fused = conv_norm.eval().fuse()
     assert fused.weight.device.type == device and fused.weight.dtype == fused.bias.dtype == dtype
     assert not fused.training
@@ -542,7 +542,7 @@ HOOKED = [
 
 @pytest.mark.parametrize('name', HOOKED)
 def test_forward_hooks_see_the_whole_batch_once(name, monkeypatch):
-    monkeypatch.setattr(cpu, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model, x = create_small(), images(4)
     peer = create_timm(model)
     seen = []
@@ -563,7 +563,7 @@ def test_forward_hooks_see_the_whole_batch_once(name, monkeypatch):
 
 @pytest.mark.parametrize('batch_size', [1, 5])
 def test_hooks_on_every_block_fire_once_and_change_no_logit(batch_size, monkeypatch):
-    monkeypatch.setattr(cpu, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model, x = create_small(), images(batch_size)
     blocks = [model.patch_embed, *(block for stage in model.stages for block in stage.blocks)]
     seen = []
@@ -607,7 +607,7 @@ def test_layers_can_be_replaced():
 
 
 def test_other_ways_to_reach_into_a_module_work_too(monkeypatch):
-    monkeypatch.setattr(cpu, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model, x = create_small(), images(3)
     peer = create_timm(model)
 
@@ -638,7 +638,7 @@ def test_other_ways_to_reach_into_a_module_work_too(monkeypatch):
 
 
 def test_offloaded_weights_are_fetched(monkeypatch):
-    monkeypatch.setattr(cpu, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model, x = create_small(), images(3)
     with torch.no_grad():
         expected = model(x)
@@ -681,7 +681,7 @@ def test_frozen_and_absorbed_batch_norms_give_the_same_logits():
         expected = model(x)
         absorbed = copy.deepcopy(model)
         for module in absorbed.modules():
-            if isinstance(module, cpu.ConvNorm):
+            if isinstance(module, layers.ConvNorm):
                 module.conv, module.bn = nn.utils.fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         assert relative_difference(absorbed(x), expected) <= 1e-5
         freeze(model)
@@ -690,7 +690,7 @@ def test_frozen_and_absorbed_batch_norms_give_the_same_logits():
 
 
 def test_batch_norm_that_learns_without_gradients_sees_the_whole_batch(monkeypatch):
-    monkeypatch.setattr(cpu, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model = create_small(drop_path_rate=0.).train()
     peer = create_timm(model)
     with torch.no_grad():

@@ -5,7 +5,7 @@ attention with a depthwise convolution inside each block. The state dict has tim
 load in plain timm and the weights of timm's Hub repos load here; the official `.pth` files load through
 `checkpoint_filter_fn`. Windows follow the image size, at creation (`img_size=`) and afterwards (`set_input_size`).
 
-What differs from timm's class is how the same function is computed; that is the business of the layers in `cpu`.
+What differs from timm's class is how the same function is computed; that is the business of `layers`.
 """
 
 import math
@@ -39,7 +39,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from .cpu import GELU, ConvNorm, Linear, in_slices, takes_mask
+from .layers import GELU, ConvNorm, Linear, in_slices, takes_mask
 
 __all__ = ['TinyVit', 'calc_window_sizes', 'checkpoint_filter_fn', 'rename_official', 'resize_attention_biases']
 
