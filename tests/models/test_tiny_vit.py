@@ -19,6 +19,7 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import freeze, reparameterize_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_tinyvit.models import layers, tiny_vit
 from timm_tinyvit.models.tiny_vit import (
@@ -633,8 +634,40 @@ def test_other_ways_to_reach_into_a_module_work_too(monkeypatch):
             model(x)
     finally:
         handle.remove()
-    assert calls.count(nn.LayerNorm) == 20 and calls.count(nn.BatchNorm2d) == sum(
+    assert calls.count(layers.LayerNorm) == 20 and calls.count(nn.BatchNorm2d) == sum(
         isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_on_a_gpu_every_convolution_gets_channels_last_memory():
+    model = create_small()
+    seen = []
+    for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+        conv.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+    with FakeTensorMode():  # follows the strides and computes nothing
+        weights = {name: torch.empty(value.shape, dtype=value.dtype, device='cuda') for name, value in (
+            *model.named_parameters(), *model.named_buffers())}
+        logits = torch.func.functional_call(model, weights, torch.empty(2, 3, 64, 64, device='cuda'))
+    assert logits.device.type == 'cuda' and seen == [True] * 27
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 5e-3), (torch.bfloat16, 0.1)])
+def test_a_gpu_gives_the_same_logits_and_gradients(dtype, tolerance, train):
+    model, x = create_small(drop_path_rate=0.).train(train), images(8)
+    on_gpu = copy.deepcopy(model).cuda()
+    with torch.set_grad_enabled(train):
+        expected = model(x)
+        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            logits = on_gpu(x.cuda())
+    assert relative_difference(logits.float().cpu(), expected) <= tolerance
+    if train:
+        for output in (logits.float(), expected):
+            output.square().mean().backward()
+        ours, theirs = (
+            torch.cat([parameter.grad.flatten().cpu() for parameter in m.parameters()]) for m in (on_gpu, model))
+        assert torch.nn.functional.cosine_similarity(ours, theirs, 0) > 0.98
 
 
 def test_offloaded_weights_are_fetched(monkeypatch):

