@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.data.dataset import EpochBatchSampler, ImageDataset, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import ImageDataset, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import check_fingerprint, dataset_fingerprint
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import class_names, find_column, load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe
 from timm_tinyvit.store.local import LogitStore, Manifest

@@ -137,7 +137,7 @@ print('fine')
 def test_told_epochs_come_in_time_and_the_disk_of_used_ones_is_free_in_every_process(run, hub, pushed):
     assert run(f'''
 from torch.utils.data import DataLoader, Dataset
-from timm_tinyvit.data.dataset import EpochBatchSampler
+from timm_tinyvit.data.sampler import EpochBatchSampler
 
 class Records(Dataset):
     def __init__(self, store):
@@ -170,7 +170,7 @@ print('fine')
 
 def test_views_of_several_epochs_are_kept_together(run, pushed):
     assert run(f'''
-from timm_tinyvit.data.dataset import EpochBatchSampler
+from timm_tinyvit.data.sampler import EpochBatchSampler
 store = open_store_at('{URL}', keep_epochs=3)
 sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), views_per_image=2, store=store)
 sampler.set_epoch(3)

@@ -10,9 +10,10 @@ import torch
 
 import train_distill
 from timm_tinyvit import save_logits
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.opening import open_store
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.ensemble import Ensemble, ensemble_loss

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from ..base.errors import InputError, Terminated
 from ..base.launch import quiet_worker
 from ..data.classes import check_label_values
-from ..data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from ..data.dataset import SparseLogitDataset, collate
+from ..data.sampler import EpochBatchSampler
 from ..data.streaming import SparseLogitStream, StreamLoader
 from ..data.views import Replay
 from ..store.ensemble import Ensemble
