@@ -95,3 +95,13 @@ def test_fewer_samples_than_one_batch_are_refused(refused):
     assert len(EpochBatchSampler(20, 10, 0, world_size=2)) == 1
     with refused('19 samples', 'batch of 10 on 2', '--batch-size'):
         EpochBatchSampler(19, 10, 0, world_size=2)
+
+
+def test_the_epochs_that_are_read_come_with_those_that_are_read_next():
+    options = dict(num_samples=100, batch_size=20, seed=0, store_epochs=range(5, 11), views_per_image=2)
+    sampler = EpochBatchSampler(**options, num_epochs=8)
+    # Training epochs in twos, of a store that begins at epoch 5, and none after the last one.
+    read = [sampler.epochs_to_read(epoch) for epoch in range(8)]
+    assert read[::2] == read[1::2] == [([5, 6], [7, 8]), ([7, 8], [9, 10]), ([9, 10], [5, 6]), ([5, 6], [])]
+    assert EpochBatchSampler(**options).epochs_to_read(7) == ([5, 6], [7, 8])
+    assert EpochBatchSampler(100, 20, 0).epochs_to_read(7) == ([7], [8])

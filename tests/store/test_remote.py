@@ -146,11 +146,12 @@ class Records(Dataset):
         return [self.store.read(epoch, [row])[0] for epoch, row in keys] + [os.getpid()]
 
 store = open_store_at('{URL}')
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=store.manifest.stored_epochs, store=store)
+sampler = EpochBatchSampler(120, 20, 0, store_epochs=store.manifest.stored_epochs)
 loader = DataLoader(Records(store), batch_sampler=sampler, num_workers=2, collate_fn=list, persistent_workers=True,
                     prefetch_factor=1)
 for epoch in range(6):
     sampler.set_epoch(epoch)
+    store.prefetch(*sampler.epochs_to_read(epoch))
     assert store.wait()
     assert on_disk(store)[epoch % 4] == 6
     workers = set()
@@ -172,8 +173,9 @@ def test_views_of_several_epochs_are_kept_together(run, pushed):
     assert run(f'''
 from timm_tinyvit.data.sampler import EpochBatchSampler
 store = open_store_at('{URL}', keep_epochs=3)
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), views_per_image=2, store=store)
+sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), views_per_image=2)
 sampler.set_epoch(3)
+store.prefetch(*sampler.epochs_to_read(3))
 assert store.wait()
 keys = next(iter(sampler))
 assert {{epoch for epoch, _ in keys}} == {{2, 3}}
@@ -183,8 +185,7 @@ for epoch in (2, 3):
 # And of several teachers.
 from timm_tinyvit.store.ensemble import Ensemble
 both = Ensemble([local, store])
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), store=both)
-sampler.set_epoch(1)
+both.prefetch([1], [2])
 assert both.wait() and on_disk(store)[1] == 6
 assert (both.read(1, [7])[0] == np.tile(local.read(1, [7])[0], 2)).all()
 print('fine')
@@ -206,6 +207,7 @@ stream = SparseLogitStream(
     load_split('{data}', None, True, streaming=True), replay, store, store_epochs=store.manifest.stored_epochs)
 loader = StreamLoader(stream, 4, batch_size=10)
 loader.set_epoch(4)
+store.prefetch(*loader.epochs_to_read(4))
 assert store.wait() and on_disk(store)[1] == 4
 for batch in loader:
     rows = store.open_keys().find(batch['index'].numpy().astype('uint64'))
@@ -229,7 +231,7 @@ def test_what_goes_wrong_on_the_way_is_tried_again(run, hub, pushed):
     assert run(f'''
 store = open_store_at('{URL}')
 assert same(store, 0)
-store.begin([1])
+store.prefetch([1])
 assert store.wait()
 # Nothing wrong was there, not for a moment.
 for shard in range(6):
@@ -254,13 +256,13 @@ store = open_store_at('{URL}')
 print(refusal(lambda: same(store, 3)))
 assert on_disk(store)[3] == 5
 print(list(store.verify([3]))[0])
-store.begin([3])
+store.prefetch([3])
 print(refusal(store.wait))
 assert store.read(3, [0, 119]).shape == (2, 5)
 partial = open_store_at('hf://datasets/org/partial')
 assert partial.missing(range(4)) == [(2, shard) for shard in range(6)]
 print(refusal(lambda: partial.read(2, [0])))
-partial.begin([2])
+partial.prefetch([2])
 print(refusal(partial.wait))
 print(refusal(lambda: open_store_at('hf://datasets/org/shards')))
 print(refusal(lambda: open_store_at('hf://datasets/org/damaged')))
@@ -303,11 +305,11 @@ def wait_for(condition, seconds=60.):
 def test_a_lost_connection_is_outlived_and_said_once(run, hub, pushed, tmp_path):
     child = run(f'''
 store = open_store_at('{URL}')
-store.begin([0], [1])
+store.prefetch([0], [1])
 assert store.wait()
 wait_until(lambda: os.path.exists('{tmp_path}/lost'))
 assert same(store, 0, 1)
-store.begin([2], [3])
+store.prefetch([2], [3])
 # A signal would end the waiting.
 assert not store.wait(lambda: os.path.exists('{tmp_path}/stop'))
 print('stopped', flush=True)
@@ -343,7 +345,7 @@ def test_a_killed_training_leaves_no_half_file_and_no_process(run, hub, pushed, 
     hub.fail('GET /storage/.*epoch-00000/shard-00002', 'hang', seconds=60)
     child = run(f'''
 store = open_store_at('{URL}')
-store.begin([0], [1])
+store.prefetch([0], [1])
 print(store._fetcher.process.pid, flush=True)
 store.wait()
 ''', start=True)
@@ -365,7 +367,7 @@ store.wait()
     there = len(list(cache.rglob('shard-*')))
     assert run(f'''
 store = open_store_at('{URL}')
-store.begin([0], [1])
+store.prefetch([0], [1])
 assert store.wait() and same(store, 0, 1)
 print('fine')
 ''') == 'fine\n'
@@ -377,7 +379,7 @@ def test_processes_share_out_the_fetching_and_nobody_loses_an_epoch_that_it_read
     code = f'''
 store = open_store_at('{URL}')
 for epoch in EPOCHS:
-    store.begin([epoch], [epoch + 1])
+    store.prefetch([epoch], [epoch + 1])
     assert store.wait()
     # Records that were never read before come from disk, whatever the others did meanwhile.
     assert same(store, epoch)
@@ -401,18 +403,18 @@ print('fine')
 def test_trainings_that_are_at_different_epochs_leave_each_other_theirs(run, hub, pushed):
     assert run(f'''
 first, second = open_store_at('{URL}'), open_store_at('{URL}')
-first.begin([0])
+first.prefetch([0])
 assert first.wait()
-second.begin([2], [3])
+second.prefetch([2], [3])
 assert second.wait()
 wait_until(lambda: on_disk(second) == {{0: 6, 2: 6, 3: 6}})
-first.begin([1])
+first.prefetch([1])
 assert first.wait()
 assert set(on_disk(first)) == {{1, 2, 3}}
 # Who has ended holds nothing, however it ended.
 os.kill(second._fetcher.process.pid, 9)
 second._fetcher.process.join()
-first.begin([0])
+first.prefetch([0])
 assert first.wait()
 assert set(on_disk(first)) == {{0}}
 print('fine')
@@ -422,7 +424,7 @@ print('fine')
 def test_an_epoch_that_another_training_removed_or_the_disk_damaged_is_fetched_again(run, hub, pushed):
     assert run(f'''
 store = open_store_at('{URL}')
-store.begin([0])
+store.prefetch([0])
 assert store.wait() and same(store, 0)
 path = store.shard_path(0, 3)
 content = bytearray(path.read_bytes())
@@ -438,11 +440,11 @@ assert same(store, 0)
 for name in ('store.json', 'shards.json'):
     (path.parents[1] / name).write_text('half of')
 store = open_store_at('{URL}')
-store.begin([0])
+store.prefetch([0])
 assert store.wait() and same(store, 0)
 # A fetcher that is killed, as where memory runs out, is replaced.
 os.kill(store._fetcher.process.pid, 9)
-store.begin([1])
+store.prefetch([1])
 assert store.wait() and same(store, 1)
 print('fine')
 ''') == 'fine\n'

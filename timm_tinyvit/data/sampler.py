@@ -6,8 +6,6 @@ import numpy as np
 from torch.utils.data import BatchSampler
 
 from ..base.errors import InputError
-from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
 from .dataset import Key
 from .pairing import Pairing
@@ -32,7 +30,6 @@ class EpochBatchSampler(BatchSampler):
         store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
         views_per_image: Views of an image in a batch, which is decoded once for all of them.
         pairing: The pairs of a data set whose views are mixed, its `pairing`.
-        store: A store that is told which epochs begin and which come next, so that one on the Hub has them on disk.
         num_epochs: Training epochs, after which none comes next.
 
     Raises:
@@ -50,7 +47,6 @@ class EpochBatchSampler(BatchSampler):
             store_epochs: Sequence[int] | None = None,
             views_per_image: int = 1,
             pairing: Pairing | None = None,
-            store: LogitStore | Ensemble | None = None,
             num_epochs: int | None = None,
     ):
         if batch_size % views_per_image:
@@ -79,7 +75,6 @@ class EpochBatchSampler(BatchSampler):
         self.store_epochs = store_epochs
         self.views_per_image = views_per_image
         self.pairing = pairing
-        self.store = store
         self.num_epochs = num_epochs
         self.epoch = 0
         self.start = 0
@@ -88,11 +83,13 @@ class EpochBatchSampler(BatchSampler):
         """Choose the training epoch, and the batch to begin with, of the next iteration."""
         self.epoch = epoch
         self.start = start
-        if self.store is not None:
-            first_epoch = epoch - epoch % self.views_per_image
-            next_epoch = first_epoch + self.views_per_image
-            is_last = self.num_epochs is not None and next_epoch >= self.num_epochs
-            self.store.begin(self._stored(first_epoch), () if is_last else self._stored(next_epoch))
+
+    def epochs_to_read(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Epochs of the store that a training epoch reads, and those that come next, for `StoreReader.prefetch`."""
+        first_epoch = epoch - epoch % self.views_per_image
+        next_epoch = first_epoch + self.views_per_image
+        is_last = self.num_epochs is not None and next_epoch >= self.num_epochs
+        return self._stored(first_epoch), [] if is_last else self._stored(next_epoch)
 
     def __len__(self) -> int:
         """Batches of one whole epoch."""
@@ -113,7 +110,7 @@ class EpochBatchSampler(BatchSampler):
                 indices = self.pairing.members(epochs[0], indices).ravel()
             yield [(epoch, index) for index in indices.tolist() for epoch in epochs]
 
-    def _stored(self, first_epoch: int) -> Sequence[int]:
+    def _stored(self, first_epoch: int) -> list[int]:
         """Epochs of the store that the training epochs from this one on use together."""
         return [stored_epoch(self.store_epochs, epoch)
                 for epoch in range(first_epoch, first_epoch + self.views_per_image)]

@@ -50,7 +50,6 @@ class SparseLogitStream(IterableDataset):
         rank: This rank.
         world_size: Number of ranks.
         store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
-        num_epochs: Training epochs, after which none comes next.
 
     Raises:
         InputError: There is no such column, no column of keys is named, or the store has no keys. While iterating: a
@@ -70,7 +69,6 @@ class SparseLogitStream(IterableDataset):
             rank: int = 0,
             world_size: int = 1,
             store_epochs: Sequence[int] | None = None,
-            num_epochs: int | None = None,
     ):
         if store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position, which a stream does not have; '
@@ -81,7 +79,6 @@ class SparseLogitStream(IterableDataset):
         self.label_key = find_column(stream, label_key, is_image=False)
         self.key = find_key(stream, key or (store.manifest.key if store else ''))
         self.store_epochs = store_epochs
-        self.num_epochs = num_epochs
         self.keys = store.open_keys() if store else None
         self.checked = stored_samples(store) if store else {}
         if buffer_size:
@@ -99,21 +96,14 @@ class SparseLogitStream(IterableDataset):
         """
         self.stream.set_epoch(epoch)
         self._skipped.fill_(skipped)
-        if self.store is not None:
-            is_last = self.num_epochs is not None and epoch + 1 >= self.num_epochs
-            self.store.begin([self._stored(epoch)], [] if is_last else [self._stored(epoch + 1)])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = self._stored(self.stream.epoch)
+        epoch = stored_epoch(self.store_epochs, self.stream.epoch)
         rows = iter(self.stream)
         for _ in islice(rows, self._skipped.item()):
             yield None
         while tables := list(islice(rows, CHUNK_SIZE)):
             yield from self._samples(epoch, pa.concat_tables(tables))
-
-    def _stored(self, epoch: int) -> int:
-        """The epoch of the store that a training epoch uses."""
-        return stored_epoch(self.store_epochs, epoch)
 
     def _samples(self, epoch: int, table: pa.Table) -> list[dict[str, Any]]:
         names = column(table, self.key)
@@ -140,12 +130,14 @@ class StreamLoader:
     Args:
         stream: This rank's share.
         num_batches: Batches of an epoch.
+        num_epochs: Training epochs, after which none comes next.
         options: Arguments of torch's `DataLoader`, the batch size among them.
     """
 
-    def __init__(self, stream: SparseLogitStream, num_batches: int, **options: Any):
+    def __init__(self, stream: SparseLogitStream, num_batches: int, num_epochs: int | None = None, **options: Any):
         self.stream = stream
         self.num_batches = num_batches
+        self.num_epochs = num_epochs
         options['collate_fn'] = partial(_collate_seen, options.get('collate_fn', collate))
         self.loader = DataLoader(stream, drop_last=True, **options)
         self.epoch = self.start = 0
@@ -160,6 +152,11 @@ class StreamLoader:
         # Workers take turns, so that of what comes before each has made as much, or more where others have ended.
         share = start // max(self.loader.num_workers, 1)
         self.stream.set_epoch(epoch, share * self.loader.batch_size)
+
+    def epochs_to_read(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Epochs of the store that a training epoch reads, and those that come next, for `StoreReader.prefetch`."""
+        epochs = [stored_epoch(self.stream.store_epochs, number) for number in (epoch, epoch + 1)]
+        return epochs[:1], [] if epoch + 1 == self.num_epochs else epochs[1:]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return islice(self._endless(), self.start, self.num_batches)

@@ -62,13 +62,13 @@ class Ensemble:
         """The (epoch, shard) pairs of these epochs that one of the stores lacks."""
         return [pair for store in self.stores for pair in store.missing(epochs)]
 
-    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Say which epochs are read from now on, and which after them; see `LogitStore.begin`."""
+    def prefetch(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
+        """Have these epochs brought to disk, and others after them; see `LogitStore.prefetch`."""
         for store in self.stores:
-            store.begin(epochs, then)
+            store.prefetch(epochs, then)
 
     def wait(self, stop: Callable[[], bool] = bool) -> bool:
-        """Wait until the epochs that have begun can be read; see `LogitStore.wait`."""
+        """Wait until the epochs of the last `prefetch` are on disk; see `LogitStore.wait`."""
         return all(store.wait(stop) for store in self.stores)
 
     def open_keys(self) -> KeyIndex:

@@ -145,11 +145,11 @@ class LogitStore:
             found += [(epoch, shard) for shard in range(self.manifest.num_shards) if shard_name(shard) not in there]
         return found
 
-    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Say which epochs are read from now on, and which after them; one on disk need not know."""
+    def prefetch(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
+        """Have these epochs brought to disk, and others after them; one in a folder has nothing to do."""
 
     def wait(self, stop: Callable[[], bool] = bool) -> bool:
-        """Wait until the epochs that have begun can be read, where they are not on disk yet.
+        """Wait until the epochs of the last `prefetch` are on disk.
 
         Args:
             stop: Is asked now and then whether to wait no longer.

@@ -1,9 +1,9 @@
 """HubStore: a logit store on the Hub that is read without being downloaded first.
 
 `open_store_at('hf://datasets/ORG/NAME')` pins the commit that is the newest now. Reading fetches what is not on disk.
-Who says which epochs begin, as `EpochBatchSampler` does, finds them on disk by the time they are read: a process
-beside this one fetches those in use and then the next ones, and removes from disk what was used. Nobody has to say it:
-whatever a reader lacks, it fetches by itself.
+Who trains calls `prefetch` with the epochs that it reads and with the next ones, and then `wait`: a process beside this
+one fetches the former, then the latter, and removes from disk what was used. Nobody has to: whatever a reader lacks, it
+fetches by itself.
 
 The fetching is done by a process and not by a thread, as loader workers are forked all the time, and a lock that a
 thread holds at that moment is never given back in the fork.
@@ -162,7 +162,7 @@ class HubStore(LogitStore):
         self.source = source
         self.keep_epochs = keep_epochs
         self._cache = HubCache(source, folder, self._format)
-        # Whether somebody says which epochs begin; else a reader keeps on disk what it has read last.
+        # Whether `prefetch` was called; else a reader keeps on disk what it has read last.
         self._is_told = is_told
         self._used: list[int] = []  # the one that was used last stands last
         self._held: HeldEpochs | None = None
@@ -178,7 +178,7 @@ class HubStore(LogitStore):
     def shard_path(self, epoch: int, shard: int) -> Path:
         return self._cache.shard_path(epoch, shard)
 
-    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
+    def prefetch(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
         self._notice_fork()
         epochs = list(dict.fromkeys(epochs))
         then = [epoch for epoch in dict.fromkeys(then) if epoch not in epochs]
