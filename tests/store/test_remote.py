@@ -21,6 +21,7 @@ from timm_tinyvit.base.hub_client import HubUrl
 from timm_tinyvit.base.leases import Claims
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.store import cache as hub_cache
+from timm_tinyvit.store import fetcher
 from timm_tinyvit.store import remote as hub_store
 from timm_tinyvit.store.cache import HeldEpochs, HubCache, HubCommit
 from timm_tinyvit.store.local import LogitStore
@@ -645,8 +646,8 @@ def test_ranks_of_a_machine_share_out_its_downloads(ranks, threads, monkeypatch)
     cache = SimpleNamespace(
         lacking=lambda epoch: [0], fetch=lambda epoch, shards, threads, **options: used.append(
             (epoch, threads, options.get('patience'))) or True)
-    hub_store._carry_out(
-        hub_store._Command([1], [2], [1, 2]), cache, SimpleNamespace(set=lambda epochs: None),
+    fetcher._carry_out(
+        fetcher._Command([1], [2], [1, 2]), cache, SimpleNamespace(set=lambda epochs: None),
         SimpleNamespace(send=said.append, poll=bool), SimpleNamespace(value=0))
     assert used == [(1, threads, None), (2, threads, math.inf)] and said[0][1] == 'ready'
 
@@ -658,12 +659,12 @@ def test_a_fetcher_that_is_killed_again_and_again_is_given_up(monkeypatch, refus
         self.connection = SimpleNamespace(poll=lambda seconds=0: False, send=lambda command: None)
         self.stop = lambda: None
 
-    monkeypatch.setattr(hub_store._Fetcher, '_start', start)
-    fetcher = hub_store._Fetcher(SimpleNamespace(source='hf://datasets/org/logits', sizes={}))
-    fetcher.order([0], [], [0])
+    monkeypatch.setattr(fetcher.Fetcher, '_start', start)
+    fetching = fetcher.Fetcher(SimpleNamespace(source='hf://datasets/org/logits', sizes={}))
+    fetching.order([0], [], [0])
     with refused('was ended 6 times', 'status -9', 'memory'):
-        while fetcher.num_starts < 50:
-            fetcher._next()
+        while fetching.num_starts < 50:
+            fetching._next()
 
 
 def test_all_processes_of_a_launch_read_the_commit_that_the_first_one_found(monkeypatch, refused):
