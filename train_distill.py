@@ -42,7 +42,6 @@ from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import STORED_VIEWS
 from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.store.remote import pin_stores
 from timm_tinyvit.teacher.creating import create_store, create_teacher, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.train.batches import TrainBatches
@@ -95,8 +94,8 @@ def open_or_fill(
         fill_store(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
     else:
-        paths = pin_stores(args.logits, accelerator)
-        store, replay = open_stores(paths, view_arguments(args), log, args.keep_epochs, args.store_cache)
+        store, replay = open_stores(
+            args.logits, view_arguments(args), accelerator, log, args.keep_epochs, args.store_cache)
         check_store_flags(store, args)
     missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:

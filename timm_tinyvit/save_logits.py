@@ -28,7 +28,7 @@ from .hub.store_card import LabelledViews, data_name
 from .report.statistics import row_labels
 from .report.store import describe_store, shards_on_disk
 from .store.local import LogitStore
-from .store.remote import open_store_at
+from .store.remote import open_reader
 from .teacher.check import check_store, verify_store
 from .teacher.copy import copy_epochs, copy_keys, copy_range, merge_stores
 from .teacher.creating import create_store, create_teacher, views_to_fill
@@ -92,7 +92,7 @@ def _trainer_flags() -> Container[str]:
 
 
 def _open_at(args: argparse.Namespace, location: str) -> LogitStore:
-    return open_store_at(location, args.keep_epochs, args.store_cache)
+    return open_reader(location, args.keep_epochs, args.store_cache)
 
 
 def _labelled_views(args: argparse.Namespace, store: LogitStore) -> LabelledViews | None:

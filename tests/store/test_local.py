@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.base.files import write_aside
 from timm_tinyvit.base.machine import machine_name
-from timm_tinyvit.store.local import LogitStore, Manifest, write_aside
+from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, ShardFormat
 from timm_tinyvit.targets.codecs import create_codec
 
@@ -434,8 +435,7 @@ def test_batches_of_several_epochs_check_each_shard_once(tmp_path, monkeypatch):
 
 
 def test_more_shards_than_a_process_may_map_are_read(tmp_path, monkeypatch):
-    for module in ('store.reader', 'store.local'):
-        monkeypatch.setattr(f'timm_tinyvit.{module}.MAX_MAPS', 5)
+    monkeypatch.setattr('timm_tinyvit.store.reader.MAX_MAPS', 5)
     store = make_store(tmp_path / 'store', num_samples=103, shard_size=4)
     for number, indices in enumerate(np.random.RandomState(0).randint(103, size=(60, 5))):
         epoch = number // 3 % 2

@@ -63,6 +63,7 @@ class Claims:
         self._held: dict[Path, _Claim] = {}
         # Claims of others: what they said, and when they were first seen to say it.
         self._seen: dict[Path, tuple[bytes, float]] = {}
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -76,9 +77,14 @@ class Claims:
             error: BaseException | None,
             traceback: TracebackType | None,
     ) -> None:
-        self._done.set()
-        for file in list(self._held):
-            self.release(file)
+        self.close()
+
+    def close(self) -> None:
+        """Give all of them back; a fork of the process gives back nothing, and waits for no lock that it may lack."""
+        if os.getpid() == self._owner:
+            self._done.set()
+            for file in list(self._held):
+                self.release(file)
 
     @staticmethod
     def path(file: Path) -> Path:

@@ -22,10 +22,11 @@ from ..base.hub_client import create_repo, push_files, retried
 from ..base.leases import Claims
 from ..base.text import counted, readable_bytes
 from ..models.names import public_name
-from ..store.cache import SHARD_PATH, HubCommit
+from ..store.cache import HubCommit
 from ..store.keys import FILE_NAME
-from ..store.local import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
-from ..store.manifest import Manifest
+from ..store.local import LogitStore
+from ..store.manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
+from ..store.shard import SHARD_PATH
 from ..train.record import PUBLISHED, mark_published
 from .model_card import has_text
 from .store_card import (

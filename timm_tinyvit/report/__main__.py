@@ -22,7 +22,7 @@ from ..data.dataset import SparseLogitDataset
 from ..data.sources import class_names, load_split, read_labels
 from ..data.views import Replay, ViewRecipe, check_probe
 from ..store.local import LogitStore
-from ..store.remote import open_store_at
+from ..store.remote import open_reader
 from ..train.metrics import METRICS
 from .pictures import choose_samples, draw_gallery, name_classes, show_samples
 from .statistics import (
@@ -47,7 +47,7 @@ def report_store(args: argparse.Namespace) -> None:
         InputError: There is no store, it is damaged, the data set is not its own, or a file cannot be written.
     """
     max_epochs = MAX_HUB_EPOCHS if is_hub_url(args.path) and args.epochs is None else MAX_EPOCHS
-    store = open_store_at(args.path, keep_epochs=max_epochs)
+    store = open_reader(args.path, keep_epochs=max_epochs)
     stored = store.manifest.stored_epochs
     epochs = stored if args.epochs is None else args.epochs
     if not set(epochs) <= set(stored):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..base.text import counted, readable_bytes
 from ..store.local import LogitStore
-from ..store.remote import HubStore
+from ..store.remote import RemoteStore
 from ..train.calibration import NUM_BINS
 from ..version import __version__
 from .figures import can_plot
@@ -68,7 +68,7 @@ def store_facts(store: LogitStore) -> dict[str, str]:
     # A manifest that was written by another program may say less.
     unknown = dict.fromkeys(('name', 'weights', 'dtype', 'device'), 'unknown') | {'input_size': '??'}
     teacher = unknown | manifest.teacher
-    where = 'the Hub' if isinstance(store, HubStore) else 'disk'
+    where = 'the Hub' if isinstance(store, RemoteStore) else 'disk'
     facts = {
         'store': str(store.path),
         'teacher': f'{teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, {teacher["device"]}, '
@@ -192,7 +192,7 @@ def store_page(
         notes: What else to say.
     """
     facts = store_facts(store)
-    if not isinstance(store, HubStore):
+    if not isinstance(store, RemoteStore):
         # A page may be shown to others, and a path names people and machines.
         facts['store'] = store.path.resolve().name
     # Of one on the Hub without the commit, which stands below.

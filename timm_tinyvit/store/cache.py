@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import time
+import weakref
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ from ..base.files import remove_stale, write_aside
 from ..base.hub_client import HubUrl, hub_errors, is_transient, reason_of, requested_wait, retried
 from ..base.leases import Claims, exclusive
 from ..version import __version__
-from .shard import ShardFormat, shard_name
+from .shard import SHARD_PATH, ShardFormat, epoch_name, shard_name
 
 __all__ = ['HeldEpochs', 'HubCache', 'HubCommit']
 
@@ -44,7 +45,6 @@ MAX_PAUSE = 60.
 # Downloads of a shard that does not come as it should be.
 MAX_ATTEMPTS = 3
 TIMEOUT = httpx.Timeout(30., connect=30.)
-SHARD_PATH = re.compile(r'epoch-(\d{5,})/shard-(\d{5,})\.arrow')
 READER = 'reader-'
 
 
@@ -189,6 +189,10 @@ class HubCache:
     def shard_path(self, epoch: int, shard: int) -> Path:
         return self.epoch_folder(epoch) / shard_name(shard)
 
+    def on_hub(self, epoch: int) -> list[int]:
+        """The shards of an epoch that the Hub has."""
+        return np.flatnonzero(self.sizes.get(epoch, np.empty(0)) >= 0).tolist()
+
     def lacking(self, epoch: int, shards: Iterable[int] | None = None) -> list[int]:
         """Those of these shards, by default of all, that are not on disk."""
         try:
@@ -226,7 +230,10 @@ class HubCache:
             InputError: The Hub does not have a shard, or only a damaged one, or the disk is full; or the patience came
                 to an end.
         """
-        self._check_on_hub(epoch, shards)
+        if absent := set(shards).difference(self.on_hub(epoch)):
+            raise InputError(
+                f'{self.source} has no epoch {epoch} yet: {len(absent)} of its shards are not there; push them '
+                f'(save_logits --push-to-hub), or train on fewer --epochs')
         patience = PATIENCE if patience is None else patience
         waiting, running = deque(shards), {}
         damaged: list[str] = []
@@ -287,7 +294,7 @@ class HubCache:
                     path.unlink(missing_ok=True)
 
     def epoch_folder(self, epoch: int) -> Path:
-        return self.folder / f'epoch-{epoch:05d}'
+        return self.folder / epoch_name(epoch)
 
     @staticmethod
     def _claim(claims: Claims, path: Path) -> bool:
@@ -303,14 +310,6 @@ class HubCache:
             claims.release(path)
             return False
         return True
-
-    def _check_on_hub(self, epoch: int, shards: Sequence[int]) -> None:
-        sizes = self.sizes.get(epoch)
-        absent = [shard for shard in shards if sizes is None or sizes[shard] < 0]
-        if absent:
-            raise InputError(
-                f'{self.source} has no epoch {epoch} yet: {len(absent)} of its shards are not there; push them '
-                f'(save_logits --push-to-hub), or train on fewer --epochs')
 
     def _download(self, epoch: int, shard: int) -> None:
         """Fetch one shard, check it, and put it into its place.
@@ -383,6 +382,8 @@ class HeldEpochs:
         self.epochs: list[int] = []
         self._claims = Claims()
         self._name = f'{READER}{secrets.token_hex(8)}'
+        # A reader that is no more keeps nothing, also where its process goes on.
+        weakref.finalize(self, self._claims.close)
 
     def set(self, epochs: Sequence[int]) -> None:
         """Keep these epochs from now on, and no other.
@@ -410,7 +411,7 @@ class HeldEpochs:
 
     def release(self) -> None:
         """Keep none of them any more, and leave them where they are."""
-        self._claims.__exit__(None, None, None)
+        self._claims.close()
         self.epochs = []
 
     def _remove_commit(self, folder: Path) -> None:

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from ..base.errors import InputError
 from ..targets.codecs import create_codec
 
-__all__ = ['FORMAT', 'FORMAT_VERSION', 'Manifest', 'stored_epoch']
+__all__ = ['FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'Manifest', 'stored_epoch']
 
+MANIFEST_NAME = 'store.json'
 FORMAT = 'timm_tinyvit.logits'
 FORMAT_VERSION = 3
+MAX_MANIFEST_SIZE = 1 << 20
 MAX_SHARDS = 1 << 20
 MAX_DEPTH = 8
 MAX_EXCERPT = 200

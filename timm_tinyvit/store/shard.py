@@ -9,6 +9,7 @@ with what it must be, so that nothing is parsed: what is read is either this ver
 
 import hashlib
 import os
+import re
 import stat
 from functools import lru_cache
 from pathlib import Path
@@ -21,12 +22,19 @@ from ..base.errors import InputError
 from .arrow import END_OF_STREAM, HEADER_SIZE, stream_header
 from .manifest import FORMAT, Manifest
 
-__all__ = ['FOOTER_SIZE', 'MAGIC', 'ShardFormat', 'shard_name']
+__all__ = ['FOOTER_SIZE', 'MAGIC', 'SHARD_PATH', 'ShardFormat', 'epoch_name', 'shard_name']
 
 MAGIC = b'TTVSHARD'
 FOOTER_SIZE = len(MAGIC) + 16
 # Stands in a header for the numbers of epoch and shard, which are as wide.
 NUMBER = ' <number>'
+# The file of a shard in a store, its numbers of epoch and shard as groups.
+SHARD_PATH = re.compile(r'epoch-(\d{5,})/shard-(\d{5,})\.arrow')
+
+
+def epoch_name(epoch: int) -> str:
+    """The name of an epoch's folder."""
+    return f'epoch-{epoch:05d}'
 
 
 def shard_name(shard: int) -> str:
