@@ -27,7 +27,8 @@ from .views import Replay, decode_image
 
 __all__ = ['ImageDataset', 'SparseLogitDataset', 'collate', 'decode_source', 'read_records', 'refuse_keys']
 
-Key = tuple[int, int]
+# What a sampler yields: (epoch, row), a row of the data set in an epoch of the store.
+EpochRow = tuple[int, int]
 
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -108,9 +109,9 @@ def decode_source(source: dict[str, Any] | None, name: Any, decode: Callable = d
 class SparseLogitDataset(ImageDataset):
     """The views of a store, each with its label and, once the store is filled, its record.
 
-    Indexed by (epoch, position) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
+    Indexed by (epoch, row) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
     `record` uint8 [width]: a codec decodes records where the model is. The index is what the view was drawn by: the
-    sample's position in the data set of the teacher or, with keys, the hash of its key.
+    row in the data set of the teacher or, with keys, the hash of its key.
 
     Where the recipe mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share of
     the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
@@ -147,7 +148,7 @@ class SparseLogitDataset(ImageDataset):
         self.store = store
         self.key = key or (store.manifest.key if store else None)
         self.first_sample = store.manifest.first_sample if store else first_sample
-        self.keys: KeyIndex | None = None
+        self.key_index: KeyIndex | None = None
         if key and store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position; leave --key out')
         refuse_keys(replay, self.key)
@@ -155,24 +156,24 @@ class SparseLogitDataset(ImageDataset):
         if self.key:
             find_key(dataset, self.key)
         if store and store.manifest.key:
-            self.keys = store.open_keys()
-            check_keys(store, self.keys, dataset, self.key, self.image_key)
+            self.key_index = store.open_keys()
+            check_keys(store, self.key_index, dataset, self.key, self.image_key)
         elif store:
             check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        return self.__getitems__([key])[0]
+    def __getitem__(self, place: EpochRow) -> dict[str, Any]:
+        return self.__getitems__([place])[0]
 
-    def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
-        return self._samples(keys) if self.pairing is None else self._mixed_samples(keys)
+    def __getitems__(self, places: list[EpochRow]) -> list[dict[str, Any]]:
+        return self._samples(places) if self.pairing is None else self._mixed_samples(places)
 
-    def _mixed_samples(self, keys: list[Key]) -> list[dict[str, Any]]:
-        epochs, positions = np.array(keys, dtype=np.int64).T
+    def _mixed_samples(self, places: list[EpochRow]) -> list[dict[str, Any]]:
+        epochs, rows = np.array(places, dtype=np.int64).T
         mixed = {}
         for epoch in np.unique(epochs).tolist():
-            numbers = np.unique(self.pairing.pairs_of(epoch, positions[epochs == epoch]))
+            numbers = np.unique(self.pairing.pairs_of(epoch, rows[epochs == epoch]))
             members = self.pairing.members(epoch, numbers).ravel().tolist()
-            samples = self._samples([(epoch, position) for position in members])
+            samples = self._samples([(epoch, row) for row in members])
             pairs = list(zip(samples[::2], samples[1::2]))
             views = self.replay.mix(
                 [(first['view'], second['view']) for first, second in pairs],
@@ -180,27 +181,27 @@ class SparseLogitDataset(ImageDataset):
             for (first, second), (both, lam) in zip(pairs, views):
                 for sample, partner, view in ((first, second, both[0]), (second, first, both[1])):
                     mixed[epoch, sample['index']] = {**sample, 'view': view, 'label2': partner['label'], 'lam': lam}
-        return [mixed[key] for key in zip(epochs.tolist(), positions.tolist())]
+        return [mixed[place] for place in zip(epochs.tolist(), rows.tolist())]
 
-    def _samples(self, keys: list[Key]) -> list[dict[str, Any]]:
-        epochs, positions = np.array(keys, dtype=np.int64).T
+    def _samples(self, places: list[EpochRow]) -> list[dict[str, Any]]:
+        epochs, rows = np.array(places, dtype=np.int64).T
         # Several views of one image are cut from one decoded image.
-        positions, place = np.unique(positions, return_inverse=True)
-        table = self.dataset[positions]
-        images, labels = self.decode(table, positions)
-        rows, indices = positions, positions + self.first_sample
+        rows, numbers = np.unique(rows, return_inverse=True)
+        table = self.dataset[rows]
+        images, labels = self.decode(table, rows)
+        store_rows, indices = rows, rows + self.first_sample
         if self.key:
-            names = column(table, self.key)
-            indices = hash_keys(names, positions)
-            if self.keys is not None:
-                rows = self.keys.rows_of(names, indices)
+            keys = column(table, self.key)
+            indices = hash_keys(keys, rows)
+            if self.key_index is not None:
+                store_rows = self.key_index.rows_of(keys, indices)
             indices = indices.astype(np.int64)
-        indices = indices[place].tolist()
-        views = self.replay.views([images[number] for number in place], list(zip(epochs.tolist(), indices)))
+        indices = indices[numbers].tolist()
+        views = self.replay.views([images[number] for number in numbers], list(zip(epochs.tolist(), indices)))
         samples = [
-            dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, place, indices)]
+            dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, numbers, indices)]
         if self.store is not None:
-            for sample, record in zip(samples, read_records(self.store, epochs, rows[place])):
+            for sample, record in zip(samples, read_records(self.store, epochs, store_rows[numbers])):
                 sample['record'] = record
         return samples
 
@@ -225,8 +226,8 @@ def read_records(store: LogitStore | Ensemble, epochs: np.ndarray, rows: np.ndar
     """
     records = np.empty((len(rows), store.manifest.record_width), dtype=np.uint8)
     for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        records[here] = store.read(epoch, rows[here])
+        of_epoch = epochs == epoch
+        records[of_epoch] = store.read(epoch, rows[of_epoch])
     try:
         store.codec.check(records)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The order of training: batches of (epoch, index) pairs, the same whatever rank or worker makes the samples."""
+"""The order of training: batches of (epoch, row) pairs, the same whatever rank or worker makes the samples."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,14 +7,14 @@ from torch.utils.data import BatchSampler
 
 from ..base.errors import InputError
 from ..store.manifest import stored_epoch
-from .dataset import Key
+from .dataset import EpochRow
 from .pairing import Pairing
 
 __all__ = ['EpochBatchSampler']
 
 
 class EpochBatchSampler(BatchSampler):
-    """Batches of (epoch, index) pairs for one rank: a seeded permutation per epoch, from any batch on.
+    """Batches of (epoch, row) pairs for one rank: a seeded permutation per epoch, from any batch on.
 
     The permutation is cut into batches of all ranks together, so that a rank's share depends on nothing else.
     An incomplete last batch is dropped. With several views per image, so many epochs share a permutation: each shows
@@ -95,7 +95,7 @@ class EpochBatchSampler(BatchSampler):
         """Batches of one whole epoch."""
         return self.num_samples // (self.batch_size * self.world_size)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[EpochRow]]:
         part = self.epoch % self.views_per_image
         first_epoch = self.epoch - part
         epochs = self._stored(first_epoch)
@@ -105,10 +105,10 @@ class EpochBatchSampler(BatchSampler):
         num_groups = self.batch_size // (group * self.views_per_image)
         for batch in range(self.start, len(self)):
             first = ((part * len(self) + batch) * self.world_size + self.rank) * num_groups
-            indices = order[first:first + num_groups]
+            rows = order[first:first + num_groups]
             if self.pairing is not None:
-                indices = self.pairing.members(epochs[0], indices).ravel()
-            yield [(epoch, index) for index in indices.tolist() for epoch in epochs]
+                rows = self.pairing.members(epochs[0], rows).ravel()
+            yield [(epoch, row) for row in rows.tolist() for epoch in epochs]
 
     def _stored(self, first_epoch: int) -> list[int]:
         """Epochs of the store that the training epochs from this one on use together."""

@@ -24,7 +24,7 @@ from ..store.ensemble import Ensemble
 from ..store.keys import hash_keys
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
-from .dataset import Key, collate, decode_source, read_records
+from .dataset import EpochRow, collate, decode_source, read_records
 from .fingerprint import check_image, encoded_image, stored_samples
 from .sources import column, find_column, find_key, labels_of, select_columns
 from .views import Replay
@@ -33,6 +33,8 @@ __all__ = ['SparseLogitStream', 'StreamLoader', 'StreamedRows']
 
 # Rows that are looked up and replayed together.
 CHUNK_SIZE = 64
+# What is made of a row of a stream: the view as (epoch, index), the key, and the image as it is stored.
+_Item = tuple[tuple[int, int], str | int, dict[str, Any]]
 
 
 class SparseLogitStream(IterableDataset):
@@ -79,7 +81,7 @@ class SparseLogitStream(IterableDataset):
         self.label_key = find_column(stream, label_key, is_image=False)
         self.key = find_key(stream, key or (store.manifest.key if store else ''))
         self.store_epochs = store_epochs
-        self.keys = store.open_keys() if store else None
+        self.key_index = store.open_keys() if store else None
         self.checked = stored_samples(store) if store else {}
         if buffer_size:
             stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
@@ -115,7 +117,7 @@ class SparseLogitStream(IterableDataset):
         labels = labels_of(table, self.label_key).tolist()
         samples = [dict(view=view, label=label, index=index) for view, label, index in zip(views, labels, indices)]
         if self.store is not None:
-            rows = self.keys.rows_of(names, hashes)
+            rows = self.key_index.rows_of(names, hashes)
             for sample, record in zip(samples, read_records(self.store, np.full(len(rows), epoch), rows)):
                 sample['record'] = record
         return samples
@@ -209,12 +211,12 @@ class StreamedRows(Dataset):
         self.key = find_key(stream, store.manifest.key)
         self.stream = select_columns(stream, self.image_key, self.key)
 
-    def __getitems__(self, items: list[tuple[Key, str | int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    def __getitems__(self, items: list[_Item]) -> list[dict[str, Any]]:
         images = [_image(self, source, name, index) for (_, index), name, source in items]
-        views = self.replay.views(images, [view_key for view_key, _, _ in items])
+        views = self.replay.views(images, [view for view, _, _ in items])
         return [dict(view=view, index=index) for view, ((_, index), _, _) in zip(views, items)]
 
-    def sampler(self, batches: Iterable[list[Key]]) -> '_StreamedBatches':
+    def sampler(self, batches: Iterable[list[EpochRow]]) -> '_StreamedBatches':
         """Batches of (epoch, row) pairs, each batch of consecutive rows, as batches of what the stream has there."""
         return _StreamedBatches(self, batches)
 
@@ -222,14 +224,14 @@ class StreamedRows(Dataset):
 class _StreamedBatches:
     """A batch sampler that fetches rows from a stream; it starts over where earlier rows are asked for."""
 
-    def __init__(self, data: StreamedRows, batches: Iterable[list[Key]]):
+    def __init__(self, data: StreamedRows, batches: Iterable[list[EpochRow]]):
         self.data = data
         self.batches = batches
-        self.index = data.store.open_keys()
+        self.key_index = data.store.open_keys()
         self.rows: Iterator[pa.Table] = iter(())
         self.position = data.store.manifest.num_samples
 
-    def __iter__(self) -> Iterator[list[tuple[Key, str | int, dict[str, Any]]]]:
+    def __iter__(self) -> Iterator[list[_Item]]:
         for batch in self.batches:
             epoch, first = batch[0]
             if first < self.position:
@@ -239,7 +241,7 @@ class _StreamedBatches:
             table = pa.concat_tables(tables) if tables else None
             names = column(table, self.data.key) if tables else []
             hashes = hash_keys(names) if tables else np.empty(0, dtype=np.uint64)
-            other = np.flatnonzero(self.index.find(hashes) != np.arange(first, first + len(hashes)))
+            other = np.flatnonzero(self.key_index.find(hashes) != np.arange(first, first + len(hashes)))
             if len(other) or len(hashes) < len(batch):
                 place = int(other[0]) if len(other) else len(hashes)
                 found = f'has the key {names[place].as_py()!r}' if len(other) else 'is missing'

@@ -175,9 +175,9 @@ def filled_shards(store: LogitStore, epochs: Sequence[int]) -> dict[int, np.ndar
 
 def rows_of(data: SparseLogitDataset) -> np.ndarray:
     """The row in its store of each sample of a data set, int64 [len(data)]."""
-    if data.keys is None:
+    if data.key_index is None:
         return np.arange(len(data))
-    return data.keys.find(np.concatenate([hashes for hashes, _ in iterate_keys(data.dataset, data.key)]))
+    return data.key_index.find(np.concatenate([hashes for hashes, _ in iterate_keys(data.dataset, data.key)]))
 
 
 def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes: int) -> str | None:
@@ -383,7 +383,7 @@ def _plain(value: np.ndarray) -> float | None:
 def row_labels(data: SparseLogitDataset) -> np.ndarray:
     """Labels of the rows of a store, int64 [num_samples]; -1 where the data set has no label, or no such sample."""
     labels = read_labels(data.dataset, data.label_key)
-    if data.keys is None:
+    if data.key_index is None:
         return labels
     found = np.full(data.store.manifest.num_samples, -1)
     found[rows_of(data)] = labels

@@ -19,7 +19,7 @@ from ..base.errors import InputError
 from ..base.files import remove_stale
 from ..base.launch import quiet_worker
 from ..base.leases import Claims
-from ..data.dataset import Key, SparseLogitDataset, collate
+from ..data.dataset import EpochRow, SparseLogitDataset, collate
 from ..data.streaming import StreamedRows
 from ..store.local import LogitStore, Manifest
 from ..targets.sparse import SparseTargets
@@ -30,7 +30,7 @@ __all__ = ['choose_shards', 'fill_shard', 'fill_store']
 
 
 class _ClaimedBatches:
-    """Teacher batches of (epoch, index) pairs, shard by shard, each shard claimed when its first batch is asked for.
+    """Teacher batches of (epoch, row) pairs, shard by shard, each shard claimed when its first batch is asked for.
 
     Where nothing can be claimed, an iteration waits for the other processes before its first batch, and ends after a
     later one: then shards of this very process may be among those that it would wait for.
@@ -56,7 +56,7 @@ class _ClaimedBatches:
         self.claimed: deque[tuple[int, int]] = deque()
         self.unfinished = list(epochs)
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[EpochRow]]:
         found = self._claim()
         while found is None and self.unfinished:
             self.waiting()
@@ -67,7 +67,7 @@ class _ClaimedBatches:
             first = shard * self.store.manifest.shard_size
             stop = first + self.store.manifest.shard_rows(shard)
             for start in range(first, stop, self.batch_size):
-                yield [(epoch, index) for index in range(start, min(start + self.batch_size, stop))]
+                yield [(epoch, row) for row in range(start, min(start + self.batch_size, stop))]
             found = self._claim()
 
     def num_batches(self, shard: int) -> int:
