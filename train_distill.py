@@ -89,7 +89,7 @@ def open_or_fill(
                 known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
             store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, log)
             if accelerator.is_main_process:
-                store.remove_stale()
+                store.remove_leftovers()
         needed = store.manifest.stored_epochs[:num_epochs]
         fill_store(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()

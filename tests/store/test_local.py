@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.base.files import write_aside
+from timm_tinyvit.base.files import write_atomic
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, ShardFormat
@@ -536,17 +536,17 @@ def test_stale_files_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
         # Another machine's file is stale when it is older than a day.
         os.utime(file, (time.time() - 90_000,) * 2)
     before = set(tree(store.path))
-    store.remove_stale()
+    store.remove_leftovers()
     assert before - set(tree(store.path)) == {str(file.relative_to(store.path)) for file in stale}
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, refused):
     path = tmp_path / 'folder' / 'file'
-    write_aside(path, b'old')
+    write_atomic(path, b'old')
     with pytest.raises(TypeError):
-        write_aside(path, [b'new', None])
+        write_atomic(path, [b'new', None])
     assert path.read_bytes() == b'old'
-    write_aside(path, [b'n', b'ew'])
+    write_atomic(path, [b'n', b'ew'])
     assert path.read_bytes() == b'new'
     with refused(str(path / 'below'), 'cannot write'):
-        write_aside(path / 'below', b'')
+        write_atomic(path / 'below', b'')

@@ -16,7 +16,7 @@ import train_distill
 from conftest import EXAMPLES
 from support.hub_server import TOKEN
 from timm_tinyvit import save_logits
-from timm_tinyvit.base.leases import Claims
+from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.store import cache as hub_cache
 from timm_tinyvit.store import fetcher
@@ -376,12 +376,12 @@ store.wait()
     assert child.wait().returncode == -signal.SIGKILL
     wait_for(lambda: not fetcher.exists())
     assert not list(cache.rglob('epoch-00000/shard-00002*'))
-    # As if it had been killed a moment later, or between a shard and the claim on it.
+    # As if it had been killed a moment later, or between a shard and the lease on it.
     epoch = next(cache.rglob('epoch-00000'))
     (epoch / f'.shard-00002.arrow.{machine_name()}.{fetcher.name}.tmp').write_bytes(b'half a file')
-    Claims.path(epoch / 'shard-00000.arrow').write_bytes(b'')
+    Leases.path(epoch / 'shard-00000.arrow').write_bytes(b'')
     hub.forget()
-    # What was left aside goes, what was claimed is free, what is there is not fetched again.
+    # What was left aside goes, what was leased is free, what is there is not fetched again.
     there = len(list(cache.rglob('shard-*')))
     assert run(f'''
 store = open_reader('{URL}')
@@ -533,19 +533,19 @@ def test_what_cannot_be_done_with_one_is_refused_before_anything_is_loaded(progr
 
 
 def held_epochs(folder, expire=0.05):
-    """`HeldEpochs` of a folder whose claims expire soon; those of other machines alone wait for that."""
+    """`HeldEpochs` of a folder whose leases expire soon; those of other machines alone wait for that."""
     held = HeldEpochs(SimpleNamespace(folder=folder, epoch_folder=lambda epoch: folder / f'epoch-{epoch:05d}'))
-    held._claims = Claims(expire)
+    held._leases = Leases(expire)
     return held
 
 
 def leave_epoch(folder, epoch, readers):
-    """An epoch on disk with claims of readers on machines that are no more, or were started anew."""
+    """An epoch on disk with leases of readers on machines that are no more, or were started anew."""
     place = folder / f'epoch-{epoch:05d}'
     place.mkdir(parents=True)
     (place / 'shard-00000.arrow').write_bytes(b'records')
     for reader in range(readers):
-        Claims.path(place / f'reader-{reader}').write_text('{"machine": "another", "pid": 5, "started": "1"}')
+        Leases.path(place / f'reader-{reader}').write_text('{"machine": "another", "pid": 5, "started": "1"}')
     return place
 
 
@@ -556,28 +556,28 @@ def test_readers_that_died_on_another_boot_keep_nothing_after_the_first_boundary
     assert kept.exists() and other.exists()
     time.sleep(0.1)
     # All of them were looked at, those on the epoch that this one keeps too, and its own was left alone.
-    assert Claims.path(kept / held._name).exists()
+    assert Leases.path(kept / held._name).exists()
     held.set([2])
     assert not kept.exists() and not other.exists()
     held.release()
 
 
-def test_what_a_dead_fetcher_had_claimed_does_not_keep_the_folder_of_a_used_epoch(tmp_path):
+def test_what_a_dead_fetcher_had_leased_does_not_keep_the_folder_of_a_used_epoch(tmp_path):
     place = leave_epoch(tmp_path / 'commit', 0, readers=0)
     ended = subprocess.Popen(['true'])
     ended.wait()
-    claim = {'machine': machine_name(), 'pid': ended.pid, 'started': '1'}
+    lease = {'machine': machine_name(), 'pid': ended.pid, 'started': '1'}
     for shard in (0, 1):  # one that was there already, and one that was on its way
-        Claims.path(place / f'shard-0000{shard}.arrow').write_text(json.dumps(claim))
+        Leases.path(place / f'shard-0000{shard}.arrow').write_text(json.dumps(lease))
     held = held_epochs(tmp_path / 'commit')
     held.set([1])
     assert not place.exists()
     # One who lives goes on.
     place = leave_epoch(tmp_path / 'commit', 0, readers=0)
-    with Claims() as claims:
-        claims.take(place / 'shard-00001.arrow')
+    with Leases() as leases:
+        leases.acquire(place / 'shard-00001.arrow')
         held.set([2])
-        assert [path.name for path in place.iterdir()] == ['.shard-00001.arrow.claim']
+        assert [path.name for path in place.iterdir()] == ['.shard-00001.arrow.lease']
     held.release()
 
 
@@ -589,7 +589,7 @@ def test_other_commits_of_the_repo_go_when_nobody_reads_them(tmp_path):
     (tmp_path / 'notes').mkdir()
     folder.mkdir()
     reader, held = held_epochs(read), held_epochs(folder)
-    reader._claims.take(read / 'epoch-00003' / 'reader-x')
+    reader._leases.acquire(read / 'epoch-00003' / 'reader-x')
     held.set([0])
     assert not old.exists() and (tmp_path / 'notes').exists()
     assert (read / 'epoch-00003' / 'shard-00000.arrow').exists() and (read / 'store.json').exists()

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable
 from .errors import InputError
 from .machine import is_dead, machine_name
 
-__all__ = ['cannot_write', 'remove_stale', 'write_aside']
+__all__ = ['cannot_write', 'remove_leftovers', 'write_atomic']
 
 STALE_SECONDS = 24 * 3600
 
 
-def write_aside(
+def write_atomic(
         path: Path,
         data: bytes | memoryview | Iterable[bytes],
         check: Callable[[Path], None] = lambda aside: None,
@@ -72,7 +72,7 @@ def cannot_write(path: Path, error: OSError) -> InputError:
         f'cannot write {path}: {hint}; what was complete is kept, and the same command goes on from there')
 
 
-def remove_stale(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers left aside in a folder: of a dead process of this machine, or a day old."""
     now = None
     for aside in folder.glob('.*.tmp'):

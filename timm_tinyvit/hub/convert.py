@@ -24,7 +24,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from ..base.errors import InputError, reports_input_errors
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..config.arguments import ArgumentParser
 from ..models import clip_teacher, tiny_vit
 from ..models.imagenet22k import NUM_CLASSES_22K
@@ -158,7 +158,7 @@ def convert(checkpoint: Path, name: str, output: Path) -> dict[str, Any]:
     try:
         export_model(aside, model, **official_config(name, model.num_classes))
         card = converted_card(aside, checkpoint.name, find_checkpoint(checkpoint.name, name), NO_REPO)
-        write_aside(aside / CARD, str(card).encode())
+        write_atomic(aside / CARD, str(card).encode())
         os.replace(aside, output)
     except OSError as error:
         raise InputError(f'{output} cannot be written: {error.strerror or error}')

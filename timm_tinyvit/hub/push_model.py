@@ -24,7 +24,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 
 from ..base.console import result, speak
 from ..base.errors import InputError, reports_input_errors
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
 from ..base.launch import device_name
 from ..config.arguments import ArgumentParser
@@ -222,7 +222,7 @@ def _speed(run: Path, model: Path) -> dict[str, Any] | None:
         pass
     try:
         speed = _measure_speed(model)
-        write_aside(file, json.dumps(speed, indent=2).encode())
+        write_atomic(file, json.dumps(speed, indent=2).encode())
         return speed
     except (InputError, RuntimeError):
         # No room for the model beside others, or for the file: a card without it.
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     files = model_files(args.folder, args.repo, args.which, args.license, notes)
     for name, content in files.items():
-        write_aside(args.dry_run / name, content if isinstance(content, bytes) else content.read_bytes())
+        write_atomic(args.dry_run / name, content if isinstance(content, bytes) else content.read_bytes())
     result(f'{args.dry_run}: {", ".join(files)}, as they would be pushed to {args.repo}')
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import nn
 
-from ..base.files import write_aside
+from ..base.files import write_atomic
 
 __all__ = ['export_config', 'export_model']
 
@@ -33,7 +33,7 @@ def export_model(
     """
     # safetensors takes contiguous tensors only, and timm's save_for_hf passes on channels-last weights as they are.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_aside(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
+    write_atomic(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
     export_config(folder, model, label_names, data_config, label_descriptions)
 
 
@@ -55,4 +55,4 @@ def export_config(
     # These describe the pretrained weights of that name, not the ones written here.
     for key in ('tag', 'license', 'origin_url', 'paper_ids', 'paper_name'):
         settings['pretrained_cfg'].pop(key, None)
-    write_aside(folder / 'config.json', json.dumps(settings, indent=2).encode())
+    write_atomic(folder / 'config.json', json.dumps(settings, indent=2).encode())

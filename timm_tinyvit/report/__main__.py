@@ -15,7 +15,7 @@ import numpy as np
 
 from ..base.console import progress, result, speak
 from ..base.errors import InputError, reports_input_errors
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..base.hub_client import is_hub_url
 from ..config.arguments import ArgumentParser, parse_range
 from ..data.dataset import SparseLogitDataset
@@ -114,7 +114,7 @@ def write_gallery(
     samples = show_samples(data, statistics, chosen, rows, names, NUM_GALLERY_EPOCHS)['varied']
     buffer = io.BytesIO()
     draw_gallery(samples).save(buffer, 'png', optimize=True)
-    write_aside(Path(path), buffer.getbuffer())
+    write_atomic(Path(path), buffer.getbuffer())
 
 
 def write_page(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..base.files import write_aside
+from ..base.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,7 +228,7 @@ class Page:
         Raises:
             InputError: The disk is full, or may not be written.
         """
-        write_aside(Path(path), self.html().encode())
+        write_atomic(Path(path), self.html().encode())
 
 
 def _escape(value: Any) -> str:

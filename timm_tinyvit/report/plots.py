@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from .figures import INTERVALS, SIZE, reliability_figure
 from .statistics import StoreStatistics
 
@@ -143,5 +143,5 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format='png')
-    write_aside(picture, buffer.getbuffer())
+    write_atomic(picture, buffer.getbuffer())
     return True

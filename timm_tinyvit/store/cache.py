@@ -1,7 +1,7 @@
 """HubCache: shards of a store on the Hub, in a folder that processes share, there when they are read and gone after.
 
 A shard is fetched aside, checked whole and renamed: one that is in the folder is complete. Any number of ranks, loader
-workers and trainings use one folder. Each shard is fetched by one of them, who claims it, and an epoch stays on disk
+workers and trainings use one folder. Each shard is fetched by one of them, who leases it, and an epoch stays on disk
 as long as a process that lives holds it; one that was removed nevertheless is fetched again by whoever reads it.
 
 A connection that is lost, or a Hub in trouble, is tried again with growing pauses for a day: a training outlives it as
@@ -29,9 +29,9 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
 from ..base.errors import InputError
-from ..base.files import remove_stale, write_aside
+from ..base.files import remove_leftovers, write_atomic
 from ..base.hub_client import HubUrl, hub_errors, is_transient, reason_of, requested_wait, retried
-from ..base.leases import Claims, exclusive
+from ..base.leases import Leases, exclusive
 from ..version import __version__
 from .shard import SHARD_PATH, ShardFormat, epoch_name, shard_name
 
@@ -128,7 +128,7 @@ class HubCommit:
         def fetch() -> None:
             for _ in range(MAX_ATTEMPTS):
                 with suppress(_Damaged), self.stream(path) as parts:
-                    return write_aside(file, parts, check)
+                    return write_atomic(file, parts, check)
             raise InputError(f'{path} of {self} was fetched {MAX_ATTEMPTS} times, and never as it was pushed; see what '
                              f'stands between this machine and the Hub')
 
@@ -238,7 +238,7 @@ class HubCache:
         waiting, running = deque(shards), {}
         damaged: list[str] = []
         failures, last, resume = 0, time.monotonic(), 0.
-        with Claims() as claims, ThreadPoolExecutor(threads) as pool:
+        with Leases() as leases, ThreadPoolExecutor(threads) as pool:
             while waiting or running:
                 if stop():
                     return False
@@ -249,7 +249,7 @@ class HubCache:
                     if path.exists():
                         count(int(self.sizes[epoch][shard]))
                         last = time.monotonic()
-                    elif self._claim(claims, path):
+                    elif self._lease(leases, path):
                         running[pool.submit(self._download, epoch, shard)] = shard
                     else:
                         elsewhere.append(shard)
@@ -258,7 +258,7 @@ class HubCache:
                     time.sleep(0.1)
                 for future in wait(running, 0.2, FIRST_COMPLETED).done if running else ():
                     shard = running.pop(future)
-                    claims.release(self.shard_path(epoch, shard))
+                    leases.release(self.shard_path(epoch, shard))
                     error = future.exception()
                     now = time.monotonic()
                     if error is None:
@@ -297,17 +297,17 @@ class HubCache:
         return self.folder / epoch_name(epoch)
 
     @staticmethod
-    def _claim(claims: Claims, path: Path) -> bool:
-        """Claim a shard that is to be fetched, unless somebody else fetches it or has done so."""
+    def _lease(leases: Leases, path: Path) -> bool:
+        """Lease a shard that is to be fetched, unless somebody else fetches it or has done so."""
         try:
             path.parent.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f'the folder {path.parent.parent} cannot be made: {error.strerror}; choose another '
                              f'--store-cache')
-        if not claims.take(path):
+        if not leases.acquire(path):
             return False
         if path.exists():
-            claims.release(path)
+            leases.release(path)
             return False
         return True
 
@@ -331,7 +331,7 @@ class HubCache:
         for attempt in range(MAX_ATTEMPTS):
             try:
                 with self.source.stream(name) as parts:
-                    write_aside(path, _bounded(parts, int(self.sizes[epoch][shard])), check)
+                    write_atomic(path, _bounded(parts, int(self.sizes[epoch][shard])), check)
                 return
             except InputError:
                 raise
@@ -356,7 +356,7 @@ class HubCache:
                 sizes = _read_json(path)
                 if sizes is None:
                     sizes = self._list_hub()
-                    write_aside(path, json.dumps(sizes).encode())
+                    write_atomic(path, json.dumps(sizes).encode())
         return {int(epoch): np.array(row) for epoch, row in sizes.items()}
 
     def _list_hub(self) -> dict[int, list[int]]:
@@ -380,10 +380,10 @@ class HeldEpochs:
     def __init__(self, cache: HubCache):
         self.cache = cache
         self.epochs: list[int] = []
-        self._claims = Claims()
+        self._leases = Leases()
         self._name = f'{READER}{secrets.token_hex(8)}'
         # A reader that is no more keeps nothing, also where its process goes on.
-        weakref.finalize(self, self._claims.close)
+        weakref.finalize(self, self._leases.close)
 
     def set(self, epochs: Sequence[int]) -> None:
         """Keep these epochs from now on, and no other.
@@ -395,29 +395,29 @@ class HeldEpochs:
         # Nobody removes an epoch between its being kept and the first look at it.
         with exclusive(folder / 'epochs'):
             for epoch in set(epochs) - set(self.epochs):
-                self._claims.take(self.cache.epoch_folder(epoch) / self._name)
+                self._leases.acquire(self.cache.epoch_folder(epoch) / self._name)
             for epoch in set(self.epochs) - set(epochs):
-                self._claims.release(self.cache.epoch_folder(epoch) / self._name)
+                self._leases.release(self.cache.epoch_folder(epoch) / self._name)
             self.epochs = list(epochs)
             kept = {self.cache.epoch_folder(epoch) for epoch in epochs}
             for other in folder.glob('epoch-*'):
                 if other in kept:
-                    _look_at_claims(self._claims, other, READER)
+                    _look_at_leases(self._leases, other, READER)
                 else:
-                    _remove_unless_kept(self._claims, other)
+                    _remove_unless_kept(self._leases, other)
         for other in set(folder.parent.iterdir()) - {folder}:
             if (other / 'store.json').is_file():
                 self._remove_commit(other)
 
     def release(self) -> None:
         """Keep none of them any more, and leave them where they are."""
-        self._claims.close()
+        self._leases.close()
         self.epochs = []
 
     def _remove_commit(self, folder: Path) -> None:
         """Remove what is left of another commit of the repo, where nobody keeps an epoch of it."""
         with exclusive(folder / 'epochs'):
-            if all([_remove_unless_kept(self._claims, epoch) for epoch in folder.glob('epoch-*')]):
+            if all([_remove_unless_kept(self._leases, epoch) for epoch in folder.glob('epoch-*')]):
                 for file in folder.iterdir():
                     if file.is_file() and not file.name.startswith('.'):
                         file.unlink(missing_ok=True)
@@ -456,35 +456,35 @@ def _has_hash(file: Path, expected: str) -> bool:
     return state.hexdigest() == expected
 
 
-def _look_at_claims(claims: Claims, folder: Path, prefix: str) -> bool:
-    """Look at all claims of one kind in the folder of an epoch, each of which expires from the first look at it.
+def _look_at_leases(leases: Leases, folder: Path, prefix: str) -> bool:
+    """Look at all leases of one kind in the folder of an epoch, each of which expires from the first look at it.
 
     Returns:
         Whether none of them is of a process that lives; those are gone.
     """
     is_free = True
-    # And those on the taking over of such a claim.
-    for claim in folder.glob(f'.*{prefix}*.claim'):
-        file = folder / claim.name[1:].removesuffix('.claim')
-        if claims.take(file):
-            claims.release(file)
+    # And those on the taking over of such a lease.
+    for lease in folder.glob(f'.*{prefix}*.lease'):
+        file = folder / lease.name[1:].removesuffix('.lease')
+        if leases.acquire(file):
+            leases.release(file)
         else:
             is_free = False
     return is_free
 
 
-def _remove_unless_kept(claims: Claims, folder: Path) -> bool:
+def _remove_unless_kept(leases: Leases, folder: Path) -> bool:
     """Remove the shards of an epoch, unless a process that lives keeps them.
 
     Returns:
         Whether they are gone.
     """
-    if not _look_at_claims(claims, folder, READER):
+    if not _look_at_leases(leases, folder, READER):
         return False
     for file in folder.glob('shard-*.arrow'):
         file.unlink(missing_ok=True)
-    remove_stale(folder)
-    _look_at_claims(claims, folder, 'shard-')
+    remove_leftovers(folder)
+    _look_at_leases(leases, folder, 'shard-')
     # A reader that was not told yet may be fetching into it just now.
     with suppress(OSError):
         folder.rmdir()

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..base.errors import InputError
-from ..base.files import remove_stale, write_aside
+from ..base.files import remove_leftovers, write_atomic
 from ..base.leases import exclusive
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .reader import ShardStore
@@ -60,7 +60,7 @@ class LogitStore(ShardStore):
             manifest.check(f'the store {path}')
             with exclusive(path / MANIFEST_NAME):
                 if not cls.exists(path):
-                    write_aside(path / MANIFEST_NAME, manifest.to_json().encode())
+                    write_atomic(path / MANIFEST_NAME, manifest.to_json().encode())
         store = cls.open(path)
         differences = store.manifest.differences(manifest)
         if differences:
@@ -109,7 +109,7 @@ class LogitStore(ShardStore):
             manifest = LogitStore.open(self.path).manifest
             if manifest.epochs < epochs:
                 manifest = replace(manifest, epochs=epochs)
-                write_aside(self.path / MANIFEST_NAME, manifest.to_json().encode())
+                write_atomic(self.path / MANIFEST_NAME, manifest.to_json().encode())
         self.manifest = manifest
 
     def check_files(self, epochs: Iterable[int]) -> None:
@@ -130,10 +130,10 @@ class LogitStore(ShardStore):
             raise InputError(f'{folder} cannot be read: {error.strerror}')
         return [shard for shard in range(self.manifest.num_shards) if shard_name(shard) in names]
 
-    def remove_stale(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove the unfinished files of writers that are no more."""
         for folder in [self.path, *self.path.glob('epoch-*')]:
-            remove_stale(folder)
+            remove_leftovers(folder)
 
     def size(self) -> int:
         """Bytes of all shards on disk."""
@@ -150,4 +150,4 @@ class LogitStore(ShardStore):
         if not LogitStore.exists(self.path):
             # Else the folders would come back with a shard and no manifest in them.
             raise InputError(f'the store {self.path} has vanished; bring it back, or make it again')
-        write_aside(self.shard_path(epoch, shard), parts)
+        write_atomic(self.shard_path(epoch, shard), parts)

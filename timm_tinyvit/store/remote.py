@@ -14,9 +14,9 @@ import numpy as np
 from huggingface_hub import constants
 
 from ..base.errors import InputError
-from ..base.files import remove_stale
+from ..base.files import remove_leftovers
 from ..base.hub_client import is_hub_url, parse_hub_url
-from ..base.leases import Claims
+from ..base.leases import Leases
 from .base import StoreReader
 from .cache import HeldEpochs, HubCache, HubCommit
 from .fetcher import NUM_DOWNLOADS, Fetcher
@@ -57,11 +57,11 @@ def open_reader(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --store-cache')
-    # What killed processes left: files written half, and claims on whole ones.
-    claims = Claims()
+    # What killed processes left: files written half, and leases on whole ones.
+    leases = Leases()
     for place in (folder, *folder.glob('epoch-*')):
-        remove_stale(place)
-        claims.clear(place)
+        remove_leftovers(place)
+        leases.clear(place)
     return RemoteStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
 
 

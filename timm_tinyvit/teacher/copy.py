@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.console import log, progress
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..data.fingerprint import (
     check_fingerprint, check_keys, dataset_fingerprint, key_fingerprint, keyed_fingerprint, stored_samples,
 )
@@ -220,7 +220,7 @@ def _take_shards(target: LogitStore, sources: Sequence[LogitStore], epochs: rang
             if (epoch, shard) not in missing:
                 # Reading one record checks the whole file.
                 source.read(epoch, [shard * source.manifest.shard_size])
-                write_aside(target.shard_path(epoch, shard), source.shard_path(epoch, shard).read_bytes())
+                write_atomic(target.shard_path(epoch, shard), source.shard_path(epoch, shard).read_bytes())
                 break
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..base.console import log, warn
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..data.fingerprint import dataset_fingerprint
 from ..store.ensemble import Ensemble
 from ..store.local import LogitStore
@@ -262,7 +262,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     file = folder / f'checkpoint-{state["epoch"]:06d}-{state["samples"]:012d}.pt'
-    write_aside(file, buffer.getbuffer())
+    write_atomic(file, buffer.getbuffer())
     for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
         old.unlink(missing_ok=True)
     return file

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..base.errors import InputError
-from ..base.files import remove_stale, write_aside
+from ..base.files import remove_leftovers, write_atomic
 from ..base.hub_client import is_hub_url
 from ..base.launch import device_name
 from ..base.machine import source_commit
@@ -57,7 +57,7 @@ def create_run_folder(folder: Path, is_main_process: bool) -> None:
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
     if is_main_process:
-        remove_stale(folder)
+        remove_leftovers(folder)
 
 
 def record_run(
@@ -98,7 +98,7 @@ def record_run(
         if described['name'] in names[:number]:
             described['name'] += f'-{number + 1}'
     launch = {'commit': source_commit(), 'environment': _environment(accelerator.device, accelerator.num_processes)}
-    write_aside(folder / RUN_RECORD, json.dumps({
+    write_atomic(folder / RUN_RECORD, json.dumps({
         'version': VERSION,
         'flags': {
             name: value for name, value in vars(args).items() if name != 'config' and value not in (None, [], {})},
@@ -183,7 +183,7 @@ def mark_published(store: LogitStore, url: str, epochs: range) -> None:
         InputError: The disk is full or may not be written.
     """
     mark = {'url': url, 'identity': store.manifest.identity, 'epochs': [epochs.start, epochs.stop]}
-    write_aside(store.path / PUBLISHED, f'{json.dumps(mark)}\n'.encode())
+    write_atomic(store.path / PUBLISHED, f'{json.dumps(mark)}\n'.encode())
 
 
 def _published_url(store: LogitStore) -> str | None:
