@@ -40,7 +40,7 @@ from timm_tinyvit.hub.push_model import prepare_push, push_finished_run
 from timm_tinyvit.report.plots import plot_metrics
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import STORED_VIEWS
-from timm_tinyvit.store.ensemble import Ensemble
+from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_store, create_teacher, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
@@ -69,7 +69,7 @@ def open_or_fill(
         args: argparse.Namespace,
         accelerator: Accelerator,
         train_set: Any,
-) -> tuple[LogitStore | Ensemble | None, Replay]:
+) -> tuple[StoreReader | None, Replay]:
     """The filled store or stores of `--logits`, and how views are made: the store says so, without one the flags do.
 
     With `--teacher`, epochs that the store lacks are filled first.
@@ -112,7 +112,7 @@ def open_or_fill(
 def create_task(
         args: argparse.Namespace,
         student: nn.Module,
-        store: LogitStore | Ensemble | None,
+        store: StoreReader | None,
         evaluator: Evaluator,
         classes: Classes,
         accelerator: Accelerator,

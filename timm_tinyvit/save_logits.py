@@ -27,7 +27,9 @@ from .hub.push_store import PublishedStore, check_complete, publish_store
 from .hub.store_card import LabelledViews, data_name
 from .report.statistics import row_labels
 from .report.store import describe_store, shards_on_disk
+from .store.base import StoreReader
 from .store.local import LogitStore
+from .store.reader import ShardStore
 from .store.remote import open_reader
 from .teacher.check import check_store, verify_store
 from .teacher.copy import copy_epochs, copy_keys, copy_range, merge_stores
@@ -37,7 +39,7 @@ from .teacher.fill import fill_store
 
 __all__ = []
 
-def completeness(store: LogitStore) -> str:
+def completeness(store: StoreReader) -> str:
     """One line: which part of the store is on disk."""
     return f'shards           {shards_on_disk(store)}'
 
@@ -91,11 +93,11 @@ def _trainer_flags() -> Container[str]:
     return create_parser()._option_string_actions
 
 
-def _open_at(args: argparse.Namespace, location: str) -> LogitStore:
+def _open_at(args: argparse.Namespace, location: str) -> ShardStore:
     return open_reader(location, args.keep_epochs, args.store_cache)
 
 
-def _labelled_views(args: argparse.Namespace, store: LogitStore) -> LabelledViews | None:
+def _labelled_views(args: argparse.Namespace, store: StoreReader) -> LabelledViews | None:
     """The data set that the flags name, as that of a store; None where they name none."""
     if not args.dataset:
         return None

@@ -17,9 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ..base.errors import InputError
-from ..store.ensemble import Ensemble
+from ..store.base import StoreReader
 from ..store.keys import KeyIndex, hash_keys
-from ..store.local import LogitStore
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
 from .sources import column, find_column, find_key, labels_of
@@ -119,7 +118,7 @@ class SparseLogitDataset(ImageDataset):
     Args:
         dataset: A map-style Hugging Face data set with an image column.
         replay: Makes the views.
-        store: Where the records come from, an `Ensemble` too; None to fill a store, or to train on labels alone.
+        store: Where the records come from; None to fill a store, or to train on labels alone.
         image_key: The image column.
         label_key: The label column.
         key: The column of keys; by default the store's.
@@ -137,7 +136,7 @@ class SparseLogitDataset(ImageDataset):
             self,
             dataset: datasets.Dataset,
             replay: Replay,
-            store: LogitStore | Ensemble | None = None,
+            store: StoreReader | None = None,
             image_key: str | None = None,
             label_key: str | None = None,
             key: str | None = None,
@@ -218,7 +217,7 @@ def refuse_keys(replay: Replay, key: str | None) -> None:
             f'them and partners may be absent; leave --key and --streaming out, or --mixup and --cutmix')
 
 
-def read_records(store: LogitStore | Ensemble, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+def read_records(store: StoreReader, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     """Checked records, uint8 [B, width], of rows [B] of a store in epochs [B] of it.
 
     Raises:

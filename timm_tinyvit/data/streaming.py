@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..base.errors import InputError
-from ..store.ensemble import Ensemble
+from ..store.base import StoreReader
 from ..store.keys import hash_keys
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
@@ -62,7 +62,7 @@ class SparseLogitStream(IterableDataset):
             self,
             stream: datasets.IterableDataset,
             replay: Replay,
-            store: LogitStore | Ensemble | None = None,
+            store: StoreReader | None = None,
             image_key: str | None = None,
             label_key: str | None = None,
             key: str | None = None,

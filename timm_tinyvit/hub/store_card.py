@@ -27,7 +27,7 @@ from ..data.views import ViewRecipe
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.names import hub_repo_of
 from ..report.statistics import label_mismatch, store_statistics
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..store.manifest import Manifest
 from ..targets.sparse import SparseTargets
 from ..train.predictions import in_turn
@@ -114,7 +114,7 @@ def teacher_classes(manifest: Manifest) -> list[str] | None:
     return [info.index_to_description(index) for index in range(manifest.num_classes)]
 
 
-def sample_table(store: LogitStore, epochs: Sequence[int], data: LabelledViews | None = None) -> pa.Table:
+def sample_table(store: StoreReader, epochs: Sequence[int], data: LabelledViews | None = None) -> pa.Table:
     """About 1,000 views in plain columns: the same samples, evenly spaced, in up to 10 epochs.
 
     Args:
@@ -164,7 +164,7 @@ def most_probable(targets: SparseTargets, count: int) -> list[tuple[list[int], l
     return list(zip(targets.ids.gather(1, order).tolist(), probs.tolist()))
 
 
-def draw_views(store: LogitStore, epochs: Sequence[int], data: LabelledViews) -> bytes:
+def draw_views(store: StoreReader, epochs: Sequence[int], data: LabelledViews) -> bytes:
     """A PNG of some views, each with what the teacher says of it: in a column an image, in a row an epoch.
 
     Args:
@@ -248,7 +248,7 @@ def _shortened(text: str, font: Any, width: float) -> str:
 
 
 def render_card(
-        store: LogitStore,
+        store: StoreReader,
         manifest: Manifest,
         epochs: Sequence[int],
         repo_id: str,
@@ -356,7 +356,7 @@ def with_license(card: str, licence: str) -> str:
 
 
 def _statistics(
-        store: LogitStore,
+        store: StoreReader,
         epochs: Sequence[int],
         data: LabelledViews | None,
 ) -> tuple[str, dict[str, str]]:

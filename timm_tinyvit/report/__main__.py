@@ -21,7 +21,7 @@ from ..config.arguments import ArgumentParser, parse_range
 from ..data.dataset import SparseLogitDataset
 from ..data.sources import class_names, load_split, read_labels
 from ..data.views import Replay, ViewRecipe, check_probe
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..store.remote import open_reader
 from ..train.metrics import METRICS
 from .pictures import choose_samples, draw_gallery, name_classes, show_samples
@@ -119,7 +119,7 @@ def write_gallery(
 
 def write_page(
         path: str,
-        store: LogitStore,
+        store: StoreReader,
         data: SparseLogitDataset | None,
         statistics: StoreStatistics,
         rows: np.ndarray | None,

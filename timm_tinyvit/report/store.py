@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from ..base.text import counted, readable_bytes
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..store.remote import RemoteStore
 from ..train.calibration import NUM_BINS
 from ..version import __version__
@@ -36,14 +36,14 @@ KINDS = {
 }
 
 
-def shards_on_disk(store: LogitStore) -> str:
+def shards_on_disk(store: StoreReader) -> str:
     """Which part of the store is on disk."""
     manifest, there = store.manifest, store_size(store)
     return (f'{there["shards"]} of {there["all_shards"]} ({manifest.shard_size:,} samples each), '
             f'{there["complete_epochs"]} of {manifest.epochs} epochs complete')
 
 
-def store_size(store: LogitStore) -> dict[str, Any]:
+def store_size(store: StoreReader) -> dict[str, Any]:
     """How much of a store is there, and the bytes that it takes; of a complete store they are an estimate."""
     manifest = store.manifest
     there = filled_shards(store, manifest.stored_epochs)
@@ -62,7 +62,7 @@ def store_size(store: LogitStore) -> dict[str, Any]:
     }
 
 
-def store_facts(store: LogitStore) -> dict[str, str]:
+def store_facts(store: StoreReader) -> dict[str, str]:
     """How a store was made, and what is on disk of it."""
     manifest, size = store.manifest, store_size(store)
     # A manifest that was written by another program may say less.
@@ -91,7 +91,7 @@ def store_facts(store: LogitStore) -> dict[str, str]:
     }
 
 
-def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]:
+def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str]:
     """The statistics of a store in words."""
     found, manifest = statistics.summary(), store.manifest
     looked = (f'{len(statistics.epochs)} of {manifest.epochs} epochs, {len(statistics.rows):,} of '
@@ -149,7 +149,7 @@ def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
     return list(columns), [[str(cell) for cell in row] for row in zip(*columns.values())]
 
 
-def text_report(store: LogitStore, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> str:
+def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> str:
     """All that is known of a store, as lines.
 
     Args:
@@ -168,7 +168,7 @@ def text_report(store: LogitStore, statistics: StoreStatistics | None, notes: Se
     return '\n'.join([*lines, *(['', *notes] if notes else [])])
 
 
-def plain_report(store: LogitStore, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> dict[str, Any]:
+def plain_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The same as plain JSON values: the manifest, how much is there, and the statistics or None."""
     return {
         'store': str(store.path), 'manifest': asdict(store.manifest), 'size': store_size(store),
@@ -176,7 +176,7 @@ def plain_report(store: LogitStore, statistics: StoreStatistics | None, notes: S
 
 
 def store_page(
-        store: LogitStore,
+        store: StoreReader,
         statistics: StoreStatistics,
         names: Sequence[str],
         shown: dict[str, list[ShownSample]],
@@ -250,7 +250,7 @@ def _sentence(text: str) -> str:
 
 
 def describe_store(
-        store: LogitStore,
+        store: StoreReader,
         labels: np.ndarray | None = None,
         label_names: Sequence[str] | None = None,
 ) -> str:

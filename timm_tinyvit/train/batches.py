@@ -15,8 +15,7 @@ from ..data.dataset import SparseLogitDataset, collate
 from ..data.sampler import EpochBatchSampler
 from ..data.streaming import SparseLogitStream, StreamLoader
 from ..data.views import Replay
-from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 
 __all__ = ['TrainBatches']
 
@@ -47,7 +46,7 @@ class TrainBatches:
             args: argparse.Namespace,
             train_set: datasets.Dataset | datasets.IterableDataset,
             replay: Replay,
-            store: LogitStore | Ensemble | None,
+            store: StoreReader | None,
             num_classes: int,
             accelerator: Accelerator,
     ):

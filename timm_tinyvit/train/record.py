@@ -27,6 +27,7 @@ from ..data.classes import Classes
 from ..data.views import ViewRecipe
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.names import hub_repo_of, public_name
+from ..store.base import StoreReader
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
 from ..version import __version__
@@ -89,7 +90,7 @@ def record_run(
     if state.store is not None:
         # The only mode that views of a store may be mixed in.
         recipe.pop('mixup_mode', None)
-    stores = [] if state.store is None else getattr(state.store, 'stores', [state.store])
+    stores = [] if state.store is None else state.store.stores
     stores = [_describe_store(location, store, args.teacher_checkpoint)
               for location, store in zip(args.logits or [], stores)]
     # What others do not see are the folders, by which stores of the same name differ.
@@ -186,7 +187,7 @@ def mark_published(store: LogitStore, url: str, epochs: range) -> None:
     write_atomic(store.path / PUBLISHED, f'{json.dumps(mark)}\n'.encode())
 
 
-def _published_url(store: LogitStore) -> str | None:
+def _published_url(store: StoreReader) -> str | None:
     """Where a store in a folder is on the Hub with all of its epochs, as far as it is noted."""
     try:
         mark = json.loads((Path(store.path) / PUBLISHED).read_text(encoding='utf-8'))
@@ -212,7 +213,7 @@ def _evaluation_flags(args: argparse.Namespace) -> list[str]:
     return [part for flag, value in given.items() if value for part in (flag, value)]
 
 
-def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | None) -> dict[str, Any]:
+def _describe_store(location: str, store: StoreReader, teacher_checkpoint: str | None) -> dict[str, Any]:
     manifest = store.manifest
     teacher = public_name(manifest.teacher.get('name', ''))
     # The store on the Hub knows its commit, the flag need not.
