@@ -19,7 +19,6 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 from collections.abc import Iterator
 
@@ -35,13 +34,13 @@ MAX_BYTES = 4096
 
 @dataclass
 class _Lease:
-    """A lease of this process: its open file and what it says."""
+    """A lease of this process: its open file and its content."""
     path: Path
     file: BinaryIO
     content: dict[str, str | int]
 
     def renew(self) -> None:
-        """Say it again with the next heartbeat, in place; what is written never gets shorter."""
+        """Write it again with the next heartbeat, in place; the content never gets shorter."""
         self.content['heartbeat'] += 1
         self.file.seek(0)
         self.file.write(json.dumps(self.content).encode())
@@ -50,10 +49,10 @@ class _Lease:
 
 
 class Leases:
-    """The files that this process works on; a context manager that gives them all back.
+    """The leases of this process; a context manager that releases them all.
 
     Args:
-        expire: Seconds after which a lease of another machine that does not change is taken for a dead one's.
+        expire: Seconds without a heartbeat after which a lease of another machine has expired.
         heartbeat: Seconds between two heartbeats of this process; several must fit into everybody's `expire`.
     """
 
@@ -61,7 +60,7 @@ class Leases:
         self.expire = expire
         self.heartbeat = heartbeat
         self._held: dict[Path, _Lease] = {}
-        # Leases of others: what they said, and when they were first seen to say it.
+        # Leases of others: their content, and when it was first seen.
         self._seen: dict[Path, tuple[bytes, float]] = {}
         self._owner = os.getpid()
         self._lock = threading.Lock()
@@ -71,16 +70,11 @@ class Leases:
     def __enter__(self) -> 'Leases':
         return self
 
-    def __exit__(
-            self,
-            kind: type[BaseException] | None,
-            error: BaseException | None,
-            traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Give all of them back; a fork of the process gives back nothing, and waits for no lock that it may lack."""
+        """Release all of them; a fork of this process releases none, and waits for no lock that it cannot get."""
         if os.getpid() == self._owner:
             self._done.set()
             for file in list(self._held):
@@ -106,7 +100,7 @@ class Leases:
         try:
             path.parent.mkdir(exist_ok=True)
             if not self._create(file, path):
-                content = self._dead_content(path)
+                content = self._expired_content(path)
                 if content is None or not self._take_over(path, content) or not self._create(file, path):
                     return False
         except OSError as error:
@@ -115,7 +109,7 @@ class Leases:
         return True
 
     def release(self, file: Path) -> None:
-        """Give a lease back, made or not; one that another process has taken over stays with that one."""
+        """Release a file, made or not; a lease that another process has taken over stays with that one."""
         with self._lock:
             lease = self._held.pop(file, None)
         if lease is None:
@@ -157,15 +151,15 @@ class Leases:
         return True
 
     def _take_over(self, path: Path, content: bytes) -> bool:
-        """Remove a dead one's lease that says this; of several processes that try, one succeeds."""
+        """Remove an expired lease of this content; of several processes that try, one succeeds."""
         # A lease on the removal: who comes late must not remove what the one before has put in its place.
-        right = path.with_name(f'{path.name}.{hashlib.blake2b(content, digest_size=8).hexdigest()}')
-        if not self.acquire(right):
+        removal = path.with_name(f'{path.name}.{hashlib.blake2b(content, digest_size=8).hexdigest()}')
+        if not self.acquire(removal):
             return False
         try:
             return _read(path) == content and _remove(path, content)
         finally:
-            self.release(right)
+            self.release(removal)
 
     def _keep_alive(self) -> None:
         while not self._done.wait(self.heartbeat):
@@ -175,8 +169,8 @@ class Leases:
                     with suppress(OSError):
                         lease.renew()
 
-    def _dead_content(self, path: Path) -> bytes | None:
-        """What a lease says, if its owner is dead."""
+    def _expired_content(self, path: Path) -> bytes | None:
+        """The content of a lease that has expired, or whose owner is dead."""
         content = _read(path)
         if content is None:
             return None
@@ -191,7 +185,7 @@ class Leases:
 
 @contextmanager
 def exclusive(file: Path) -> Iterator[None]:
-    """Inside, no other process that asks for the same is inside; for reading, changing and writing a file.
+    """A lock between processes; for reading, changing and writing a file.
 
     Raises:
         InputError: The disk is full or may not be written.
@@ -207,7 +201,7 @@ def exclusive(file: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> bytes | None:
-    """The bytes of a lease; none of one that cannot be read; None where there is none."""
+    """The content of a lease; empty where it cannot be read, None where there is no lease."""
     try:
         # Opened anew every time, since that is when a network file system looks; and never waiting, as for a pipe.
         number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))
@@ -235,15 +229,15 @@ def _is_of_a_dead_process(content: bytes) -> bool:
 
 
 def _remove(path: Path, content: bytes) -> bool:
-    """Remove the lease that says this; if it says something else by now, leave it."""
-    aside = path.with_name(f'{path.name}.{secrets.token_hex(8)}.{machine_name()}.{os.getpid()}.tmp')
+    """Remove the lease of this content; if it has another one by now, leave it."""
+    temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.{machine_name()}.{os.getpid()}.tmp')
     try:
-        os.rename(path, aside)
-        is_same = _read(aside) == content
+        os.rename(path, temporary)
+        is_same = _read(temporary) == content
         if not is_same:
             with suppress(OSError):
-                os.link(aside, path)
-        os.unlink(aside)
+                os.link(temporary, path)
+        os.unlink(temporary)
     except OSError:
         return False
     return is_same

@@ -47,13 +47,13 @@ def open_store(
             f'the manifest of {location} says too little of its teacher to go on from; copy the store again')
     recipe = ViewRecipe.from_dict(store.manifest.recipe)
     stored = recipe.to_dict()
-    other = [
+    differing = [
         f'{name} {value!r} instead of {stored[name]!r}' for name, value in (given_view or {}).items()
         if stored[name] != value]
-    if other:
+    if differing:
         raise InputError(
-            f'these flags ask for other views than the store {location} was made from ({", ".join(other)}); leave them '
-            f'out to use the store\'s, or give --logits a new folder')
+            f'these flags ask for other views than the store {location} was made from ({", ".join(differing)}); leave '
+            f'them out to use the store\'s, or give --logits a new folder')
     replay = Replay(recipe, store.manifest.seed)
     line = check_probe(replay, store.manifest.probe, store.manifest.versions)
     if line:

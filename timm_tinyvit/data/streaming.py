@@ -244,8 +244,8 @@ class _StreamedBatches:
             other = np.flatnonzero(self.key_index.find(hashes) != np.arange(first, first + len(hashes)))
             if len(other) or len(hashes) < len(batch):
                 place = int(other[0]) if len(other) else len(hashes)
-                found = f'has the key {names[place].as_py()!r}' if len(other) else 'is missing'
-                raise InputError(f'row {first + place} of the stream {found}, unlike when the keys of '
+                problem = f'has the key {names[place].as_py()!r}' if len(other) else 'is missing'
+                raise InputError(f'row {first + place} of the stream {problem}, unlike when the keys of '
                                  f'{self.data.store.path} were read; a store is filled from the same rows in the same '
                                  f'order')
             sources = column(table, self.data.image_key).to_pylist()

@@ -1,8 +1,9 @@
 """HubCache: shards of a store on the Hub, in a folder that processes share, there when they are read and gone after.
 
-A shard is fetched aside, checked whole and renamed: one that is in the folder is complete. Any number of ranks, loader
-workers and trainings use one folder. Each shard is fetched by one of them, who leases it, and an epoch stays on disk
-as long as a process that lives holds it; one that was removed nevertheless is fetched again by whoever reads it.
+A shard is fetched to a temporary file, checked whole and renamed: one that is in the folder is complete. Any number of
+ranks, loader workers and trainings use one folder. Each shard is fetched by one of them, who has a lease on it, and an
+epoch stays on disk as long as a process that lives has a lease on it; one that was removed nevertheless is fetched
+again by whoever reads it.
 
 A connection that is lost, or a Hub in trouble, is tried again with growing pauses for a day: a training outlives it as
 long as the epoch in use is on disk.
@@ -33,6 +34,7 @@ from ..base.files import remove_leftovers, write_atomic
 from ..base.hub_client import HubUrl, hub_errors, is_transient, reason_of, requested_wait, retried
 from ..base.leases import Leases, exclusive
 from ..version import __version__
+from .manifest import MANIFEST_NAME
 from .shard import SHARD_PATH, ShardFormat, epoch_name, shard_name
 
 __all__ = ['HeldEpochs', 'HubCache', 'HubCommit']
@@ -121,8 +123,8 @@ class HubCommit:
             raise InputError(f'{path} of {self} has {metadata.size} bytes, expected {most} at most; it is none of a '
                              f'logit store')
 
-        def check(aside: Path) -> None:
-            if not _has_hash(aside, metadata.etag or ''):
+        def check(temporary: Path) -> None:
+            if not _has_hash(temporary, metadata.etag or ''):
                 raise _Damaged
 
         def fetch() -> None:
@@ -196,11 +198,11 @@ class HubCache:
     def lacking(self, epoch: int, shards: Iterable[int] | None = None) -> list[int]:
         """Those of these shards, by default of all, that are not on disk."""
         try:
-            there = set(os.listdir(self.epoch_folder(epoch)))
+            names = set(os.listdir(self.epoch_folder(epoch)))
         except FileNotFoundError:
-            there = set()
+            names = set()
         shards = range(self.shard_format.manifest.num_shards) if shards is None else shards
-        return [shard for shard in shards if shard_name(shard) not in there]
+        return [shard for shard in shards if shard_name(shard) not in names]
 
     def fetch(
             self,
@@ -298,7 +300,7 @@ class HubCache:
 
     @staticmethod
     def _lease(leases: Leases, path: Path) -> bool:
-        """Lease a shard that is to be fetched, unless somebody else fetches it or has done so."""
+        """Take the lease on a shard that is to be fetched, unless somebody else fetches it or has done so."""
         try:
             path.parent.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -322,9 +324,9 @@ class HubCache:
         path = self.shard_path(epoch, shard)
         name = path.relative_to(self.folder).as_posix()
 
-        def check(aside: Path) -> None:
+        def check(temporary: Path) -> None:
             try:
-                self.shard_format.map(aside, epoch, shard)
+                self.shard_format.map(temporary, epoch, shard)
             except InputError:
                 raise _Damaged
 
@@ -350,11 +352,9 @@ class HubCache:
     def _list(self) -> dict[int, np.ndarray]:
         """The shards that are on the Hub, from a list in the folder if one of the processes has made it."""
         path = self.folder / 'shards.json'
-        sizes = _read_json(path)
-        if sizes is None:
+        if (sizes := _read_json(path)) is None:
             with exclusive(path):
-                sizes = _read_json(path)
-                if sizes is None:
+                if (sizes := _read_json(path)) is None:
                     sizes = self._list_hub()
                     write_atomic(path, json.dumps(sizes).encode())
         return {int(epoch): np.array(row) for epoch, row in sizes.items()}
@@ -363,15 +363,15 @@ class HubCache:
         manifest = self.shard_format.manifest
         sizes = {epoch: [-1] * manifest.num_shards for epoch in manifest.stored_epochs}
         for name, file in self.source.files().items():
-            found = SHARD_PATH.fullmatch(name)
-            epoch, shard = map(int, found.groups()) if found else (-1, -1)
+            match = SHARD_PATH.fullmatch(name)
+            epoch, shard = map(int, match.groups()) if match else (-1, -1)
             if epoch in sizes and 0 <= shard < manifest.num_shards:
                 sizes[epoch][shard] = file.size
         return sizes
 
 
 class HeldEpochs:
-    """Epochs that a process keeps on disk; those that no process keeps are removed.
+    """Epochs that this process keeps on disk by leases; those that no process keeps are removed.
 
     Args:
         cache: Where they are.
@@ -392,7 +392,7 @@ class HeldEpochs:
             InputError: The disk is full or may not be written.
         """
         folder = self.cache.folder
-        # Nobody removes an epoch between its being kept and the first look at it.
+        # Nobody removes an epoch while another process takes its lease on it.
         with exclusive(folder / 'epochs'):
             for epoch in set(epochs) - set(self.epochs):
                 self._leases.acquire(self.cache.epoch_folder(epoch) / self._name)
@@ -400,14 +400,14 @@ class HeldEpochs:
                 self._leases.release(self.cache.epoch_folder(epoch) / self._name)
             self.epochs = list(epochs)
             kept = {self.cache.epoch_folder(epoch) for epoch in epochs}
-            for other in folder.glob('epoch-*'):
-                if other in kept:
-                    _look_at_leases(self._leases, other, READER)
+            for epoch_folder in folder.glob('epoch-*'):
+                if epoch_folder in kept:
+                    _all_expired(self._leases, epoch_folder, READER)
                 else:
-                    _remove_unless_kept(self._leases, other)
-        for other in set(folder.parent.iterdir()) - {folder}:
-            if (other / 'store.json').is_file():
-                self._remove_commit(other)
+                    _remove_unless_kept(self._leases, epoch_folder)
+        for commit_folder in set(folder.parent.iterdir()) - {folder}:
+            if (commit_folder / MANIFEST_NAME).is_file():
+                self._remove_commit(commit_folder)
 
     def release(self) -> None:
         """Keep none of them any more, and leave them where they are."""
@@ -456,11 +456,10 @@ def _has_hash(file: Path, expected: str) -> bool:
     return state.hexdigest() == expected
 
 
-def _look_at_leases(leases: Leases, folder: Path, prefix: str) -> bool:
-    """Look at all leases of one kind in the folder of an epoch, each of which expires from the first look at it.
+def _all_expired(leases: Leases, folder: Path, prefix: str) -> bool:
+    """Whether no process that lives has a lease of one kind in the folder of an epoch; expired ones are removed.
 
-    Returns:
-        Whether none of them is of a process that lives; those are gone.
+    The time until one expires is counted from the first look at it.
     """
     is_free = True
     # And those on the taking over of such a lease.
@@ -479,13 +478,13 @@ def _remove_unless_kept(leases: Leases, folder: Path) -> bool:
     Returns:
         Whether they are gone.
     """
-    if not _look_at_leases(leases, folder, READER):
+    if not _all_expired(leases, folder, READER):
         return False
     for file in folder.glob('shard-*.arrow'):
         file.unlink(missing_ok=True)
     remove_leftovers(folder)
-    _look_at_leases(leases, folder, 'shard-')
-    # A reader that was not told yet may be fetching into it just now.
+    _all_expired(leases, folder, 'shard-')
+    # A reader without a lease on the epoch may be fetching into it just now.
     with suppress(OSError):
         folder.rmdir()
     return True

@@ -42,11 +42,11 @@ class Ensemble(StoreReader):
         self.path = ' + '.join(str(store.path) for store in stores)
         first = stores[0].manifest
         for store in stores[1:]:
-            other = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)]
-            if other:
+            differing = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)]
+            if differing:
                 raise InputError(
                     f'the stores {stores[0].path} and {store.path} are not of the same views and classes: they differ '
-                    f'in {", ".join(other)}; an ensemble wants the same data set, recipe, --store-seed and classes')
+                    f'in {", ".join(differing)}; an ensemble wants the same data set, recipe, --store-seed and classes')
         start = max(store.manifest.stored_epochs.start for store in stores)
         stop = min(store.manifest.stored_epochs.stop for store in stores)
         if start >= stop:

@@ -173,9 +173,6 @@ def _carry_out(
         connection.send((command, 'failed', str(error)))
         return
     connection.send((command, 'ready', ''))
-    try:
+    with suppress(InputError):  # tried again, and said, when the epoch is read
         for epoch in command.then:
             cache.fetch(epoch, cache.lacking(epoch), threads, patience=math.inf, stop=connection.poll)
-    except InputError:
-        # Tried again, and said, when the epoch begins.
-        pass

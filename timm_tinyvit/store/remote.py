@@ -57,11 +57,11 @@ def open_reader(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --store-cache')
-    # What killed processes left: files written half, and leases on whole ones.
+    # Leftovers of killed processes: temporary files, and leases on shards that are there.
     leases = Leases()
-    for place in (folder, *folder.glob('epoch-*')):
-        remove_leftovers(place)
-        leases.clear(place)
+    for each in (folder, *folder.glob('epoch-*')):
+        remove_leftovers(each)
+        leases.clear(each)
     return RemoteStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
 
 
@@ -97,7 +97,7 @@ class RemoteStore(ShardStore):
         folder: The folder of its shards on this disk.
         manifest: Its manifest.
         keep_epochs: Epochs that stay on disk, see `open_reader`.
-        is_told: Whether `prefetch` says which epochs stay there; else they are those that were read last.
+        prefetches: Whether `prefetch` says which epochs stay there; else they are those that were read last.
     """
 
     def __init__(
@@ -106,20 +106,20 @@ class RemoteStore(ShardStore):
             folder: Path,
             manifest: Manifest,
             keep_epochs: int | None = None,
-            is_told: bool = False,
+            prefetches: bool = False,
     ):
         super().__init__(str(source), folder, manifest)
         self.source = source
         self.keep_epochs = keep_epochs
         self._cache = HubCache(source, folder, self._format)
-        self._is_told = is_told
+        self._prefetches = prefetches
         self._kept: list[int] = []  # epochs on disk; the one that was used last stands last
         self._held: HeldEpochs | None = None
         self._fetcher: Fetcher | None = None
         self._owner = os.getpid()
 
     def __reduce__(self) -> tuple:
-        return RemoteStore, (self.source, self.folder, self.manifest, self.keep_epochs, self._is_told)
+        return RemoteStore, (self.source, self.folder, self.manifest, self.keep_epochs, self._prefetches)
 
     def prefetch(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
         self._notice_fork()
@@ -133,7 +133,7 @@ class RemoteStore(ShardStore):
         if self._held is not None:
             self._held.release()
             self._held = None
-        self._is_told = True
+        self._prefetches = True
         if self._fetcher is None:
             self._fetcher = Fetcher(self._cache)
         self._fetcher.order(epochs, then, self._kept)
@@ -186,7 +186,7 @@ class RemoteStore(ShardStore):
 
     def _keep(self, epoch: int) -> None:
         """Hold an epoch that is read on disk, in place of the one that was not read for longest."""
-        if self._is_told:
+        if self._prefetches:
             return
         self._notice_fork()
         if self._held is None:
