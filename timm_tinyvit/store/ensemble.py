@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from ..base.errors import InputError
-from ..targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
+from ..targets.sparse import SparseTargets
 from .base import StoreReader
 from .keys import KeyIndex
 
-__all__ = ['Ensemble', 'ensemble_loss']
+__all__ = ['Ensemble']
 
 # What makes the views, and the classes: entries of the manifest that must agree.
 COMMON = ('num_samples', 'num_classes', 'seed', 'first_sample', 'key', 'recipe', 'probe', 'dataset')
@@ -105,23 +105,3 @@ class _SideBySide:
     def decode(self, records: torch.Tensor) -> list[SparseTargets]:
         """What each teacher says, from checked records, uint8 [B, width], on the device of the records."""
         return [codec.decode(part.contiguous()) for codec, part in zip(self.codecs, records.split(self.widths, dim=1))]
-
-
-def ensemble_loss(
-        logits: torch.Tensor,
-        targets: SparseTargets | Sequence[SparseTargets],
-        temperature: float = 1.0,
-) -> torch.Tensor:
-    """Soft-target cross-entropy to the average of what several teachers say, or to what one says.
-
-    Args:
-        logits: Student logits [B, C].
-        targets: What each teacher says of the same B views.
-        temperature: Softens the student and each teacher.
-
-    Returns:
-        The mean over the batch, a scalar.
-    """
-    if isinstance(targets, SparseTargets):
-        return sparse_soft_target_cross_entropy(logits, targets, temperature)
-    return sum(sparse_soft_target_cross_entropy(logits, part, temperature) for part in targets) / len(targets)

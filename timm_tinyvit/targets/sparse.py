@@ -7,12 +7,12 @@ gradient only. This module knows torch alone: no files, no images.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ['SparseTargets', 'check_logits', 'sparse_soft_target_cross_entropy']
+__all__ = ['SparseTargets', 'check_logits', 'ensemble_loss', 'sparse_soft_target_cross_entropy']
 
 CACHED_LOGITS = 1 << 18  # 1 MiB
 
@@ -214,3 +214,23 @@ def sparse_soft_target_cross_entropy(
         raise ValueError(f'reduction is {reduction!r}; use mean, sum or none')
     return _function(logits, targets.k).apply(
         logits, targets.ids, targets.log_probs, targets.log_rest, _check_temperature(temperature), reduction)
+
+
+def ensemble_loss(
+        logits: torch.Tensor,
+        targets: SparseTargets | Sequence[SparseTargets],
+        temperature: float = 1.0,
+) -> torch.Tensor:
+    """Soft-target cross-entropy to the average of what several teachers say, or to what one says.
+
+    Args:
+        logits: Student logits [B, C].
+        targets: What each teacher says of the same B views.
+        temperature: Softens the student and each teacher.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    if isinstance(targets, SparseTargets):
+        return sparse_soft_target_cross_entropy(logits, targets, temperature)
+    return sum(sparse_soft_target_cross_entropy(logits, part, temperature) for part in targets) / len(targets)
