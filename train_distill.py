@@ -40,9 +40,8 @@ from timm_tinyvit.hub.push_model import prepare_push, push_finished_run
 from timm_tinyvit.report.plots import plot_metrics
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import STORED_VIEWS
-from timm_tinyvit.store.ensemble import Ensemble
+from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.store.remote import pin_stores
 from timm_tinyvit.teacher.creating import create_store, create_teacher, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.train.batches import TrainBatches
@@ -70,7 +69,7 @@ def open_or_fill(
         args: argparse.Namespace,
         accelerator: Accelerator,
         train_set: Any,
-) -> tuple[LogitStore | Ensemble | None, Replay]:
+) -> tuple[StoreReader | None, Replay]:
     """The filled store or stores of `--logits`, and how views are made: the store says so, without one the flags do.
 
     With `--teacher`, epochs that the store lacks are filled first.
@@ -90,20 +89,20 @@ def open_or_fill(
                 known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
             store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, log)
             if accelerator.is_main_process:
-                store.remove_stale()
+                store.remove_leftovers()
         needed = store.manifest.stored_epochs[:num_epochs]
         fill_store(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
     else:
-        paths = pin_stores(args.logits, accelerator)
-        store, replay = open_stores(paths, view_arguments(args), log, args.keep_epochs, args.store_cache)
+        store, replay = open_stores(
+            args.logits, view_arguments(args), accelerator, log, args.keep_epochs, args.store_cache)
         check_store_flags(store, args)
     missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:
         raise InputError(
             f'the store {store.path} lacks {len(missing)} shards, the first of epoch {missing[0][0]}; give its '
-            f'--teacher to fill them, or run the save_logits command that made it again, with --push-to-hub if it is '
-            f'on the Hub')
+            f'--teacher to fill them, or fill it to the end with timm-tinyvit fill, and where it is on the Hub push it '
+            f'with timm-tinyvit store push')
     if store.manifest.epochs < num_epochs:
         log(f'the store has {store.manifest.epochs} epochs for {num_epochs}: epoch e uses e modulo '
             f'{store.manifest.epochs}')
@@ -113,7 +112,7 @@ def open_or_fill(
 def create_task(
         args: argparse.Namespace,
         student: nn.Module,
-        store: LogitStore | Ensemble | None,
+        store: StoreReader | None,
         evaluator: Evaluator,
         classes: Classes,
         accelerator: Accelerator,

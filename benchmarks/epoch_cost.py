@@ -51,8 +51,9 @@ from torch.utils.data import DataLoader, get_worker_info
 
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.base.errors import reports_input_errors
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate, read_records
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate, read_records
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe, library_versions
 from timm_tinyvit.models.loading import ModelInput, set_image_size

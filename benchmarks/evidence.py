@@ -28,7 +28,7 @@ from pathlib import Path
 from evidence_runs import ROOT, Experiment
 from evidence_table import plot, read_records, summaries, table
 from timm_tinyvit.base.errors import InputError, reports_input_errors
-from timm_tinyvit.base.files import write_aside
+from timm_tinyvit.base.files import write_atomic
 
 # Grey images of clothes: no colours to jitter, and crops that keep most of the object.
 VIEWS = '--img-size 32 --scale 0.6 1.0 --color-jitter 0 --reprob 0.25'
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in summaries(grid.rows, records):
             print(json.dumps({'benchmark': 'evidence', 'grid': args.grid, **row}))
     if args.plot:
-        write_aside(args.plot, plot(grid.rows, records))
+        write_atomic(args.plot, plot(grid.rows, records))
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.base.files import write_aside
+from timm_tinyvit.base.files import write_atomic
 from timm_tinyvit.base.leases import exclusive
 from timm_tinyvit.data.views import library_versions
 from timm_tinyvit.store.local import LogitStore
@@ -165,7 +165,7 @@ class Experiment:
         return record
 
     def keep(self, file: Path, record: dict[str, Any]) -> None:
-        write_aside(file, (json.dumps(record, indent=1) + '\n').encode())
+        write_atomic(file, (json.dumps(record, indent=1) + '\n').encode())
 
     def described(self, name: str, program: str, seconds: float) -> dict[str, Any]:
         """What every file has: the command, the seconds of the launch that finished it, and what it ran on."""

@@ -38,7 +38,8 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_loader, create_transform
 from torch.utils.data import DataLoader, Dataset
 
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.views import Replay, ViewRecipe
 
 RECIPE = dict(auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25, re_mode='pixel', re_count=1)

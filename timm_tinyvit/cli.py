@@ -104,10 +104,10 @@ def copy(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Merge stores of the same views, whichever epochs, rows or samples each of them has."""
-    from .store.remote import open_store_at
+    from .store.remote import open_reader
     from .teacher.copy import merge_stores
 
-    stores = [open_store_at(path, args.keep_epochs, args.store_cache) for path in args.stores]
+    stores = [open_reader(path, args.keep_epochs, args.store_cache) for path in args.stores]
     _say_filled(merge_stores(args.output, stores))
 
 
@@ -243,9 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _open(args: argparse.Namespace) -> 'LogitStore':
-    from .store.remote import open_store_at
+    from .store.remote import open_reader
 
-    return open_store_at(args.store, args.keep_epochs, args.store_cache)
+    return open_reader(args.store, args.keep_epochs, args.store_cache)
 
 
 def _labelled_views(args: argparse.Namespace, store: 'LogitStore') -> 'LabelledViews | None':

@@ -38,7 +38,7 @@ def fill(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         store, replay = create_store(args.logits, args, teacher, dataset, args.epochs.stop)
         if accelerator.is_main_process:
-            store.remove_stale()
+            store.remove_leftovers()
             if args.push_to_hub:
                 # What the Hub would refuse in the end, it refuses before the teacher works for days.
                 check_license(args.hub_license, 'dataset')

@@ -1,4 +1,4 @@
-"""Claims: real processes that share a folder, die, sleep and come back."""
+"""Leases: real processes that share a folder, die, sleep and come back."""
 
 import json
 import os
@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from timm_tinyvit.base import leases as claims_module
-from timm_tinyvit.base.leases import Claims, exclusive
+from timm_tinyvit.base import leases as leases_module
+from timm_tinyvit.base.leases import Leases, exclusive
 
 NEVER = 1e9
 PATIENCE = 60
@@ -18,22 +18,22 @@ PATIENCE = 60
 
 @pytest.fixture
 def file(tmp_path):
-    """A file that is to be made, in a folder that a claim makes."""
+    """A file that is to be made, in a folder that a lease makes."""
     return tmp_path / 'epoch-00000' / 'shard-00012.arrow'
 
 
 @pytest.fixture
 def owner(warm_processes, file):
-    """Start a process that claims the file; returns it, and the pipe that tells it to release the claim."""
+    """Start a process that leases the file; returns it, and the pipe that tells it to release the lease."""
     started = []
 
-    def start(beat=0.02):
+    def start(heartbeat=0.02):
         here, there = warm_processes.Pipe()
-        process = warm_processes.Process(target=own, args=(file, beat, there))
+        process = warm_processes.Process(target=own, args=(file, heartbeat, there))
         process.start()
         there.close()
         started.append((process, here))
-        assert here.poll(PATIENCE) and here.recv() == 'claimed'
+        assert here.poll(PATIENCE) and here.recv() == 'leased'
         return process, here
 
     yield start
@@ -42,10 +42,10 @@ def owner(warm_processes, file):
         process.join(PATIENCE)
 
 
-def own(file, beat, pipe):
-    with Claims(NEVER, beat) as claims:
-        assert claims.take(file)
-        pipe.send('claimed')
+def own(file, heartbeat, pipe):
+    with Leases(NEVER, heartbeat) as leases:
+        assert leases.acquire(file)
+        pipe.send('leased')
         pipe.recv()
     pipe.send('released')
 
@@ -54,105 +54,106 @@ def names(file):
     return sorted(os.listdir(file.parent))
 
 
-def write_claim(file, content):
+def write_lease(file, content):
     file.parent.mkdir(exist_ok=True)
-    Claims.path(file).write_bytes(content)
+    Leases.path(file).write_bytes(content)
 
 
-def elsewhere(beat=1):
+def elsewhere(heartbeat=1):
     """What a process of another machine says."""
     return json.dumps(dict(
-        host='elsewhere', machine='0123456789abcdef', pid=os.getpid(), started='1', token='a', beat=beat)).encode()
+        host='elsewhere', machine='0123456789abcdef', pid=os.getpid(), started='1', token='a',
+        heartbeat=heartbeat)).encode()
 
 
-def wait_for_a_beat(file):
-    before, deadline = Claims.path(file).read_bytes(), time.monotonic() + PATIENCE
-    while Claims.path(file).read_bytes() in (before, b''):
+def wait_for_a_heartbeat(file):
+    before, deadline = Leases.path(file).read_bytes(), time.monotonic() + PATIENCE
+    while Leases.path(file).read_bytes() in (before, b''):
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def test_a_claim_is_one_small_file_that_goes_with_its_owner(file):
-    with Claims() as claims:
-        assert claims.take(file) and not claims.take(file)
-        assert names(file) == ['.shard-00012.arrow.claim']
-        owner = json.loads(Claims.path(file).read_text())
-        assert owner['pid'] == os.getpid() and set(owner) == {'host', 'machine', 'pid', 'started', 'token', 'beat'}
-        claims.release(file)
+def test_a_lease_is_one_small_file_that_goes_with_its_owner(file):
+    with Leases() as leases:
+        assert leases.acquire(file) and not leases.acquire(file)
+        assert names(file) == ['.shard-00012.arrow.lease']
+        owner = json.loads(Leases.path(file).read_text())
+        assert owner['pid'] == os.getpid() and set(owner) == {'host', 'machine', 'pid', 'started', 'token', 'heartbeat'}
+        leases.release(file)
         assert names(file) == []
-        assert claims.take(file)
+        assert leases.acquire(file)
     assert names(file) == []
 
 
-def test_claims_are_given_back_when_something_goes_wrong(file):
-    with pytest.raises(ZeroDivisionError), Claims() as claims:
-        assert claims.take(file) and claims.take(file.with_name('shard-00013.arrow'))
+def test_leases_are_given_back_when_something_goes_wrong(file):
+    with pytest.raises(ZeroDivisionError), Leases() as leases:
+        assert leases.acquire(file) and leases.acquire(file.with_name('shard-00013.arrow'))
         raise ZeroDivisionError
     assert names(file) == []
 
 
-def test_a_living_owner_keeps_its_claim_whatever_the_clocks_say(owner, file, monkeypatch):
+def test_a_living_owner_keeps_its_lease_whatever_the_clocks_say(owner, file, monkeypatch):
     owner()
-    observer = Claims(expire=60)
+    observer = Leases(expire=60)
     # However long the observer was away by its clock: what it finds is not what it saw.
     hours = iter(range(0, 100))
-    monkeypatch.setattr(claims_module, 'time', SimpleNamespace(monotonic=lambda: 3600 * next(hours)))
+    monkeypatch.setattr(leases_module, 'time', SimpleNamespace(monotonic=lambda: 3600 * next(hours)))
     for times in ((0, 0), (0, 0), (4e9, 4e9), (4e9, 4e9)):
-        assert not observer.take(file)
-        os.utime(Claims.path(file), times)
-        wait_for_a_beat(file)
+        assert not observer.acquire(file)
+        os.utime(Leases.path(file), times)
+        wait_for_a_heartbeat(file)
     assert next(hours) == 4
 
 
-def test_a_claim_of_another_machine_expires_by_the_clock_of_the_observer_alone(file):
+def test_a_lease_of_another_machine_expires_by_the_clock_of_the_observer_alone(file):
     for times in (None, (1, 1), (4e9, 4e9)):
-        write_claim(file, elsewhere())
+        write_lease(file, elsewhere())
         if times:
-            os.utime(Claims.path(file), times)
-        with Claims(expire=NEVER) as patient:
-            assert not patient.take(file) and not patient.take(file)
-        with Claims(expire=0.2) as observer:
+            os.utime(Leases.path(file), times)
+        with Leases(expire=NEVER) as patient:
+            assert not patient.acquire(file) and not patient.acquire(file)
+        with Leases(expire=0.2) as observer:
             # However old the file says it is, this observer has seen it just now.
-            assert not observer.take(file)
+            assert not observer.acquire(file)
             time.sleep(0.3)
-            assert observer.take(file)
-            assert json.loads(Claims.path(file).read_text())['pid'] == os.getpid()
+            assert observer.acquire(file)
+            assert json.loads(Leases.path(file).read_text())['pid'] == os.getpid()
 
 
-def test_every_beat_starts_the_observers_clock_again(file):
-    with Claims(expire=0.2) as observer:
-        for beat in range(3):
-            write_claim(file, elsewhere(beat))
-            assert not observer.take(file)
+def test_every_heartbeat_starts_the_observers_clock_again(file):
+    with Leases(expire=0.2) as observer:
+        for heartbeat in range(3):
+            write_lease(file, elsewhere(heartbeat))
+            assert not observer.acquire(file)
             time.sleep(0.3)
-        assert observer.take(file)
+        assert observer.acquire(file)
 
 
 @pytest.mark.parametrize('is_waited_for', [True, False])
-def test_a_claim_of_a_dead_process_of_this_machine_is_taken_at_once(is_waited_for, owner, file):
+def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(is_waited_for, owner, file):
     process, _ = owner()
-    with Claims(expire=NEVER) as observer:
-        assert not observer.take(file)
+    with Leases(expire=NEVER) as observer:
+        assert not observer.acquire(file)
         process.kill()
         if is_waited_for:
             process.join(PATIENCE)
         deadline = time.monotonic() + PATIENCE
-        while not observer.take(file):
+        while not observer.acquire(file):
             # A killed process takes a moment to end.
             assert not is_waited_for and time.monotonic() < deadline
-        assert names(file) == ['.shard-00012.arrow.claim']
+        assert names(file) == ['.shard-00012.arrow.lease']
     assert names(file) == []
 
 
 def test_a_later_process_of_the_same_id_is_not_the_owner(owner, file):
     process, _ = owner()
-    content = json.loads(Claims.path(file).read_text())
+    content = json.loads(Leases.path(file).read_text())
     process.kill()
     process.join(PATIENCE)
     for owner, is_taken in ((dict(pid=os.getpid()), True), (dict(pid=os.getpid(), machine='another'), False)):
-        write_claim(file, json.dumps({**content, **owner}).encode())
-        with Claims(expire=NEVER) as observer:
-            assert observer.take(file) == is_taken
+        write_lease(file, json.dumps({**content, **owner}).encode())
+        with Leases(expire=NEVER) as observer:
+            assert observer.acquire(file) == is_taken
 
 
 @pytest.mark.parametrize('content', [
@@ -160,63 +161,63 @@ def test_a_later_process_of_the_same_id_is_not_the_owner(owner, file):
     *(json.dumps(dict(json.loads(elsewhere()), machine=machine, pid=pid)).encode()
       for machine, pid in (('HERE', -1), ('HERE', 0), ('HERE', 1.5), ('HERE', '1'), ('HERE', None), ('', 1), ([], 1))),
 ])
-def test_a_claim_that_says_nothing_expires_like_any_other(content, file):
-    write_claim(file, content.replace(b'HERE', claims_module.machine_name().encode()))
-    with Claims(expire=NEVER) as patient:
-        assert not patient.take(file) and not patient.take(file)
-    with Claims(expire=0.01) as observer:
-        assert not observer.take(file)
+def test_a_lease_that_says_nothing_expires_like_any_other(content, file):
+    write_lease(file, content.replace(b'HERE', leases_module.machine_name().encode()))
+    with Leases(expire=NEVER) as patient:
+        assert not patient.acquire(file) and not patient.acquire(file)
+    with Leases(expire=0.01) as observer:
+        assert not observer.acquire(file)
         time.sleep(0.02)
-        assert observer.take(file)
+        assert observer.acquire(file)
     assert names(file) == []
 
 
-def test_a_pipe_in_place_of_a_claim_stops_nobody(file):
+def test_a_pipe_in_place_of_a_lease_stops_nobody(file):
     file.parent.mkdir()
-    os.mkfifo(Claims.path(file))
-    with Claims(expire=0.01) as observer:
-        assert not observer.take(file)
+    os.mkfifo(Leases.path(file))
+    with Leases(expire=0.01) as observer:
+        assert not observer.acquire(file)
         time.sleep(0.02)
-        assert observer.take(file)
+        assert observer.acquire(file)
     assert names(file) == []
 
 
-def test_an_owner_that_slept_too_long_leaves_the_claim_to_its_successor(owner, file):
+def test_an_owner_that_slept_too_long_leaves_the_lease_to_its_successor(owner, file):
     process, pipe = owner()
     os.kill(process.pid, signal.SIGSTOP)
-    with Claims(expire=0.1, beat=NEVER) as successor:
+    with Leases(expire=0.1, heartbeat=NEVER) as successor:
         deadline = time.monotonic() + PATIENCE
-        while not successor.take(file):
+        while not successor.acquire(file):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        content = Claims.path(file).read_bytes()
+        content = Leases.path(file).read_bytes()
         os.kill(process.pid, signal.SIGCONT)
         pipe.send('release')
         assert pipe.poll(PATIENCE) and pipe.recv() == 'released'
-        assert Claims.path(file).read_bytes() == content
+        assert Leases.path(file).read_bytes() == content
     assert names(file) == []
 
 
 def race(file, rounds, barrier, results):
-    """Take over one dead claim after the other, at the same moments as the other processes."""
+    """Take over one dead lease after the other, at the same moments as the other processes."""
     wins = []
-    with Claims(expire=NEVER) as observer:
+    with Leases(expire=NEVER) as observer:
         for number in range(rounds):
             target = file.with_name(f'shard-{number:05d}.arrow')
             barrier.wait(PATIENCE)
-            wins.append(observer.take(target))
+            wins.append(observer.acquire(target))
         barrier.wait(PATIENCE)
     results.put(wins)
 
 
-def test_of_many_observers_of_a_dead_claim_one_wins(owner, warm_processes, file):
+def test_of_many_observers_of_a_dead_lease_one_wins(owner, warm_processes, file):
     process, _ = owner()
     process.kill()
     process.join(PATIENCE)
-    content = Claims.path(file).read_bytes()
+    content = Leases.path(file).read_bytes()
     rounds, racers = 100, 5
     for number in range(rounds):
-        write_claim(file.with_name(f'shard-{number:05d}.arrow'), content)
+        write_lease(file.with_name(f'shard-{number:05d}.arrow'), content)
     barrier, results = warm_processes.Barrier(racers), warm_processes.Queue()
     racing = [
         warm_processes.Process(target=race, args=(file, rounds, barrier, results)) for _ in range(racers)]
@@ -232,37 +233,37 @@ def test_of_many_observers_of_a_dead_claim_one_wins(owner, warm_processes, file)
     assert names(file) == []
 
 
-def test_who_comes_late_to_a_dead_claim_leaves_it_to_who_was_quicker(owner, file, monkeypatch):
+def test_who_comes_late_to_a_dead_lease_leaves_it_to_who_was_quicker(owner, file, monkeypatch):
     process, _ = owner()
     process.kill()
     process.join(PATIENCE)
-    with Claims(expire=NEVER) as late, Claims(expire=NEVER) as quick:
+    with Leases(expire=NEVER) as late, Leases(expire=NEVER) as quick:
         take_over = late._take_over
 
         def be_overtaken(path, content):
-            assert quick.take(file)
+            assert quick.acquire(file)
             return take_over(path, content)
 
         monkeypatch.setattr(late, '_take_over', be_overtaken)
-        assert not late.take(file)
-        assert names(file) == ['.shard-00012.arrow.claim']
-        assert not Claims(expire=NEVER).take(file)
+        assert not late.acquire(file)
+        assert names(file) == ['.shard-00012.arrow.lease']
+        assert not Leases(expire=NEVER).acquire(file)
     assert names(file) == []
 
 
-def test_claims_on_finished_files_are_cleared_away(file):
+def test_leases_on_finished_files_are_cleared_away(file):
     other = file.with_name('shard-00013.arrow')
-    write_claim(file, elsewhere())
-    write_claim(other, elsewhere())
+    write_lease(file, elsewhere())
+    write_lease(other, elsewhere())
     file.write_text('finished')
-    Claims().clear(file.parent)
-    assert names(file) == ['.shard-00013.arrow.claim', 'shard-00012.arrow']
+    Leases().clear(file.parent)
+    assert names(file) == ['.shard-00013.arrow.lease', 'shard-00012.arrow']
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(file, refused):
     file.parent.write_text('no folder')
-    with refused('cannot write', str(file)), Claims() as claims:
-        claims.take(file)
+    with refused('cannot write', str(file)), Leases() as leases:
+        leases.acquire(file)
 
 
 def test_one_at_a_time_is_inside(file):

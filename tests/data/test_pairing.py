@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 
 import train_distill
 from timm_tinyvit import save_logits
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.pairing import Pairing, mixed_cross_entropy
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe, preserve_random_state, seed_view
 from timm_tinyvit.teacher.copy import copy_range

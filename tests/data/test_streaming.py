@@ -192,6 +192,9 @@ def test_ranks_have_as_many_batches_and_go_on_from_any_of_them(world_size, folde
         assert [batch['index'].tolist() for batch in loader] == whole[4:]
         loader.set_epoch(2)
         assert [batch['index'].tolist() for batch in loader] != whole
+        # Of a store of two epochs: what is read, and what comes next where anything does.
+        assert loader.epochs_to_read(4) == ([0], [1])
+        assert StreamLoader(stream, 11, num_epochs=5, batch_size=8).epochs_to_read(4) == ([0], [])
 
 
 @pytest.mark.parametrize('workers', [0, 2])

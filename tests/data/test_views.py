@@ -16,7 +16,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment,
 from torch.utils.data import DataLoader
 
 import timm_tinyvit
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.views import (
     Replay, ViewRecipe, check_probe, decode_image, library_versions, preserve_random_state, seed_view,
 )

@@ -23,7 +23,7 @@ from support.hub_server import READ_TOKEN, TOKEN, card_problems
 
 from timm_tinyvit import cli
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.base.leases import Claims
+from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.hub import push_store as publish_store, store_card
 from timm_tinyvit.hub.store_card import card_statistics
@@ -55,7 +55,7 @@ import contextlib, functools, io, json, os
 from timm_tinyvit import cli
 from timm_tinyvit.hub import push_store as publish_store
 publish_store.MAX_FILES = 10
-publish_store.Claims = functools.partial(publish_store.Claims, expire=0.5)
+publish_store.Leases = functools.partial(publish_store.Leases, expire=0.5)
 ends = []
 for argv in json.loads(os.environ['COMMANDS']):
     status, out, err = 0, io.StringIO(), io.StringIO()
@@ -205,7 +205,7 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
 
 
 def test_a_push_goes_on_where_one_on_another_machine_died(hub, push, store):
-    Claims.path(store / '.published').write_text('{"machine": "another", "pid": 5, "started": "1", "beat": 3}')
+    Leases.path(store / '.published').write_text('{"machine": "another", "pid": 5, "started": "1", "heartbeat": 3}')
     (status, said, _), = push([store])
     assert status == 0 and said.count('by another process; waiting') == 1 and 'pushed to' in said
     assert 'store.json' in published(hub)
@@ -213,8 +213,8 @@ def test_a_push_goes_on_where_one_on_another_machine_died(hub, push, store):
 
 def test_a_push_waits_for_one_that_lives_and_says_so_once(store, monkeypatch, capsys):
     opened, sleeps = LogitStore.open(store), []
-    with Claims() as theirs, Claims() as ours:
-        assert theirs.take(store / '.published')
+    with Leases() as theirs, Leases() as ours:
+        assert theirs.acquire(store / '.published')
 
         def sleep(seconds):
             sleeps.append(seconds)
@@ -223,10 +223,10 @@ def test_a_push_waits_for_one_that_lives_and_says_so_once(store, monkeypatch, ca
 
         monkeypatch.setattr(publish_store, 'time', SimpleNamespace(sleep=sleep))
         assert publish_store._wait_for(ours, opened)
-        assert not ours.take(store / '.published')
+        assert not ours.acquire(store / '.published')
     assert sleeps == [1, 1, 1]
-    with Claims() as claims:
-        assert not publish_store._wait_for(claims, opened)
+    with Leases() as leases:
+        assert not publish_store._wait_for(leases, opened)
 
 
 def test_a_store_is_filled_and_pushed_in_one_command_and_its_sample_is_what_datasets_loads(

@@ -19,8 +19,9 @@ from timm.models._manipulate import reinit_non_persistent_buffers
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import freeze, reparameterize_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from timm_tinyvit.models import tiny_vit
+from timm_tinyvit.models import layers, tiny_vit
 from timm_tinyvit.models.tiny_vit import (
     TinyVit,
     calc_window_sizes,
@@ -382,7 +383,7 @@ def test_a_batch_gives_what_its_images_give(monkeypatch):
     with torch.no_grad():
         expected = torch.cat([model(image[None]) for image in x])
         for slice_bytes in (1, 2 ** 18, 2 ** 40):
-            monkeypatch.setattr(tiny_vit, '_SLICE_BYTES', slice_bytes)
+            monkeypatch.setattr(layers, '_SLICE_BYTES', slice_bytes)
             assert relative_difference(model(x), expected) <= 1e-5
             assert relative_difference(model(x.to(memory_format=torch.channels_last)), expected) <= 1e-5
 
@@ -432,7 +433,7 @@ def test_a_linear_layer_by_convolution_is_a_linear_layer(shape, layout):
     layer = nn.Linear(8, 24)
     output_grad = torch.randn(*shape[:-1], 24, generator=generator)
     results = []
-    for linear in (tiny_vit._linear_by_conv, nn.functional.linear):
+    for linear in (layers._linear_by_conv, nn.functional.linear):
         inputs = x.clone().requires_grad_()
         layer.zero_grad()
         y = linear(inputs, layer.weight, layer.bias)
@@ -521,7 +522,7 @@ def test_fused_models_give_the_same_logits():
 @pytest.mark.parametrize(('device', 'dtype'), [
     ('cpu', torch.float64), ('cpu', torch.bfloat16), ('meta', torch.float32), ('meta', torch.float16)])
 def test_fusing_keeps_device_and_dtype(device, dtype):
-    conv_norm = tiny_vit.ConvNorm(4, 8, 3, 2, 1, device=device, dtype=dtype)
+    conv_norm = layers.ConvNorm(4, 8, 3, 2, 1, device=device, dtype=dtype)
     fused = conv_norm.eval().fuse()
     assert fused.weight.device.type == device and fused.weight.dtype == fused.bias.dtype == dtype
     assert not fused.training
@@ -542,7 +543,7 @@ HOOKED = [
 
 @pytest.mark.parametrize('name', HOOKED)
 def test_forward_hooks_see_the_whole_batch_once(name, monkeypatch):
-    monkeypatch.setattr(tiny_vit, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model, x = create_small(), images(4)
     peer = create_timm(model)
     seen = []
@@ -561,8 +562,53 @@ def test_forward_hooks_see_the_whole_batch_once(name, monkeypatch):
         assert relative_difference(ours.reshape(theirs.shape), theirs) <= 1e-4
 
 
+@pytest.mark.parametrize('batch_size', [1, 5])
+def test_hooks_on_every_block_fire_once_and_change_no_logit(batch_size, monkeypatch):
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
+    model, x = create_small(), images(batch_size)
+    blocks = [model.patch_embed, *(block for stage in model.stages for block in stage.blocks)]
+    seen = []
+    with torch.no_grad():
+        expected = model(x)
+        for block in blocks:
+            block.register_forward_hook(lambda module, args, output: seen.append((module, len(output))))
+        assert torch.equal(model(x), expected)
+    assert seen == [(block, batch_size) for block in blocks]
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter around a frozen layer; it has no `out_features`."""
+
+    def __init__(self, base, rank=4):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_layers_can_be_replaced():
+    model, x = create_small(), images(5)
+    peer = create_timm(model)
+    torch.manual_seed(0)
+    for stage, peer_stage in zip(model.stages[1:], peer.stages[1:]):
+        for block, peer_block in zip(stage.blocks, peer_stage.blocks):
+            for owner, name in (('attn', 'qkv'), ('attn', 'proj'), ('mlp', 'fc1'), ('mlp', 'fc2')):
+                adapter = Adapter(getattr(getattr(block, owner), name))
+                peer_adapter = Adapter(getattr(getattr(peer_block, owner), name))
+                peer_adapter.load_state_dict(adapter.state_dict())
+                setattr(getattr(block, owner), name, adapter)
+                setattr(getattr(peer_block, owner), name, peer_adapter)
+            block.mlp.act, peer_block.mlp.act = nn.SiLU(), nn.SiLU()
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            assert relative_difference(model(x), peer(x)) <= 1e-5
+
+
 def test_other_ways_to_reach_into_a_module_work_too(monkeypatch):
-    monkeypatch.setattr(tiny_vit, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model, x = create_small(), images(3)
     peer = create_timm(model)
 
@@ -588,12 +634,44 @@ def test_other_ways_to_reach_into_a_module_work_too(monkeypatch):
             model(x)
     finally:
         handle.remove()
-    assert calls.count(nn.LayerNorm) == 20 and calls.count(nn.BatchNorm2d) == sum(
+    assert calls.count(layers.LayerNorm) == 20 and calls.count(nn.BatchNorm2d) == sum(
         isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+def test_on_a_gpu_every_convolution_gets_channels_last_memory():
+    model = create_small()
+    seen = []
+    for conv in (module for module in model.modules() if isinstance(module, nn.Conv2d)):
+        conv.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last)))
+    with FakeTensorMode():  # follows the strides and computes nothing
+        weights = {name: torch.empty(value.shape, dtype=value.dtype, device='cuda') for name, value in (
+            *model.named_parameters(), *model.named_buffers())}
+        logits = torch.func.functional_call(model, weights, torch.empty(2, 3, 64, 64, device='cuda'))
+    assert logits.device.type == 'cuda' and seen == [True] * 27
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 5e-3), (torch.bfloat16, 0.1)])
+def test_a_gpu_gives_the_same_logits_and_gradients(dtype, tolerance, train):
+    model, x = create_small(drop_path_rate=0.).train(train), images(8)
+    on_gpu = copy.deepcopy(model).cuda()
+    with torch.set_grad_enabled(train):
+        expected = model(x)
+        with torch.autocast('cuda', dtype, enabled=dtype != torch.float32):
+            logits = on_gpu(x.cuda())
+    assert relative_difference(logits.float().cpu(), expected) <= tolerance
+    if train:
+        for output in (logits.float(), expected):
+            output.square().mean().backward()
+        ours, theirs = (
+            torch.cat([parameter.grad.flatten().cpu() for parameter in m.parameters()]) for m in (on_gpu, model))
+        assert torch.nn.functional.cosine_similarity(ours, theirs, 0) > 0.98
+
+
 def test_offloaded_weights_are_fetched(monkeypatch):
-    monkeypatch.setattr(tiny_vit, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model, x = create_small(), images(3)
     with torch.no_grad():
         expected = model(x)
@@ -636,7 +714,7 @@ def test_frozen_and_absorbed_batch_norms_give_the_same_logits():
         expected = model(x)
         absorbed = copy.deepcopy(model)
         for module in absorbed.modules():
-            if isinstance(module, tiny_vit.ConvNorm):
+            if isinstance(module, layers.ConvNorm):
                 module.conv, module.bn = nn.utils.fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         assert relative_difference(absorbed(x), expected) <= 1e-5
         freeze(model)
@@ -645,7 +723,7 @@ def test_frozen_and_absorbed_batch_norms_give_the_same_logits():
 
 
 def test_batch_norm_that_learns_without_gradients_sees_the_whole_batch(monkeypatch):
-    monkeypatch.setattr(tiny_vit, '_SLICE_BYTES', 1)
+    monkeypatch.setattr(layers, '_SLICE_BYTES', 1)
     model = create_small(drop_path_rate=0.).train()
     peer = create_timm(model)
     with torch.no_grad():
@@ -800,6 +878,14 @@ def test_torchscript_gives_the_same_logits():
         assert relative_difference(torch.jit.script(model)(images()), model(images())) <= 1e-5
         traced = torch.jit.trace(model, images())
         assert relative_difference(traced(images(seed=1)), model(images(seed=1))) <= 1e-5
+
+
+@pytest.mark.filterwarnings(
+    'ignore::DeprecationWarning', 'ignore::FutureWarning', 'ignore::torch.jit.TracerWarning')
+def test_a_model_is_traced_with_gradients_too():
+    model = create_small()
+    traced = torch.jit.trace(model, images())  # compares the trace with the model by itself
+    assert relative_difference(traced(images(seed=1)), model(images(seed=1))) <= 1e-5
 
 
 @pytest.mark.parametrize('train', [False, True])

@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.models.loading import ModelInput
 from timm_tinyvit import cli

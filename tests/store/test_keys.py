@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 import train_distill
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint, keyed_fingerprint
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.views import Replay, ViewRecipe
 from timm_tinyvit.models.saving import export_model

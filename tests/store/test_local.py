@@ -20,8 +20,9 @@ import pytest
 import torch
 
 from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.base.files import write_atomic
 from timm_tinyvit.base.machine import machine_name
-from timm_tinyvit.store.local import LogitStore, Manifest, write_aside
+from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, ShardFormat
 from timm_tinyvit.targets.codecs import create_codec
 
@@ -434,8 +435,7 @@ def test_batches_of_several_epochs_check_each_shard_once(tmp_path, monkeypatch):
 
 
 def test_more_shards_than_a_process_may_map_are_read(tmp_path, monkeypatch):
-    for module in ('store.reader', 'store.local'):
-        monkeypatch.setattr(f'timm_tinyvit.{module}.MAX_MAPS', 5)
+    monkeypatch.setattr('timm_tinyvit.store.reader.MAX_MAPS', 5)
     store = make_store(tmp_path / 'store', num_samples=103, shard_size=4)
     for number, indices in enumerate(np.random.RandomState(0).randint(103, size=(60, 5))):
         epoch = number // 3 % 2
@@ -536,17 +536,17 @@ def test_stale_files_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
         # Another machine's file is stale when it is older than a day.
         os.utime(file, (time.time() - 90_000,) * 2)
     before = set(tree(store.path))
-    store.remove_stale()
+    store.remove_leftovers()
     assert before - set(tree(store.path)) == {str(file.relative_to(store.path)) for file in stale}
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, refused):
     path = tmp_path / 'folder' / 'file'
-    write_aside(path, b'old')
+    write_atomic(path, b'old')
     with pytest.raises(TypeError):
-        write_aside(path, [b'new', None])
+        write_atomic(path, [b'new', None])
     assert path.read_bytes() == b'old'
-    write_aside(path, [b'n', b'ew'])
+    write_atomic(path, [b'n', b'ew'])
     assert path.read_bytes() == b'new'
     with refused(str(path / 'below'), 'cannot write'):
-        write_aside(path / 'below', b'')
+        write_atomic(path / 'below', b'')

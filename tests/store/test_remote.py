@@ -16,11 +16,10 @@ import train_distill
 from conftest import EXAMPLES
 from support.hub_server import TOKEN
 from timm_tinyvit import cli
-from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.base.hub_client import HubUrl
-from timm_tinyvit.base.leases import Claims
+from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.store import cache as hub_cache
+from timm_tinyvit.store import fetcher
 from timm_tinyvit.store import remote as hub_store
 from timm_tinyvit.store.cache import HeldEpochs, HubCache, HubCommit
 from timm_tinyvit.store.local import LogitStore
@@ -34,7 +33,7 @@ from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.store import cache as hub_cache
 from timm_tinyvit.store import remote as hub_store
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.store.remote import open_store_at
+from timm_tinyvit.store.remote import open_reader
 hub_cache.MAX_PAUSE = 0.1
 local = LogitStore.open(os.environ['LOCAL'])
 ALL = range(local.manifest.num_samples)
@@ -119,7 +118,7 @@ def test_a_student_learns_the_same_from_the_hub_with_two_epochs_on_disk(
 
 def test_any_epoch_is_read_and_two_are_kept_without_being_told(run, pushed):
     assert run(f'''
-store = open_store_at('{URL}')
+store = open_reader('{URL}')
 assert store.manifest == local.manifest and store.path == '{URL}@{pushed}'
 assert store.missing(range(5)) == [(4, shard) for shard in range(6)] and store.size() == local.size()
 for epoch in (2, 0, 3, 1, 0):
@@ -128,8 +127,27 @@ for epoch in (2, 0, 3, 1, 0):
     # Whole epochs were read, so that their maps would keep the disk from being free.
     assert deleted_maps('self') == 0
 assert list(store.verify(range(4))) == [] and len(on_disk(store)) == 2
-store = open_store_at('{URL}', keep_epochs=1)
+store = open_reader('{URL}', keep_epochs=1)
 assert same(store, 3, 2) and list(on_disk(store)) == [2]
+print('fine')
+''') == 'fine\n'
+
+
+def test_what_a_reader_keeps_without_being_told_stays_as_long_as_the_reader(run, pushed):
+    assert run(f'''
+reader, training = open_reader('{URL}'), open_reader('{URL}')
+assert same(reader, 0)
+if not os.fork():
+    # A fork, as of a loader worker, leaves its epochs to the reader.
+    reader.read(1, [0])
+    del reader
+    os._exit(0)
+os.wait()
+training.prefetch([2])
+assert training.wait() and on_disk(training) == {{0: 6, 2: 6}}
+del reader
+training.prefetch([3])
+assert training.wait() and on_disk(training) == {{3: 6}}
 print('fine')
 ''') == 'fine\n'
 
@@ -137,7 +155,7 @@ print('fine')
 def test_told_epochs_come_in_time_and_the_disk_of_used_ones_is_free_in_every_process(run, hub, pushed):
     assert run(f'''
 from torch.utils.data import DataLoader, Dataset
-from timm_tinyvit.data.dataset import EpochBatchSampler
+from timm_tinyvit.data.sampler import EpochBatchSampler
 
 class Records(Dataset):
     def __init__(self, store):
@@ -145,12 +163,13 @@ class Records(Dataset):
     def __getitems__(self, keys):
         return [self.store.read(epoch, [row])[0] for epoch, row in keys] + [os.getpid()]
 
-store = open_store_at('{URL}')
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=store.manifest.stored_epochs, store=store)
+store = open_reader('{URL}')
+sampler = EpochBatchSampler(120, 20, 0, store_epochs=store.manifest.stored_epochs)
 loader = DataLoader(Records(store), batch_sampler=sampler, num_workers=2, collate_fn=list, persistent_workers=True,
                     prefetch_factor=1)
 for epoch in range(6):
     sampler.set_epoch(epoch)
+    store.prefetch(*sampler.epochs_to_read(epoch))
     assert store.wait()
     assert on_disk(store)[epoch % 4] == 6
     workers = set()
@@ -170,10 +189,11 @@ print('fine')
 
 def test_views_of_several_epochs_are_kept_together(run, pushed):
     assert run(f'''
-from timm_tinyvit.data.dataset import EpochBatchSampler
-store = open_store_at('{URL}', keep_epochs=3)
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), views_per_image=2, store=store)
+from timm_tinyvit.data.sampler import EpochBatchSampler
+store = open_reader('{URL}', keep_epochs=3)
+sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), views_per_image=2)
 sampler.set_epoch(3)
+store.prefetch(*sampler.epochs_to_read(3))
 assert store.wait()
 keys = next(iter(sampler))
 assert {{epoch for epoch, _ in keys}} == {{2, 3}}
@@ -183,8 +203,7 @@ for epoch in (2, 3):
 # And of several teachers.
 from timm_tinyvit.store.ensemble import Ensemble
 both = Ensemble([local, store])
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), store=both)
-sampler.set_epoch(1)
+both.prefetch([1], [2])
 assert both.wait() and on_disk(store)[1] == 6
 assert (both.read(1, [7])[0] == np.tile(local.read(1, [7])[0], 2)).all()
 print('fine')
@@ -206,6 +225,7 @@ stream = SparseLogitStream(
     load_split('{data}', None, True, streaming=True), replay, store, store_epochs=store.manifest.stored_epochs)
 loader = StreamLoader(stream, 4, batch_size=10)
 loader.set_epoch(4)
+store.prefetch(*loader.epochs_to_read(4))
 assert store.wait() and on_disk(store)[1] == 4
 for batch in loader:
     rows = store.open_keys().find(batch['index'].numpy().astype('uint64'))
@@ -227,9 +247,9 @@ def test_what_goes_wrong_on_the_way_is_tried_again(run, hub, pushed):
     hub.fail('GET /storage/.*epoch-00001/shard-00004', '503', times=3)
     hub.fail('GET /storage/.*epoch-00001/shard-00005', 'wrong-bytes')
     assert run(f'''
-store = open_store_at('{URL}')
+store = open_reader('{URL}')
 assert same(store, 0)
-store.begin([1])
+store.prefetch([1])
 assert store.wait()
 # Nothing wrong was there, not for a moment.
 for shard in range(6):
@@ -250,27 +270,27 @@ def test_what_stays_wrong_is_one_sentence(run, hub, pushed, filled_store, one_se
     hub.fail('GET /storage/.*epoch-00003/shard-00002', 'wrong-bytes', times=99)
     said = run(f'''
 hub_cache.PATIENCE = 1.
-store = open_store_at('{URL}')
+store = open_reader('{URL}')
 print(refusal(lambda: same(store, 3)))
 assert on_disk(store)[3] == 5
 print(list(store.verify([3]))[0])
-store.begin([3])
+store.prefetch([3])
 print(refusal(store.wait))
 assert store.read(3, [0, 119]).shape == (2, 5)
-partial = open_store_at('hf://datasets/org/partial')
+partial = open_reader('hf://datasets/org/partial')
 assert partial.missing(range(4)) == [(2, shard) for shard in range(6)]
 print(refusal(lambda: partial.read(2, [0])))
-partial.begin([2])
+partial.prefetch([2])
 print(refusal(partial.wait))
-print(refusal(lambda: open_store_at('hf://datasets/org/shards')))
-print(refusal(lambda: open_store_at('hf://datasets/org/damaged')))
-print(refusal(lambda: open_store_at('{URL}@v9')))
-print(refusal(lambda: open_store_at('{URL}@' + 40 * 'a')))
-print(refusal(lambda: open_store_at('hf://datasets/org/nothing')))
-print(refusal(lambda: open_store_at('hf://org/logits')))
-print(refusal(lambda: open_store_at('{URL}/below')))
-print(refusal(lambda: store.write_shard(0, 0, None)))
-print(refusal(lambda: store.extend(9)))
+print(refusal(lambda: open_reader('hf://datasets/org/shards')))
+print(refusal(lambda: open_reader('hf://datasets/org/damaged')))
+print(refusal(lambda: open_reader('{URL}@v9')))
+print(refusal(lambda: open_reader('{URL}@' + 40 * 'a')))
+print(refusal(lambda: open_reader('hf://datasets/org/nothing')))
+print(refusal(lambda: open_reader('hf://org/logits')))
+print(refusal(lambda: open_reader('{URL}/below')))
+# It is read, and nothing else.
+assert not hasattr(store, 'write_shard') and not hasattr(store, 'extend')
 print(refusal(lambda: store.read(1, [120])))
 ''').splitlines()
     words = [
@@ -281,14 +301,14 @@ print(refusal(lambda: store.read(1, [120])))
     assert len(said) == len(words)
     for sentence, expected in zip(said, words):
         one_sentence(sentence, *expected)
-    said = run('print(refusal(lambda: open_store_at("hf://datasets/org/private")))', HF_TOKEN='hf_another0123456789')
+    said = run('print(refusal(lambda: open_reader("hf://datasets/org/private")))', HF_TOKEN='hf_another0123456789')
     one_sentence(said.strip(), 'private')
     assert 'hf_another' not in said
-    said = run(f'print(refusal(lambda: open_store_at("{URL}")))', HF_HUB_OFFLINE='1')
+    said = run(f'print(refusal(lambda: open_reader("{URL}")))', HF_HUB_OFFLINE='1')
     one_sentence(said.strip(), 'HF_HUB_OFFLINE')
     with_folder = run(f'''
 open("file", "w").close()
-print(refusal(lambda: open_store_at("{URL}", cache_dir=os.path.abspath("file"))))
+print(refusal(lambda: open_reader("{URL}", cache_dir=os.path.abspath("file"))))
 os.unlink("file")''')
     one_sentence(with_folder.strip(), '--store-cache')
 
@@ -302,12 +322,12 @@ def wait_for(condition, seconds=60.):
 
 def test_a_lost_connection_is_outlived_and_said_once(run, hub, pushed, tmp_path):
     child = run(f'''
-store = open_store_at('{URL}')
-store.begin([0], [1])
+store = open_reader('{URL}')
+store.prefetch([0], [1])
 assert store.wait()
 wait_until(lambda: os.path.exists('{tmp_path}/lost'))
 assert same(store, 0, 1)
-store.begin([2], [3])
+store.prefetch([2], [3])
 # A signal would end the waiting.
 assert not store.wait(lambda: os.path.exists('{tmp_path}/stop'))
 print('stopped', flush=True)
@@ -329,7 +349,7 @@ print('fine')
 
 def test_a_connection_that_stays_lost_is_one_sentence_in_the_end(run, hub, pushed, one_sentence):
     said = run(f'''
-store = open_store_at('{URL}')
+store = open_reader('{URL}')
 hub_cache.PATIENCE = 0.5
 os.environ['HTTP_PROXY'] = 'http://127.0.0.1:1'
 from huggingface_hub import close_session
@@ -342,8 +362,8 @@ print(refusal(lambda: store.read(0, [0])))
 def test_a_killed_training_leaves_no_half_file_and_no_process(run, hub, pushed, tmp_path):
     hub.fail('GET /storage/.*epoch-00000/shard-00002', 'hang', seconds=60)
     child = run(f'''
-store = open_store_at('{URL}')
-store.begin([0], [1])
+store = open_reader('{URL}')
+store.prefetch([0], [1])
 print(store._fetcher.process.pid, flush=True)
 store.wait()
 ''', start=True)
@@ -356,16 +376,16 @@ store.wait()
     assert child.wait().returncode == -signal.SIGKILL
     wait_for(lambda: not fetcher.exists())
     assert not list(cache.rglob('epoch-00000/shard-00002*'))
-    # As if it had been killed a moment later, or between a shard and the claim on it.
+    # As if it had been killed a moment later, or between a shard and the lease on it.
     epoch = next(cache.rglob('epoch-00000'))
     (epoch / f'.shard-00002.arrow.{machine_name()}.{fetcher.name}.tmp').write_bytes(b'half a file')
-    Claims.path(epoch / 'shard-00000.arrow').write_bytes(b'')
+    Leases.path(epoch / 'shard-00000.arrow').write_bytes(b'')
     hub.forget()
-    # What was left aside goes, what was claimed is free, what is there is not fetched again.
+    # What was left aside goes, what was leased is free, what is there is not fetched again.
     there = len(list(cache.rglob('shard-*')))
     assert run(f'''
-store = open_store_at('{URL}')
-store.begin([0], [1])
+store = open_reader('{URL}')
+store.prefetch([0], [1])
 assert store.wait() and same(store, 0, 1)
 print('fine')
 ''') == 'fine\n'
@@ -375,16 +395,16 @@ print('fine')
 
 def test_processes_share_out_the_fetching_and_nobody_loses_an_epoch_that_it_reads(run, hub, pushed, tmp_path):
     code = f'''
-store = open_store_at('{URL}')
+store = open_reader('{URL}')
 for epoch in EPOCHS:
-    store.begin([epoch], [epoch + 1])
+    store.prefetch([epoch], [epoch + 1])
     assert store.wait()
     # Records that were never read before come from disk, whatever the others did meanwhile.
     assert same(store, epoch)
     open(f'{tmp_path}/{{NAME}}-{{epoch}}', 'w').close()
     while not os.path.exists(f'{tmp_path}/{{OTHER}}-{{OTHERS[epoch]}}'):
         time.sleep(0.02)
-    store._forget(epoch)
+    store.forget(epoch)
     assert on_disk(store)[epoch] == 6 and same(store, epoch)
 print('fine')
 '''
@@ -400,19 +420,19 @@ print('fine')
 
 def test_trainings_that_are_at_different_epochs_leave_each_other_theirs(run, hub, pushed):
     assert run(f'''
-first, second = open_store_at('{URL}'), open_store_at('{URL}')
-first.begin([0])
+first, second = open_reader('{URL}'), open_reader('{URL}')
+first.prefetch([0])
 assert first.wait()
-second.begin([2], [3])
+second.prefetch([2], [3])
 assert second.wait()
 wait_until(lambda: on_disk(second) == {{0: 6, 2: 6, 3: 6}})
-first.begin([1])
+first.prefetch([1])
 assert first.wait()
 assert set(on_disk(first)) == {{1, 2, 3}}
 # Who has ended holds nothing, however it ended.
 os.kill(second._fetcher.process.pid, 9)
 second._fetcher.process.join()
-first.begin([0])
+first.prefetch([0])
 assert first.wait()
 assert set(on_disk(first)) == {{0}}
 print('fine')
@@ -421,15 +441,15 @@ print('fine')
 
 def test_an_epoch_that_another_training_removed_or_the_disk_damaged_is_fetched_again(run, hub, pushed):
     assert run(f'''
-store = open_store_at('{URL}')
-store.begin([0])
+store = open_reader('{URL}')
+store.prefetch([0])
 assert store.wait() and same(store, 0)
 path = store.shard_path(0, 3)
 content = bytearray(path.read_bytes())
 content[700] ^= 1
 path.unlink()
 path.write_bytes(content)
-store._forget(0)
+store.forget(0)
 assert same(store, 0)
 for path in path.parent.glob('shard-*'):
     path.unlink()
@@ -437,12 +457,12 @@ assert same(store, 0)
 # What this process knows of the Hub is damaged on disk.
 for name in ('store.json', 'shards.json'):
     (path.parents[1] / name).write_text('half of')
-store = open_store_at('{URL}')
-store.begin([0])
+store = open_reader('{URL}')
+store.prefetch([0])
 assert store.wait() and same(store, 0)
 # A fetcher that is killed, as where memory runs out, is replaced.
 os.kill(store._fetcher.process.pid, 9)
-store.begin([1])
+store.prefetch([1])
 assert store.wait() and same(store, 1)
 print('fine')
 ''') == 'fine\n'
@@ -456,13 +476,13 @@ def test_a_store_that_has_changed_is_noticed_when_a_run_is_resumed(run, hub, pus
     other = hub.add_commit('org/logits', {'store.json': files['store.json'], 'epoch-00001/shard-00002.arrow':
                                           files['epoch-00001/shard-00003.arrow']}, repo_type='dataset')
     said = run(f'''
-before = hub_store.content_of(open_store_at('{URL}@{pushed}'))
+before = hub_store.content_of(open_reader('{URL}@{pushed}'))
 for commit, epochs in (('{pushed}', 9), ('{card}', 9), ('{fewer}', 3), ('{other}', 1)):
-    hub_store.check_content(open_store_at('{URL}@' + commit), before, epochs)
+    hub_store.check_content(open_reader('{URL}@' + commit), before, epochs)
 hub_store.check_content(local, before, 9)
-hub_store.check_content(open_store_at('{URL}'), hub_store.content_of(local), 9)
-print(refusal(lambda: hub_store.check_content(open_store_at('{URL}@{fewer}'), before, 4)))
-print(refusal(lambda: hub_store.check_content(open_store_at('{URL}'), before, 2)))
+hub_store.check_content(open_reader('{URL}'), hub_store.content_of(local), 9)
+print(refusal(lambda: hub_store.check_content(open_reader('{URL}@{fewer}'), before, 4)))
+print(refusal(lambda: hub_store.check_content(open_reader('{URL}'), before, 2)))
 ''').splitlines()
     one_sentence(said[0], '0:4', '0:3', f'--logits {URL}@{pushed}')
     one_sentence(said[1], '1 of its shards', 'epoch-00001/shard-00002.arrow', f'--logits {URL}@{pushed}')
@@ -513,19 +533,19 @@ def test_what_cannot_be_done_with_one_is_refused_before_anything_is_loaded(argv,
 
 
 def held_epochs(folder, expire=0.05):
-    """`HeldEpochs` of a folder whose claims expire soon; those of other machines alone wait for that."""
+    """`HeldEpochs` of a folder whose leases expire soon; those of other machines alone wait for that."""
     held = HeldEpochs(SimpleNamespace(folder=folder, epoch_folder=lambda epoch: folder / f'epoch-{epoch:05d}'))
-    held._claims = Claims(expire)
+    held._leases = Leases(expire)
     return held
 
 
 def leave_epoch(folder, epoch, readers):
-    """An epoch on disk with claims of readers on machines that are no more, or were started anew."""
+    """An epoch on disk with leases of readers on machines that are no more, or were started anew."""
     place = folder / f'epoch-{epoch:05d}'
     place.mkdir(parents=True)
     (place / 'shard-00000.arrow').write_bytes(b'records')
     for reader in range(readers):
-        Claims.path(place / f'reader-{reader}').write_text('{"machine": "another", "pid": 5, "started": "1"}')
+        Leases.path(place / f'reader-{reader}').write_text('{"machine": "another", "pid": 5, "started": "1"}')
     return place
 
 
@@ -536,28 +556,28 @@ def test_readers_that_died_on_another_boot_keep_nothing_after_the_first_boundary
     assert kept.exists() and other.exists()
     time.sleep(0.1)
     # All of them were looked at, those on the epoch that this one keeps too, and its own was left alone.
-    assert Claims.path(kept / held._name).exists()
+    assert Leases.path(kept / held._name).exists()
     held.set([2])
     assert not kept.exists() and not other.exists()
     held.release()
 
 
-def test_what_a_dead_fetcher_had_claimed_does_not_keep_the_folder_of_a_used_epoch(tmp_path):
+def test_what_a_dead_fetcher_had_leased_does_not_keep_the_folder_of_a_used_epoch(tmp_path):
     place = leave_epoch(tmp_path / 'commit', 0, readers=0)
     ended = subprocess.Popen(['true'])
     ended.wait()
-    claim = {'machine': machine_name(), 'pid': ended.pid, 'started': '1'}
+    lease = {'machine': machine_name(), 'pid': ended.pid, 'started': '1'}
     for shard in (0, 1):  # one that was there already, and one that was on its way
-        Claims.path(place / f'shard-0000{shard}.arrow').write_text(json.dumps(claim))
+        Leases.path(place / f'shard-0000{shard}.arrow').write_text(json.dumps(lease))
     held = held_epochs(tmp_path / 'commit')
     held.set([1])
     assert not place.exists()
     # One who lives goes on.
     place = leave_epoch(tmp_path / 'commit', 0, readers=0)
-    with Claims() as claims:
-        claims.take(place / 'shard-00001.arrow')
+    with Leases() as leases:
+        leases.acquire(place / 'shard-00001.arrow')
         held.set([2])
-        assert [path.name for path in place.iterdir()] == ['.shard-00001.arrow.claim']
+        assert [path.name for path in place.iterdir()] == ['.shard-00001.arrow.lease']
     held.release()
 
 
@@ -569,7 +589,7 @@ def test_other_commits_of_the_repo_go_when_nobody_reads_them(tmp_path):
     (tmp_path / 'notes').mkdir()
     folder.mkdir()
     reader, held = held_epochs(read), held_epochs(folder)
-    reader._claims.take(read / 'epoch-00003' / 'reader-x')
+    reader._leases.acquire(read / 'epoch-00003' / 'reader-x')
     held.set([0])
     assert not old.exists() and (tmp_path / 'notes').exists()
     assert (read / 'epoch-00003' / 'shard-00000.arrow').exists() and (read / 'store.json').exists()
@@ -643,8 +663,8 @@ def test_ranks_of_a_machine_share_out_its_downloads(ranks, threads, monkeypatch)
     cache = SimpleNamespace(
         lacking=lambda epoch: [0], fetch=lambda epoch, shards, threads, **options: used.append(
             (epoch, threads, options.get('patience'))) or True)
-    hub_store._carry_out(
-        hub_store._Command([1], [2], [1, 2]), cache, SimpleNamespace(set=lambda epochs: None),
+    fetcher._carry_out(
+        fetcher._Command([1], [2], [1, 2]), cache, SimpleNamespace(set=lambda epochs: None),
         SimpleNamespace(send=said.append, poll=bool), SimpleNamespace(value=0))
     assert used == [(1, threads, None), (2, threads, math.inf)] and said[0][1] == 'ready'
 
@@ -656,54 +676,9 @@ def test_a_fetcher_that_is_killed_again_and_again_is_given_up(monkeypatch, refus
         self.connection = SimpleNamespace(poll=lambda seconds=0: False, send=lambda command: None)
         self.stop = lambda: None
 
-    monkeypatch.setattr(hub_store._Fetcher, '_start', start)
-    fetcher = hub_store._Fetcher(SimpleNamespace(source='hf://datasets/org/logits', sizes={}))
-    fetcher.order([0], [], [0])
+    monkeypatch.setattr(fetcher.Fetcher, '_start', start)
+    fetching = fetcher.Fetcher(SimpleNamespace(source='hf://datasets/org/logits', sizes={}))
+    fetching.order([0], [], [0])
     with refused('was ended 6 times', 'status -9', 'memory'):
-        while fetcher.num_starts < 50:
-            fetcher._next()
-
-
-def test_all_processes_of_a_launch_read_the_commit_that_the_first_one_found(monkeypatch, refused):
-    """Two ranks in one process; what is sent from the first to the second is what accelerate would send."""
-    asked, sent = [], []
-
-    def resolve(url: HubUrl, file):
-        asked.append(url.repo_id)
-        if url.repo_id == 'org/none':
-            raise InputError('there is no such repo')
-        return HubCommit(url.repo_id, f'{len(asked):040x}')
-
-    def broadcast(objects):
-        if rank:
-            objects[:] = sent
-        else:
-            sent[:] = objects
-
-    monkeypatch.setattr(HubCommit, 'resolve', resolve)
-    monkeypatch.setattr(hub_store, 'broadcast_object_list', broadcast)
-    found = []
-    for rank in (0, 1):
-        found.append(hub_store.pin_stores(
-            ['stores/a', URL, f'{URL}@v1'], SimpleNamespace(is_main_process=not rank)))
-    assert found[0] == found[1] == ['stores/a', f'{URL}@{1:040x}', f'{URL}@{2:040x}'] and len(asked) == 2
-    for place, words in (('hf://datasets/org/none', 'no such repo'), ('hf://org/logits', 'is no store on the Hub')):
-        for rank in (0, 1):
-            with refused(words):
-                hub_store.pin_stores([place], SimpleNamespace(is_main_process=not rank))
-    assert asked[2:] == ['org/none']
-
-
-def test_a_training_opens_the_stores_that_all_of_its_processes_agree_on(monkeypatch):
-    opened = []
-
-    def open_stores(paths, *_):
-        opened.extend(paths)
-        raise InterruptedError
-
-    monkeypatch.setattr(train_distill, 'pin_stores', lambda paths, accelerator: [f'{path}@pinned' for path in paths])
-    monkeypatch.setattr(train_distill, 'open_stores', open_stores)
-    args = train_distill.settings(['--dataset', 'x', '--logits', URL])
-    with pytest.raises(InterruptedError):
-        train_distill.open_or_fill(args, None, None)
-    assert opened == [f'{URL}@pinned']
+        while fetching.num_starts < 50:
+            fetching._next()

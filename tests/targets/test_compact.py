@@ -295,7 +295,7 @@ def test_targets_that_are_not_what_the_codec_was_made_for_are_refused():
 
 
 def read_by_the_format(record, num_classes, k):
-    """A record as the docstrings of the format read, in whole numbers: [(class, probability)], rest."""
+    """A record as docs/format.md has it, in whole numbers: [(class, probability)], rest."""
     bits = int.from_bytes(record, 'little')
     n, range_bits, rest_bits = (22, 4, 7) if k <= 16 else (45, 5, 8) if k <= 128 else (90, 5, 8)
     pair_bits = (n * n - 1).bit_length()

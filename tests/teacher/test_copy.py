@@ -10,13 +10,15 @@ import torch
 
 import train_distill
 from timm_tinyvit import cli, save_logits
-from timm_tinyvit.data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.opening import open_store
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.models.saving import export_model
-from timm_tinyvit.store.ensemble import Ensemble, ensemble_loss
+from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.targets.sparse import ensemble_loss
 
 VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0']
 SETTINGS = [*VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3', '--codec', 'float16']

@@ -27,7 +27,7 @@ from timm_tinyvit import save_logits
 from timm_tinyvit.base import files as aside_module
 from timm_tinyvit.base.errors import reports_input_errors
 from timm_tinyvit.base.launch import quiet_worker
-from timm_tinyvit.base.leases import Claims
+from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import is_dead
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
@@ -52,7 +52,7 @@ def tree(path):
 
 
 def hidden(path):
-    """Claims, and what is being written aside."""
+    """Leases, and what is being written aside."""
     return sorted(file.name for file in path.rglob('.*'))
 
 
@@ -113,7 +113,7 @@ def fill(path, job, pipe=None, before=None, **options):
         before(pipe)
     images, manifest = job
     store = LogitStore.create(path, manifest)
-    store.remove_stale()
+    store.remove_leftovers()
     teacher = Teacher(make_teacher(), 'test_resnet', torch.device('cpu'))
     data = WatchedDataset(
         datasets.load_from_disk(images), Replay(ViewRecipe.from_dict(manifest.recipe), manifest.seed))
@@ -348,7 +348,7 @@ def test_who_has_nothing_left_to_do_waits_for_the_others_and_takes_over_from_the
     slow = process, pipe = writers(path, before=StopAt('replace', 'before'))
     go(slow)
     assert pipe.poll(PATIENCE) and pipe.recv() == 'stopped'
-    quick = writers(path, expire=1e9, beat=0.05)
+    quick = writers(path, expire=1e9, heartbeat=0.05)
     go(quick)
     wait_until(lambda: len(shards(path)) == NUM_EPOCHS * NUM_SHARDS - 1)
     quick[0].join(0.5)
@@ -366,11 +366,11 @@ def test_a_machine_that_went_away_is_waited_for_once(job, reference, tmp_path):
     LogitStore.create(path, job[1])
     lost = path / 'epoch-00000' / 'shard-00002.arrow'
     lost.parent.mkdir()
-    Claims.path(lost).write_text(json.dumps(dict(
-        host='elsewhere', machine='0123456789abcdef', pid=1, started='1', token='a', beat=1)))
-    os.utime(Claims.path(lost), (4e9, 4e9))
+    Leases.path(lost).write_text(json.dumps(dict(
+        host='elsewhere', machine='0123456789abcdef', pid=1, started='1', token='a', heartbeat=1)))
+    os.utime(Leases.path(lost), (4e9, 4e9))
     start = time.monotonic()
-    fill(path, job, epochs=range(1), expire=1.5, beat=0.1)
+    fill(path, job, epochs=range(1), expire=1.5, heartbeat=0.1)
     assert time.monotonic() - start > 1.5
     assert shards(path) == [f'epoch-00000/shard-0000{shard}.arrow' for shard in range(NUM_SHARDS)]
     assert hidden(path) == [] and lost.read_bytes() == reference[0]['epoch-00000/shard-00002.arrow']
@@ -381,7 +381,7 @@ def test_a_machine_that_went_away_is_waited_for_once(job, reference, tmp_path):
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
-def test_what_goes_wrong_in_one_shard_leaves_the_others_and_no_claim(num_workers, job, tmp_path, capsys):
+def test_what_goes_wrong_in_one_shard_leaves_the_others_and_no_lease(num_workers, job, tmp_path, capsys):
     rows = datasets.load_from_disk(job[0]).select(range(300))
     table = rows.with_format('arrow')[:]['image'].to_pylist()
     table[200]['bytes'] = table[200]['bytes'][:50]
@@ -534,12 +534,12 @@ def test_loader_workers_end_with_a_killed_program(start_program, tmp_path):
     wait_until(lambda: not group(process.pid))
 
 
-def claimants(path):
-    """The processes that have a shard claimed."""
+def lessees(path):
+    """The processes that have a shard leased."""
     found = set()
-    for claim in path.glob('epoch-*/.*.claim'):
+    for lease in path.glob('epoch-*/.*.lease'):
         try:
-            found.add(json.loads(claim.read_bytes())['pid'])
+            found.add(json.loads(lease.read_bytes())['pid'])
         except (FileNotFoundError, ValueError):
             # Released, or not yet written.
             pass
@@ -559,14 +559,14 @@ def test_two_launches_share_a_store_and_end_with_their_launchers(arguments, job,
             launches.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
     try:
         # All three have a shard in work at the same time.
-        everyone = wait_until(lambda: len(found := claimants(path)) == 3 and found)
+        everyone = wait_until(lambda: len(found := lessees(path)) == 3 and found)
         alone, together = launches
         alone.send_signal(signal.SIGTERM)
         alone.wait(PATIENCE)
         ranks = wait_until(lambda: len(living := {pid for pid in everyone if not is_dead(pid)}) == 2 and living)
         before = len(shards(path))
         wait_until(lambda: len(shards(path)) > before + 2)
-        assert claimants(path) <= ranks
+        assert lessees(path) <= ranks
         together.send_signal(signal.SIGTERM)
         together.wait(PATIENCE)
         wait_until(lambda: all(map(is_dead, everyone)))

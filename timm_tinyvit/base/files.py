@@ -1,47 +1,48 @@
-"""Files that are there whole or not at all: written aside, synced and renamed.
+"""Atomic writes: a file is there whole or not at all. It is written under a temporary name, synced and renamed.
 
-What a killed writer left aside is told from what a living one is writing by the process, on this machine, and by a
-day, on another; the file system's own clock counts it, whatever the machines' clocks say.
+A leftover of a killed writer is told from what a living one is writing by the process, on this machine, and by a day,
+on another; the file system's own clock counts it, whatever the machines' clocks say.
 """
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from collections.abc import Callable, Iterable
 
 from .errors import InputError
 from .machine import is_dead, machine_name
 
-__all__ = ['cannot_write', 'remove_stale', 'write_aside']
+__all__ = ['cannot_write', 'remove_leftovers', 'write_atomic']
 
-STALE_SECONDS = 24 * 3600
+LEFTOVER_SECONDS = 24 * 3600
 
 
-def write_aside(
+def write_atomic(
         path: Path,
         data: bytes | memoryview | Iterable[bytes],
-        check: Callable[[Path], None] = lambda aside: None,
+        check: Callable[[Path], None] = lambda temporary: None,
 ) -> None:
     """Write a file so that it is there whole or not at all, also after a kill or a power cut.
 
     Args:
         path: The file.
         data: Its content, or the parts of it.
-        check: Looks at what was written before it is put into its place, and raises if that is not good.
+        check: Looks at the temporary file before it is renamed, and raises if that is not good.
 
     Raises:
         InputError: The disk is full, or may not be written; nothing is left behind.
     """
-    aside = path.with_name(f'.{path.name}.{machine_name()}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{machine_name()}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, 'wb') as file:
+        with open(temporary, 'wb') as file:
             for part in [data] if isinstance(data, (bytes, memoryview)) else data:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        check(aside)
-        os.replace(aside, path)
+        check(temporary)
+        os.replace(temporary, path)
         if os.name == 'posix':  # elsewhere a folder cannot be opened
             # The new name must be on disk too.
             folder = os.open(path.parent, os.O_RDONLY)
@@ -50,10 +51,8 @@ def write_aside(
             finally:
                 os.close(folder)
     except BaseException as error:
-        try:
-            aside.unlink(missing_ok=True)
-        except OSError:
-            pass
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
         raise cannot_write(path, error)
@@ -72,19 +71,19 @@ def cannot_write(path: Path, error: OSError) -> InputError:
         f'cannot write {path}: {hint}; what was complete is kept, and the same command goes on from there')
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove what killed writers left aside in a folder: of a dead process of this machine, or a day old."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed writers in a folder: of a dead process of this machine, or a day old."""
     now = None
-    for aside in folder.glob('.*.tmp'):
-        machine, _, pid = aside.name.removesuffix('.tmp').rpartition('.')
+    for temporary in folder.glob('.*.tmp'):
+        machine, _, pid = temporary.name.removesuffix('.tmp').rpartition('.')
         try:
             if machine_name() and machine.endswith('.' + machine_name()) and pid.isdigit():
-                stale = is_dead(int(pid))
+                is_leftover = is_dead(int(pid))
             else:
                 now = now or _file_system_time(folder)
-                stale = now - aside.stat().st_mtime > STALE_SECONDS
-            if stale:
-                aside.unlink()
+                is_leftover = now - temporary.stat().st_mtime > LEFTOVER_SECONDS
+            if is_leftover:
+                temporary.unlink()
         except OSError:
             # Another process has removed it, or nobody may.
             continue

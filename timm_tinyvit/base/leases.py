@@ -1,12 +1,12 @@
-"""Claims: who works on which file, among any number of processes and machines that share a folder.
+"""Leases: who works on which file, among any number of processes and machines that share a folder.
 
-A claim is a small file beside the one that is to be made. It holds its owner and a beat, a number that the owner
-raises every few seconds. An owner of this machine is dead when its process is; any other one when its claim has not
+A lease is a small file beside the one that is to be made. It holds its owner and a heartbeat, a number that the owner
+raises every few seconds. An owner of this machine is dead when its process is; any other one when its lease has not
 changed for `expire` seconds of the observer's own monotonic clock. No clock of another machine and no time of a file
 is ever looked at.
 
-A claim saves work, and nothing else depends on it: who makes a file renames it into place whole, so that two who make
-the same one do no harm. A claim that was taken over by mistake costs one file's work, and its owner need not notice.
+A lease saves work, and nothing else depends on it: who makes a file renames it into place whole, so that two who make
+the same one do no harm. A lease that was taken over by mistake costs one file's work, and its owner need not notice.
 """
 
 import hashlib
@@ -19,74 +19,74 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 from collections.abc import Iterator
 
 from .files import cannot_write
 from .machine import is_dead, machine_name, start_time
 
-__all__ = ['Claims', 'exclusive']
+__all__ = ['Leases', 'exclusive']
 
-SUFFIX = '.claim'
-# More than any claim holds.
+SUFFIX = '.lease'
+# More than any lease holds.
 MAX_BYTES = 4096
 
 
 @dataclass
-class _Claim:
-    """A claim of this process: its open file and what it says."""
+class _Lease:
+    """A lease of this process: its open file and its content."""
     path: Path
     file: BinaryIO
     content: dict[str, str | int]
 
-    def beat(self) -> None:
-        """Say it again with the next beat, in place; what is written never gets shorter."""
-        self.content['beat'] += 1
+    def renew(self) -> None:
+        """Write it again with the next heartbeat, in place; the content never gets shorter."""
+        self.content['heartbeat'] += 1
         self.file.seek(0)
         self.file.write(json.dumps(self.content).encode())
         # Closing a copy sends it to the server of a network file system, and spares a local disk the wait of fsync.
         os.close(os.dup(self.file.fileno()))
 
 
-class Claims:
-    """The files that this process works on; a context manager that gives them all back.
+class Leases:
+    """The leases of this process; a context manager that releases them all.
 
     Args:
-        expire: Seconds after which a claim of another machine that does not change is taken for a dead one's.
-        beat: Seconds between two beats of this process; several must fit into everybody's `expire`.
+        expire: Seconds without a heartbeat after which a lease of another machine has expired.
+        heartbeat: Seconds between two heartbeats of this process; several must fit into everybody's `expire`.
     """
 
-    def __init__(self, expire: float = 60., beat: float = 5.):
+    def __init__(self, expire: float = 60., heartbeat: float = 5.):
         self.expire = expire
-        self.beat = beat
-        self._held: dict[Path, _Claim] = {}
-        # Claims of others: what they said, and when they were first seen to say it.
+        self.heartbeat = heartbeat
+        self._held: dict[Path, _Lease] = {}
+        # Leases of others: their content, and when it was first seen.
         self._seen: dict[Path, tuple[bytes, float]] = {}
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> 'Claims':
+    def __enter__(self) -> 'Leases':
         return self
 
-    def __exit__(
-            self,
-            kind: type[BaseException] | None,
-            error: BaseException | None,
-            traceback: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        for file in list(self._held):
-            self.release(file)
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release all of them; a fork of this process releases none, and waits for no lock that it cannot get."""
+        if os.getpid() == self._owner:
+            self._done.set()
+            for file in list(self._held):
+                self.release(file)
 
     @staticmethod
     def path(file: Path) -> Path:
-        """Where the claim on a file lies."""
+        """Where the lease on a file lies."""
         return file.with_name(f'.{file.name}{SUFFIX}')
 
-    def take(self, file: Path) -> bool:
-        """Claim a file, if nobody who lives has claimed it.
+    def acquire(self, file: Path) -> bool:
+        """Lease a file, if nobody who lives has leased it.
 
         Returns:
             Whether it is this process's now, and was not before.
@@ -100,7 +100,7 @@ class Claims:
         try:
             path.parent.mkdir(exist_ok=True)
             if not self._create(file, path):
-                content = self._dead_content(path)
+                content = self._expired_content(path)
                 if content is None or not self._take_over(path, content) or not self._create(file, path):
                     return False
         except OSError as error:
@@ -109,21 +109,21 @@ class Claims:
         return True
 
     def release(self, file: Path) -> None:
-        """Give a claim back, made or not; one that another process has taken over stays with that one."""
+        """Release a file, made or not; a lease that another process has taken over stays with that one."""
         with self._lock:
-            claim = self._held.pop(file, None)
-        if claim is None:
+            lease = self._held.pop(file, None)
+        if lease is None:
             return
-        claim.file.close()
-        content = _read(claim.path)
-        if content and claim.content['token'].encode() in content:
-            _remove(claim.path, content)
+        lease.file.close()
+        content = _read(lease.path)
+        if content and lease.content['token'].encode() in content:
+            _remove(lease.path, content)
 
     def clear(self, folder: Path) -> None:
-        """Remove the claims on files of a folder that are there: their owners died between making and releasing."""
+        """Remove the leases on files of a folder that are there: their owners died between making and releasing."""
         self._seen = {path: seen for path, seen in self._seen.items() if path.parent != folder}
         for path in folder.glob(f'.*{SUFFIX}'):
-            # Of a claim on the removal of a claim, too.
+            # Of a lease on the removal of a lease, too.
             if path.with_name(path.name.lstrip('.').partition(SUFFIX)[0]).exists():
                 with suppress(OSError):
                     path.unlink()
@@ -134,43 +134,43 @@ class Claims:
         except FileExistsError:
             return False
         try:
-            claim = _Claim(path, opened, dict(
+            lease = _Lease(path, opened, dict(
                 host=socket.gethostname(), machine=machine_name(), pid=os.getpid(), started=start_time(os.getpid()),
-                token=secrets.token_hex(8), beat=0))
-            claim.beat()
+                token=secrets.token_hex(8), heartbeat=0))
+            lease.renew()
             with self._lock:
-                self._held[file] = claim
+                self._held[file] = lease
         except BaseException:
             opened.close()
             path.unlink(missing_ok=True)
             raise
-        # Not earlier: loader workers are forked before their first shard is claimed, and want no thread beside them.
+        # Not earlier: loader workers are forked before their first shard is leased, and want no thread beside them.
         if self._thread is None:
-            self._thread = threading.Thread(target=self._keep_beating, name='claims', daemon=True)
+            self._thread = threading.Thread(target=self._keep_alive, name='leases', daemon=True)
             self._thread.start()
         return True
 
     def _take_over(self, path: Path, content: bytes) -> bool:
-        """Remove a dead one's claim that says this; of several processes that try, one succeeds."""
-        # A claim on the removal: who comes late must not remove what the one before has put in its place.
-        right = path.with_name(f'{path.name}.{hashlib.blake2b(content, digest_size=8).hexdigest()}')
-        if not self.take(right):
+        """Remove an expired lease of this content; of several processes that try, one succeeds."""
+        # A lease on the removal: who comes late must not remove what the one before has put in its place.
+        removal = path.with_name(f'{path.name}.{hashlib.blake2b(content, digest_size=8).hexdigest()}')
+        if not self.acquire(removal):
             return False
         try:
             return _read(path) == content and _remove(path, content)
         finally:
-            self.release(right)
+            self.release(removal)
 
-    def _keep_beating(self) -> None:
-        while not self._done.wait(self.beat):
+    def _keep_alive(self) -> None:
+        while not self._done.wait(self.heartbeat):
             with self._lock:
-                for claim in self._held.values():
+                for lease in self._held.values():
                     # Taken over and removed, or a disk in trouble: making the file will show which.
                     with suppress(OSError):
-                        claim.beat()
+                        lease.renew()
 
-    def _dead_content(self, path: Path) -> bytes | None:
-        """What a claim says, if its owner is dead."""
+    def _expired_content(self, path: Path) -> bytes | None:
+        """The content of a lease that has expired, or whose owner is dead."""
         content = _read(path)
         if content is None:
             return None
@@ -185,7 +185,7 @@ class Claims:
 
 @contextmanager
 def exclusive(file: Path) -> Iterator[None]:
-    """Inside, no other process that asks for the same is inside; for reading, changing and writing a file.
+    """A lock between processes; for reading, changing and writing a file.
 
     Raises:
         InputError: The disk is full or may not be written.
@@ -194,14 +194,14 @@ def exclusive(file: Path) -> Iterator[None]:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(file, error)
-    with Claims() as claims:
-        while not claims.take(file):
+    with Leases() as leases:
+        while not leases.acquire(file):
             time.sleep(0.05)
         yield
 
 
 def _read(path: Path) -> bytes | None:
-    """The bytes of a claim; none of one that cannot be read; None where there is none."""
+    """The content of a lease; empty where it cannot be read, None where there is no lease."""
     try:
         # Opened anew every time, since that is when a network file system looks; and never waiting, as for a pipe.
         number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0))
@@ -216,7 +216,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _is_of_a_dead_process(content: bytes) -> bool:
-    """Whether a claim names a process of this very machine that has ended."""
+    """Whether a lease names a process of this very machine that has ended."""
     try:
         owner = json.loads(content)
         machine, pid, started = owner['machine'], owner['pid'], owner['started']
@@ -229,15 +229,15 @@ def _is_of_a_dead_process(content: bytes) -> bool:
 
 
 def _remove(path: Path, content: bytes) -> bool:
-    """Remove the claim that says this; if it says something else by now, leave it."""
-    aside = path.with_name(f'{path.name}.{secrets.token_hex(8)}.{machine_name()}.{os.getpid()}.tmp')
+    """Remove the lease of this content; if it has another one by now, leave it."""
+    temporary = path.with_name(f'{path.name}.{secrets.token_hex(8)}.{machine_name()}.{os.getpid()}.tmp')
     try:
-        os.rename(path, aside)
-        is_same = _read(aside) == content
+        os.rename(path, temporary)
+        is_same = _read(temporary) == content
         if not is_same:
             with suppress(OSError):
-                os.link(aside, path)
-        os.unlink(aside)
+                os.link(temporary, path)
+        os.unlink(temporary)
     except OSError:
         return False
     return is_same

@@ -55,11 +55,11 @@ def is_dead(pid: int, started: str = '') -> bool:
         return True
     except PermissionError:
         pass
-    found = start_time(pid)
-    if not found:
+    actual = start_time(pid)
+    if not actual:
         # Ended and not yet waited for; or another user's, which may be hidden.
         return os.path.exists(f'/proc/{pid}')
-    return started not in ('', found)
+    return started not in ('', actual)
 
 
 def source_commit(package: Path = Path(__file__).parents[1]) -> str | None:
@@ -72,7 +72,7 @@ def source_commit(package: Path = Path(__file__).parents[1]) -> str | None:
     root = package.parent
     if not (root / '.git').exists():
         return _installed_commit(package)
-    found = []
+    outputs = []
     for command in (['rev-parse', 'HEAD'], ['status', '--porcelain', '--untracked-files=no']):
         try:
             # Without locks, since somebody may be at work in the checkout.
@@ -82,8 +82,8 @@ def source_commit(package: Path = Path(__file__).parents[1]) -> str | None:
             return None
         if done.returncode:
             return None
-        found.append(done.stdout.strip())
-    return found[0] + ('-dirty' if found[1] else '')
+        outputs.append(done.stdout.strip())
+    return outputs[0] + ('-dirty' if outputs[1] else '')
 
 
 def _installed_commit(package: Path) -> str | None:

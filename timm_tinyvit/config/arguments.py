@@ -22,8 +22,7 @@ from ..data.view_config import ViewRecipe
 if TYPE_CHECKING:
     import torch
 
-    from ..store.ensemble import Ensemble
-    from ..store.local import LogitStore
+    from ..store.base import StoreReader
     from ..store.manifest import Manifest
 
 __all__ = [
@@ -375,13 +374,13 @@ def parse_range(text: str) -> range:
     return numbers
 
 
-def check_store_flags(store: 'LogitStore | Ensemble', args: argparse.Namespace) -> None:
+def check_store_flags(store: 'StoreReader', args: argparse.Namespace) -> None:
     """Refuse flags that ask for other targets than a store has.
 
     Raises:
         InputError: They do.
     """
-    for part in getattr(store, 'stores', [store]):
+    for part in store.stores:
         there = store_settings(part.manifest)
         for name in ('topk', 'codec', 'store_seed'):
             given, value = getattr(args, name), there[name]

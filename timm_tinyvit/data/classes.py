@@ -8,8 +8,7 @@ import numpy as np
 
 from ..base.errors import InputError
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
-from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from .sources import class_names, find_column, read_labels
 
 __all__ = [
@@ -37,7 +36,7 @@ def resolve_classes(
         args: argparse.Namespace,
         train_set: datasets.Dataset | datasets.IterableDataset,
         val_set: datasets.Dataset,
-        store: LogitStore | Ensemble | None,
+        store: StoreReader | None,
 ) -> Classes:
     """The classes of a training: those of `--num-classes`, or the store's, or the data's.
 

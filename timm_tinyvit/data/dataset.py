@@ -7,31 +7,27 @@ file format and whatever format the data set was set to.
 
 from textwrap import shorten
 from typing import Any
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from torch.utils.data import BatchSampler, Dataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ..base.errors import InputError
-from ..store.ensemble import Ensemble
+from ..store.base import StoreReader
 from ..store.keys import KeyIndex, hash_keys
-from ..store.local import LogitStore
-from ..store.manifest import stored_epoch
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
 from .sources import column, find_column, find_key, labels_of
 from .views import Replay, decode_image
 
-__all__ = [
-    'EpochBatchSampler', 'ImageDataset', 'SparseLogitDataset', 'collate', 'decode_source', 'read_records',
-    'refuse_keys',
-]
+__all__ = ['ImageDataset', 'SparseLogitDataset', 'collate', 'decode_source', 'read_records', 'refuse_keys']
 
-Key = tuple[int, int]
+# What a sampler yields: (epoch, row), a row of the data set in an epoch of the store.
+EpochRow = tuple[int, int]
 
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -112,9 +108,9 @@ def decode_source(source: dict[str, Any] | None, name: Any, decode: Callable = d
 class SparseLogitDataset(ImageDataset):
     """The views of a store, each with its label and, once the store is filled, its record.
 
-    Indexed by (epoch, position) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
+    Indexed by (epoch, row) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
     `record` uint8 [width]: a codec decodes records where the model is. The index is what the view was drawn by: the
-    sample's position in the data set of the teacher or, with keys, the hash of its key.
+    row in the data set of the teacher or, with keys, the hash of its key.
 
     Where the recipe mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share of
     the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
@@ -122,7 +118,7 @@ class SparseLogitDataset(ImageDataset):
     Args:
         dataset: A map-style Hugging Face data set with an image column.
         replay: Makes the views.
-        store: Where the records come from, an `Ensemble` too; None to fill a store, or to train on labels alone.
+        store: Where the records come from; None to fill a store, or to train on labels alone.
         image_key: The image column.
         label_key: The label column.
         key: The column of keys; by default the store's.
@@ -140,7 +136,7 @@ class SparseLogitDataset(ImageDataset):
             self,
             dataset: datasets.Dataset,
             replay: Replay,
-            store: LogitStore | Ensemble | None = None,
+            store: StoreReader | None = None,
             image_key: str | None = None,
             label_key: str | None = None,
             key: str | None = None,
@@ -151,7 +147,7 @@ class SparseLogitDataset(ImageDataset):
         self.store = store
         self.key = key or (store.manifest.key if store else None)
         self.first_sample = store.manifest.first_sample if store else first_sample
-        self.keys: KeyIndex | None = None
+        self.key_index: KeyIndex | None = None
         if key and store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position; leave --key out')
         refuse_keys(replay, self.key)
@@ -159,24 +155,24 @@ class SparseLogitDataset(ImageDataset):
         if self.key:
             find_key(dataset, self.key)
         if store and store.manifest.key:
-            self.keys = store.open_keys()
-            check_keys(store, self.keys, dataset, self.key, self.image_key)
+            self.key_index = store.open_keys()
+            check_keys(store, self.key_index, dataset, self.key, self.image_key)
         elif store:
             check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
 
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        return self.__getitems__([key])[0]
+    def __getitem__(self, place: EpochRow) -> dict[str, Any]:
+        return self.__getitems__([place])[0]
 
-    def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
-        return self._samples(keys) if self.pairing is None else self._mixed_samples(keys)
+    def __getitems__(self, places: list[EpochRow]) -> list[dict[str, Any]]:
+        return self._samples(places) if self.pairing is None else self._mixed_samples(places)
 
-    def _mixed_samples(self, keys: list[Key]) -> list[dict[str, Any]]:
-        epochs, positions = np.array(keys, dtype=np.int64).T
+    def _mixed_samples(self, places: list[EpochRow]) -> list[dict[str, Any]]:
+        epochs, rows = np.array(places, dtype=np.int64).T
         mixed = {}
         for epoch in np.unique(epochs).tolist():
-            numbers = np.unique(self.pairing.pairs_of(epoch, positions[epochs == epoch]))
+            numbers = np.unique(self.pairing.pairs_of(epoch, rows[epochs == epoch]))
             members = self.pairing.members(epoch, numbers).ravel().tolist()
-            samples = self._samples([(epoch, position) for position in members])
+            samples = self._samples([(epoch, row) for row in members])
             pairs = list(zip(samples[::2], samples[1::2]))
             views = self.replay.mix(
                 [(first['view'], second['view']) for first, second in pairs],
@@ -184,27 +180,27 @@ class SparseLogitDataset(ImageDataset):
             for (first, second), (both, lam) in zip(pairs, views):
                 for sample, partner, view in ((first, second, both[0]), (second, first, both[1])):
                     mixed[epoch, sample['index']] = {**sample, 'view': view, 'label2': partner['label'], 'lam': lam}
-        return [mixed[key] for key in zip(epochs.tolist(), positions.tolist())]
+        return [mixed[place] for place in zip(epochs.tolist(), rows.tolist())]
 
-    def _samples(self, keys: list[Key]) -> list[dict[str, Any]]:
-        epochs, positions = np.array(keys, dtype=np.int64).T
+    def _samples(self, places: list[EpochRow]) -> list[dict[str, Any]]:
+        epochs, rows = np.array(places, dtype=np.int64).T
         # Several views of one image are cut from one decoded image.
-        positions, place = np.unique(positions, return_inverse=True)
-        table = self.dataset[positions]
-        images, labels = self.decode(table, positions)
-        rows, indices = positions, positions + self.first_sample
+        rows, numbers = np.unique(rows, return_inverse=True)
+        table = self.dataset[rows]
+        images, labels = self.decode(table, rows)
+        store_rows, indices = rows, rows + self.first_sample
         if self.key:
-            names = column(table, self.key)
-            indices = hash_keys(names, positions)
-            if self.keys is not None:
-                rows = self.keys.rows_of(names, indices)
+            keys = column(table, self.key)
+            indices = hash_keys(keys, rows)
+            if self.key_index is not None:
+                store_rows = self.key_index.rows_of(keys, indices)
             indices = indices.astype(np.int64)
-        indices = indices[place].tolist()
-        views = self.replay.views([images[number] for number in place], list(zip(epochs.tolist(), indices)))
+        indices = indices[numbers].tolist()
+        views = self.replay.views([images[number] for number in numbers], list(zip(epochs.tolist(), indices)))
         samples = [
-            dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, place, indices)]
+            dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, numbers, indices)]
         if self.store is not None:
-            for sample, record in zip(samples, read_records(self.store, epochs, rows[place])):
+            for sample, record in zip(samples, read_records(self.store, epochs, store_rows[numbers])):
                 sample['record'] = record
         return samples
 
@@ -221,7 +217,7 @@ def refuse_keys(replay: Replay, key: str | None) -> None:
             f'them and partners may be absent; leave --key and --streaming out, or --mixup and --cutmix')
 
 
-def read_records(store: LogitStore | Ensemble, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+def read_records(store: StoreReader, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     """Checked records, uint8 [B, width], of rows [B] of a store in epochs [B] of it.
 
     Raises:
@@ -229,8 +225,8 @@ def read_records(store: LogitStore | Ensemble, epochs: np.ndarray, rows: np.ndar
     """
     records = np.empty((len(rows), store.manifest.record_width), dtype=np.uint8)
     for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        records[here] = store.read(epoch, rows[here])
+        of_epoch = epochs == epoch
+        records[of_epoch] = store.read(epoch, rows[of_epoch])
     try:
         store.codec.check(records)
     except ValueError as error:
@@ -284,107 +280,3 @@ class _InMessage(torch.Tensor):
 
     def __reduce_ex__(self, protocol: int) -> tuple[Callable, tuple[np.ndarray]]:
         return torch.from_numpy, (self.numpy(),)
-
-
-class EpochBatchSampler(BatchSampler):
-    """Batches of (epoch, index) pairs for one rank: a seeded permutation per epoch, from any batch on.
-
-    The permutation is cut into batches of all ranks together, so that a rank's share depends on nothing else.
-    An incomplete last batch is dropped. With several views per image, so many epochs share a permutation: each shows
-    another part of the images, and every image the views of all of these epochs, in one batch (after FKD, ECCV 2022).
-    Where views are mixed, the permutation is one of the pairs of the epoch, and both sides stand in one batch.
-
-    Args:
-        num_samples: Rows of the data set.
-        batch_size: Samples per batch of one rank.
-        seed: Seed of the order.
-        rank: This rank.
-        world_size: Number of ranks.
-        store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
-        views_per_image: Views of an image in a batch, which is decoded once for all of them.
-        pairing: The pairs of a data set whose views are mixed, its `pairing`.
-        store: A store that is told which epochs begin and which come next, so that one on the Hub has them on disk.
-        num_epochs: Training epochs, after which none comes next.
-
-    Raises:
-        InputError: The data set is smaller than one batch of all ranks, or a batch is no multiple of the views or
-            pairs; or there are both pairs and several views, or more views than epochs of the store.
-    """
-
-    def __init__(
-            self,
-            num_samples: int,
-            batch_size: int,
-            seed: int,
-            rank: int = 0,
-            world_size: int = 1,
-            store_epochs: Sequence[int] | None = None,
-            views_per_image: int = 1,
-            pairing: Pairing | None = None,
-            store: LogitStore | Ensemble | None = None,
-            num_epochs: int | None = None,
-    ):
-        if batch_size % views_per_image:
-            raise InputError(
-                f'a batch of {batch_size} does not hold {views_per_image} views of each of its images; choose a '
-                f'--batch-size that is a multiple of --views-per-image')
-        if store_epochs is not None and views_per_image > len(store_epochs):
-            raise InputError(
-                f'the store has {len(store_epochs)} epochs, so that {views_per_image} views of an image would show '
-                f'some twice in a batch; choose --views-per-image up to {len(store_epochs)}, or fill more epochs')
-        if pairing is not None and views_per_image > 1:
-            raise InputError('Mixup and CutMix have other pairs in each epoch, so that images share no batch in '
-                             'several; leave --views-per-image out')
-        if pairing is not None and batch_size % 2:
-            raise InputError(f'a batch of {batch_size} does not hold both sides of each of its pairs; choose an even '
-                             f'--batch-size for Mixup and CutMix')
-        if num_samples < batch_size * world_size:
-            raise InputError(
-                f'the data set has {num_samples} samples, fewer than one batch of {batch_size} on {world_size} '
-                f'process(es); choose a smaller --batch-size')
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.store_epochs = store_epochs
-        self.views_per_image = views_per_image
-        self.pairing = pairing
-        self.store = store
-        self.num_epochs = num_epochs
-        self.epoch = 0
-        self.start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the training epoch, and the batch to begin with, of the next iteration."""
-        self.epoch = epoch
-        self.start = start
-        if self.store is not None:
-            first_epoch = epoch - epoch % self.views_per_image
-            next_epoch = first_epoch + self.views_per_image
-            is_last = self.num_epochs is not None and next_epoch >= self.num_epochs
-            self.store.begin(self._stored(first_epoch), () if is_last else self._stored(next_epoch))
-
-    def __len__(self) -> int:
-        """Batches of one whole epoch."""
-        return self.num_samples // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        part = self.epoch % self.views_per_image
-        first_epoch = self.epoch - part
-        epochs = self._stored(first_epoch)
-        # Images stand alone, or in pairs.
-        group = 1 if self.pairing is None else 2
-        order = np.random.Generator(np.random.PCG64([self.seed, first_epoch])).permutation(self.num_samples // group)
-        num_groups = self.batch_size // (group * self.views_per_image)
-        for batch in range(self.start, len(self)):
-            first = ((part * len(self) + batch) * self.world_size + self.rank) * num_groups
-            indices = order[first:first + num_groups]
-            if self.pairing is not None:
-                indices = self.pairing.members(epochs[0], indices).ravel()
-            yield [(epoch, index) for index in indices.tolist() for epoch in epochs]
-
-    def _stored(self, first_epoch: int) -> Sequence[int]:
-        """Epochs of the store that the training epochs from this one on use together."""
-        return [stored_epoch(self.store_epochs, epoch)
-                for epoch in range(first_epoch, first_epoch + self.views_per_image)]

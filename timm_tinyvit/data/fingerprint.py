@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..base.errors import InputError
+from ..store.base import StoreReader
 from ..store.keys import KeyIndex, hash_keys
-from ..store.local import LogitStore
 from .sources import Source, column, find_column, find_key, labels_of, select_columns
 
 __all__ = [
@@ -49,7 +49,7 @@ def dataset_fingerprint(
     return {'num_samples': rows, 'hash': digest.hexdigest()}
 
 
-def check_fingerprint(store: LogitStore, fingerprint: dict[str, Any]) -> None:
+def check_fingerprint(store: StoreReader, fingerprint: dict[str, Any]) -> None:
     """Refuse a data set that is not the store's, of a store without keys.
 
     Raises:
@@ -114,7 +114,7 @@ def key_fingerprint(hashes: np.ndarray, samples: dict[int, str]) -> dict[str, An
     }
 
 
-def check_keys(store: LogitStore, index: KeyIndex, dataset: datasets.Dataset, key: str, image_key: str) -> None:
+def check_keys(store: StoreReader, index: KeyIndex, dataset: datasets.Dataset, key: str, image_key: str) -> None:
     """Refuse a data set whose keys are not all in a store, or whose images are others than those that it was made from.
 
     Raises:
@@ -131,7 +131,7 @@ def check_keys(store: LogitStore, index: KeyIndex, dataset: datasets.Dataset, ke
         check_image(store, _key_at(dataset, key, row), data, checked[number])
 
 
-def check_image(store: LogitStore, key: Any, data: bytes, digest: str) -> None:
+def check_image(store: StoreReader, key: Any, data: bytes, digest: str) -> None:
     """Refuse encoded bytes of an image that are not those that a store remembers of the image of this key.
 
     Raises:
@@ -142,7 +142,7 @@ def check_image(store: LogitStore, key: Any, data: bytes, digest: str) -> None:
                          f'file has other bytes; give the data set as it was, or make a store for this one')
 
 
-def stored_samples(store: LogitStore) -> dict[int, str]:
+def stored_samples(store: StoreReader) -> dict[int, str]:
     """Short hashes of the encoded images that a keyed store remembers, by the hashes of their keys.
 
     Raises:

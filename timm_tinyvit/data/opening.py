@@ -1,52 +1,59 @@
 """Open stores whose views this machine can replay."""
 
+from pathlib import Path
 from typing import Any
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from ..base.console import log
 from ..base.errors import InputError
+from ..base.hub_client import is_hub_url
+from ..store.base import StoreReader
 from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
-from ..store.remote import open_store_at
+from ..store.remote import open_reader, resolve_commit
 from .views import Replay, ViewRecipe, check_probe
 
 __all__ = ['open_store', 'open_stores']
 
 
 def open_store(
-        path: str,
-        given_view: dict[str, Any],
+        location: str | Path,
+        given_view: Mapping[str, Any] | None = None,
         log: Callable[[str], None] = log,
         keep_epochs: int | None = None,
         cache_dir: str | None = None,
-) -> tuple[LogitStore, Replay]:
+) -> tuple[StoreReader, Replay]:
     """Open a store whose views this machine can replay.
 
     Args:
-        path: The store, a folder or `hf://datasets/ORG/NAME`.
+        location: A folder, or `hf://datasets/ORG/NAME[@REVISION]`.
         given_view: Entries of the view recipe that the user asked for.
         log: Takes the line that says which versions differ while the views do not.
-        keep_epochs: Of a store on the Hub, see `open_store_at`.
+        keep_epochs: Of a store on the Hub, see `open_reader`.
         cache_dir: Likewise.
 
     Raises:
         InputError: There is no store, a shard of it is cut short or another one, or its views are not those asked for
             or not those that this machine makes.
     """
-    store = open_store_at(path, keep_epochs, cache_dir)
+    store = open_reader(location, keep_epochs, cache_dir)
     teacher = store.manifest.teacher
     batch_size = teacher.get('batch_size')
     if not {'name', 'weights', 'dtype', 'device', 'input_size'} <= set(teacher) or type(batch_size) is not int or \
             batch_size < 1:
-        raise InputError(f'the manifest of {path} says too little of its teacher to go on from; copy the store again')
+        raise InputError(
+            f'the manifest of {location} says too little of its teacher to go on from; copy the store again')
     recipe = ViewRecipe.from_dict(store.manifest.recipe)
     stored = recipe.to_dict()
-    other = [
-        f'{key} {value!r} instead of {stored[key]!r}' for key, value in given_view.items() if stored[key] != value]
-    if other:
+    differing = [
+        f'{name} {value!r} instead of {stored[name]!r}' for name, value in (given_view or {}).items()
+        if stored[name] != value]
+    if differing:
         raise InputError(
-            f'these flags ask for other views than the store {path} was made from ({", ".join(other)}); leave them '
-            f'out to use the store\'s, or give --logits a new folder')
+            f'these flags ask for other views than the store {location} was made from ({", ".join(differing)}); leave '
+            f'them out to use the store\'s, or give --logits a new folder')
     replay = Replay(recipe, store.manifest.seed)
     line = check_probe(replay, store.manifest.probe, store.manifest.versions)
     if line:
@@ -56,15 +63,40 @@ def open_store(
 
 
 def open_stores(
-        paths: Sequence[str],
-        given_view: dict[str, Any],
+        locations: Sequence[str],
+        given_view: Mapping[str, Any],
+        accelerator: Accelerator,
         log: Callable[[str], None] = log,
         keep_epochs: int | None = None,
         cache_dir: str | None = None,
-) -> tuple[LogitStore | Ensemble, Replay]:
-    """Open one store, or several of different teachers as an ensemble; see `open_store`."""
-    if twice := [path for path in paths if paths.count(path) > 1]:
+) -> tuple[StoreReader, Replay]:
+    """Open what a training learns from: one store, or several of different teachers as an ensemble.
+
+    All processes of a launch call this, and read the same commit of a store on the Hub. See `open_store`.
+    """
+    locations = pin_commits(locations, accelerator)
+    if twice := [location for location in locations if locations.count(location) > 1]:
         raise InputError(f'--logits names {twice[0]} twice; an average is of different stores')
-    opened = [open_store(path, given_view, log, keep_epochs, cache_dir) for path in paths]
+    opened = [open_store(location, given_view, log, keep_epochs, cache_dir) for location in locations]
     stores = [store for store, _ in opened]
     return stores[0] if len(stores) == 1 else Ensemble(stores), opened[0][1]
+
+
+def pin_commits(locations: Sequence[str], accelerator: Accelerator) -> list[str]:
+    """The locations of stores, those on the Hub with the commit that is the newest for the first process now.
+
+    Each process by itself would find another one where somebody pushes meanwhile.
+
+    Raises:
+        InputError: There is no such repo or revision, or the Hub cannot be reached; in all processes.
+    """
+    pinned: list[list[str] | InputError] = [list(locations)]
+    if accelerator.is_main_process:
+        try:
+            pinned = [[str(resolve_commit(place)) if is_hub_url(place) else place for place in locations]]
+        except InputError as error:
+            pinned = [InputError(str(error))]
+    broadcast_object_list(pinned)
+    if isinstance(pinned[0], InputError):
+        raise pinned[0]
+    return pinned[0]

@@ -20,11 +20,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..base.errors import InputError
-from ..store.ensemble import Ensemble
+from ..store.base import StoreReader
 from ..store.keys import hash_keys
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
-from .dataset import Key, collate, decode_source, read_records
+from .dataset import EpochRow, collate, decode_source, read_records
 from .fingerprint import check_image, encoded_image, stored_samples
 from .sources import column, find_column, find_key, labels_of, select_columns
 from .views import Replay
@@ -33,6 +33,8 @@ __all__ = ['SparseLogitStream', 'StreamLoader', 'StreamedRows']
 
 # Rows that are looked up and replayed together.
 CHUNK_SIZE = 64
+# What is made of a row of a stream: the view as (epoch, index), the key, and the image as it is stored.
+_Item = tuple[tuple[int, int], str | int, dict[str, Any]]
 
 
 class SparseLogitStream(IterableDataset):
@@ -50,7 +52,6 @@ class SparseLogitStream(IterableDataset):
         rank: This rank.
         world_size: Number of ranks.
         store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
-        num_epochs: Training epochs, after which none comes next.
 
     Raises:
         InputError: There is no such column, no column of keys is named, or the store has no keys. While iterating: a
@@ -61,7 +62,7 @@ class SparseLogitStream(IterableDataset):
             self,
             stream: datasets.IterableDataset,
             replay: Replay,
-            store: LogitStore | Ensemble | None = None,
+            store: StoreReader | None = None,
             image_key: str | None = None,
             label_key: str | None = None,
             key: str | None = None,
@@ -70,7 +71,6 @@ class SparseLogitStream(IterableDataset):
             rank: int = 0,
             world_size: int = 1,
             store_epochs: Sequence[int] | None = None,
-            num_epochs: int | None = None,
     ):
         if store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position, which a stream does not have; '
@@ -81,8 +81,7 @@ class SparseLogitStream(IterableDataset):
         self.label_key = find_column(stream, label_key, is_image=False)
         self.key = find_key(stream, key or (store.manifest.key if store else ''))
         self.store_epochs = store_epochs
-        self.num_epochs = num_epochs
-        self.keys = store.open_keys() if store else None
+        self.key_index = store.open_keys() if store else None
         self.checked = stored_samples(store) if store else {}
         if buffer_size:
             stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
@@ -99,21 +98,14 @@ class SparseLogitStream(IterableDataset):
         """
         self.stream.set_epoch(epoch)
         self._skipped.fill_(skipped)
-        if self.store is not None:
-            is_last = self.num_epochs is not None and epoch + 1 >= self.num_epochs
-            self.store.begin([self._stored(epoch)], [] if is_last else [self._stored(epoch + 1)])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = self._stored(self.stream.epoch)
+        epoch = stored_epoch(self.store_epochs, self.stream.epoch)
         rows = iter(self.stream)
         for _ in islice(rows, self._skipped.item()):
             yield None
         while tables := list(islice(rows, CHUNK_SIZE)):
             yield from self._samples(epoch, pa.concat_tables(tables))
-
-    def _stored(self, epoch: int) -> int:
-        """The epoch of the store that a training epoch uses."""
-        return stored_epoch(self.store_epochs, epoch)
 
     def _samples(self, epoch: int, table: pa.Table) -> list[dict[str, Any]]:
         names = column(table, self.key)
@@ -125,7 +117,7 @@ class SparseLogitStream(IterableDataset):
         labels = labels_of(table, self.label_key).tolist()
         samples = [dict(view=view, label=label, index=index) for view, label, index in zip(views, labels, indices)]
         if self.store is not None:
-            rows = self.keys.rows_of(names, hashes)
+            rows = self.key_index.rows_of(names, hashes)
             for sample, record in zip(samples, read_records(self.store, np.full(len(rows), epoch), rows)):
                 sample['record'] = record
         return samples
@@ -140,12 +132,14 @@ class StreamLoader:
     Args:
         stream: This rank's share.
         num_batches: Batches of an epoch.
+        num_epochs: Training epochs, after which none comes next.
         options: Arguments of torch's `DataLoader`, the batch size among them.
     """
 
-    def __init__(self, stream: SparseLogitStream, num_batches: int, **options: Any):
+    def __init__(self, stream: SparseLogitStream, num_batches: int, num_epochs: int | None = None, **options: Any):
         self.stream = stream
         self.num_batches = num_batches
+        self.num_epochs = num_epochs
         options['collate_fn'] = partial(_collate_seen, options.get('collate_fn', collate))
         self.loader = DataLoader(stream, drop_last=True, **options)
         self.epoch = self.start = 0
@@ -160,6 +154,11 @@ class StreamLoader:
         # Workers take turns, so that of what comes before each has made as much, or more where others have ended.
         share = start // max(self.loader.num_workers, 1)
         self.stream.set_epoch(epoch, share * self.loader.batch_size)
+
+    def epochs_to_read(self, epoch: int) -> tuple[list[int], list[int]]:
+        """Epochs of the store that a training epoch reads, and those that come next, for `StoreReader.prefetch`."""
+        epochs = [stored_epoch(self.stream.store_epochs, number) for number in (epoch, epoch + 1)]
+        return epochs[:1], [] if epoch + 1 == self.num_epochs else epochs[1:]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         return islice(self._endless(), self.start, self.num_batches)
@@ -212,12 +211,12 @@ class StreamedRows(Dataset):
         self.key = find_key(stream, store.manifest.key)
         self.stream = select_columns(stream, self.image_key, self.key)
 
-    def __getitems__(self, items: list[tuple[Key, str | int, dict[str, Any]]]) -> list[dict[str, Any]]:
+    def __getitems__(self, items: list[_Item]) -> list[dict[str, Any]]:
         images = [_image(self, source, name, index) for (_, index), name, source in items]
-        views = self.replay.views(images, [view_key for view_key, _, _ in items])
+        views = self.replay.views(images, [view for view, _, _ in items])
         return [dict(view=view, index=index) for view, ((_, index), _, _) in zip(views, items)]
 
-    def sampler(self, batches: Iterable[list[Key]]) -> '_StreamedBatches':
+    def sampler(self, batches: Iterable[list[EpochRow]]) -> '_StreamedBatches':
         """Batches of (epoch, row) pairs, each batch of consecutive rows, as batches of what the stream has there."""
         return _StreamedBatches(self, batches)
 
@@ -225,14 +224,14 @@ class StreamedRows(Dataset):
 class _StreamedBatches:
     """A batch sampler that fetches rows from a stream; it starts over where earlier rows are asked for."""
 
-    def __init__(self, data: StreamedRows, batches: Iterable[list[Key]]):
+    def __init__(self, data: StreamedRows, batches: Iterable[list[EpochRow]]):
         self.data = data
         self.batches = batches
-        self.index = data.store.open_keys()
+        self.key_index = data.store.open_keys()
         self.rows: Iterator[pa.Table] = iter(())
         self.position = data.store.manifest.num_samples
 
-    def __iter__(self) -> Iterator[list[tuple[Key, str | int, dict[str, Any]]]]:
+    def __iter__(self) -> Iterator[list[_Item]]:
         for batch in self.batches:
             epoch, first = batch[0]
             if first < self.position:
@@ -242,11 +241,11 @@ class _StreamedBatches:
             table = pa.concat_tables(tables) if tables else None
             names = column(table, self.data.key) if tables else []
             hashes = hash_keys(names) if tables else np.empty(0, dtype=np.uint64)
-            other = np.flatnonzero(self.index.find(hashes) != np.arange(first, first + len(hashes)))
+            other = np.flatnonzero(self.key_index.find(hashes) != np.arange(first, first + len(hashes)))
             if len(other) or len(hashes) < len(batch):
                 place = int(other[0]) if len(other) else len(hashes)
-                found = f'has the key {names[place].as_py()!r}' if len(other) else 'is missing'
-                raise InputError(f'row {first + place} of the stream {found}, unlike when the keys of '
+                problem = f'has the key {names[place].as_py()!r}' if len(other) else 'is missing'
+                raise InputError(f'row {first + place} of the stream {problem}, unlike when the keys of '
                                  f'{self.data.store.path} were read; a store is filled from the same rows in the same '
                                  f'order')
             sources = column(table, self.data.image_key).to_pylist()

@@ -23,7 +23,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..models import clip_teacher, tiny_vit
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.saving import export_model
@@ -156,7 +156,7 @@ def convert_checkpoint(checkpoint: Path, name: str, output: Path) -> str:
     try:
         export_model(aside, model, **official_config(name, model.num_classes))
         card = converted_card(aside, checkpoint.name, find_checkpoint(checkpoint.name, name), NO_REPO)
-        write_aside(aside / CARD, str(card).encode())
+        write_atomic(aside / CARD, str(card).encode())
         os.replace(aside, output)
     except OSError as error:
         raise InputError(f'{output} cannot be written: {error.strerror or error}')

@@ -23,7 +23,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 
 from ..base.console import result
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
 from ..base.launch import device_name
 from ..train.metrics import METRICS
@@ -108,7 +108,7 @@ def publish(
     if dry_run is not None:
         files = model_files(folder, repo, which, license, notes)
         for name, content in files.items():
-            write_aside(Path(dry_run) / name, content if isinstance(content, bytes) else content.read_bytes())
+            write_atomic(Path(dry_run) / name, content if isinstance(content, bytes) else content.read_bytes())
         return f'{dry_run}: {", ".join(files)}, as they would be pushed to {repo}'
     model, kind = _find_model(Path(folder), which)
     if kind is None:
@@ -231,7 +231,7 @@ def _speed(run: Path, model: Path) -> dict[str, Any] | None:
         pass
     try:
         speed = _measure_speed(model)
-        write_aside(file, json.dumps(speed, indent=2).encode())
+        write_atomic(file, json.dumps(speed, indent=2).encode())
         return speed
     except (InputError, RuntimeError):
         # No room for the model beside others, or for the file: a card without it.

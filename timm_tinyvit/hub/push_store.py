@@ -19,14 +19,15 @@ from huggingface_hub.hf_api import RepoFile
 from ..base.console import log, progress, result, warn
 from ..base.errors import InputError
 from ..base.hub_client import create_repo, push_files, retried
-from ..base.leases import Claims
+from ..base.leases import Leases
 from ..base.text import counted, readable_bytes
 from ..models.names import public_name
 from ..report.labels import LabelledViews
-from ..store.cache import SHARD_PATH, HubCommit
+from ..store.cache import HubCommit
 from ..store.keys import FILE_NAME
-from ..store.local import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
-from ..store.manifest import Manifest
+from ..store.local import LogitStore
+from ..store.manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
+from ..store.shard import SHARD_PATH
 from ..train.record import PUBLISHED, mark_published
 from .model_card import CARD, has_text
 from .store_card import (
@@ -155,10 +156,10 @@ def publish_store(
             was published before is as it was.
     """
     epochs = check_complete(store, epochs)
-    with Claims() as claims:
+    with Leases() as leases:
         # From a disk that is read-only it is pushed too.
         with suppress(InputError):
-            if _wait_for(claims, store):
+            if _wait_for(leases, store):
                 published.look()
         manifest = published.joined(_public(store.manifest), epochs)
         problems = list(store.verify(progress(epochs, desc='verify', unit='epoch', leave=False)))
@@ -210,10 +211,10 @@ def check_complete(store: LogitStore, epochs: range | None) -> range:
     return chosen
 
 
-def _wait_for(claims: Claims, store: LogitStore) -> bool:
-    """Claim the pushing of a store; whether somebody else was at it until now, or had died over it."""
+def _wait_for(leases: Leases, store: LogitStore) -> bool:
+    """Lease the pushing of a store; whether somebody else was at it until now, or had died over it."""
     has_waited = False
-    while not claims.take(store.path / PUBLISHED):
+    while not leases.acquire(store.path / PUBLISHED):
         if not has_waited:
             log(f'{store.path} is being pushed by another process; waiting for its end')
             has_waited = True

@@ -21,7 +21,7 @@ from ..models.names import hub_repo_of
 from ..report.labels import LabelledViews, teacher_classes
 from ..report.pictures import choose_samples, draw_pictures, show_samples
 from ..report.statistics import StoreStatistics, evenly, store_statistics
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..store.manifest import Manifest
 from .model_card import CITATION, card_metadata, kept_metadata, render_card
 
@@ -44,7 +44,7 @@ PICTURE_COLUMNS, PICTURE_ROWS = 4, 3
 MAX_PICTURE_BYTES = 300_000
 
 
-def card_statistics(store: LogitStore, epochs: Sequence[int], data: LabelledViews | None = None) -> StoreStatistics:
+def card_statistics(store: StoreReader, epochs: Sequence[int], data: LabelledViews | None = None) -> StoreStatistics:
     """The statistics of a store that its card gives, and that the samples of its picture are chosen by.
 
     Args:
@@ -56,7 +56,7 @@ def card_statistics(store: LogitStore, epochs: Sequence[int], data: LabelledView
         store, data and data.teacher_labels, data and np.sort(data.rows), epochs, STATISTICS_SAMPLES)
 
 
-def sample_table(store: LogitStore, epochs: Sequence[int], data: LabelledViews | None = None) -> pa.Table:
+def sample_table(store: StoreReader, epochs: Sequence[int], data: LabelledViews | None = None) -> pa.Table:
     """About 1,000 views in plain columns: the same samples, evenly spaced, in up to 10 epochs.
 
     Args:

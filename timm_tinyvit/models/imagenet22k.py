@@ -1,8 +1,8 @@
 """From the 21,841 classes of ImageNet-22k to the 1,000 of ImageNet-1k.
 
-TinyViT is pretrained on ImageNet-22k. The paper looks at such a classifier on ImageNet-1k without training it further,
-and starts its fine-tuning from the rows of the classifier that belong to the 1,000 classes. Which class is which
-follows from timm's synset lists. One class of ImageNet-1k is absent from ImageNet-22k.
+TinyViT is pretrained on ImageNet-22k. The paper evaluates such a classifier on ImageNet-1k without training it
+further, and starts its fine-tuning from the rows of the classifier that belong to the 1,000 classes. The classes are
+matched by timm's synset lists. One class of ImageNet-1k is absent from ImageNet-22k.
 """
 
 from functools import lru_cache

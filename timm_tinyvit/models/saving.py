@@ -9,7 +9,7 @@ from safetensors.torch import save
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import nn
 
-from ..base.files import write_aside
+from ..base.files import write_atomic
 
 __all__ = ['export_config', 'export_model']
 
@@ -31,9 +31,9 @@ def export_model(
             like, as in timm; by default what its configuration says.
         label_descriptions: What the names mean, where they are such as the synsets of ImageNet.
     """
-    # Channels-last weights must be laid out anew, which timm's save_for_hf does not do.
+    # safetensors takes contiguous tensors only, and timm's save_for_hf passes on channels-last weights as they are.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_aside(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
+    write_atomic(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
     export_config(folder, model, label_names, data_config, label_descriptions)
 
 
@@ -46,13 +46,13 @@ def export_config(
 ) -> None:
     """Write the config.json of `export_model` alone; the model needs no weights."""
     labels = {'label_names': label_names and list(label_names), 'label_descriptions': label_descriptions}
-    with TemporaryDirectory() as aside:
-        config = Path(aside) / 'config.json'
+    with TemporaryDirectory() as temporary:
+        config = Path(temporary) / 'config.json'
         save_config_for_hf(
             model, str(config), model_config={name: value for name, value in labels.items() if value},
             data_config=data_config)
         settings = json.loads(config.read_text())
-    # These speak of the weights that the model's name stands for, not of the ones written here.
+    # These describe the pretrained weights of that name, not the ones written here.
     for key in ('tag', 'license', 'origin_url', 'paper_ids', 'paper_name'):
         settings['pretrained_cfg'].pop(key, None)
-    write_aside(folder / 'config.json', json.dumps(settings, indent=2).encode())
+    write_atomic(folder / 'config.json', json.dumps(settings, indent=2).encode())

@@ -5,10 +5,7 @@ attention with a depthwise convolution inside each block. The state dict has tim
 load in plain timm and the weights of timm's Hub repos load here; the official `.pth` files load through
 `checkpoint_filter_fn`. Windows follow the image size, at creation (`img_size=`) and afterwards (`set_input_size`).
 
-What differs from timm's class is how the same function is computed. Batch norm is folded into its convolution whenever
-it normalises with running statistics, in every forward pass: nothing that derives from the weights is ever cached. On a
-CPU the memory is channels-last, linear layers go where AVX-512 is used, and inference takes a few images at a time
-where that keeps the activations in the cache. Whoever hooks or replaces a module sees it called as in timm.
+What differs from timm's class is how the same function is computed; that is the business of `layers`.
 """
 
 import math
@@ -41,7 +38,8 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from .layers import GELU, ConvNorm, LayerNorm, Linear, in_slices, takes_mask, to_channels_last
 
 __all__ = ['TinyVit', 'calc_window_sizes', 'checkpoint_filter_fn', 'rename_official', 'resize_attention_biases']
 
@@ -100,193 +98,7 @@ def resize_attention_biases(biases: torch.Tensor, window_size: int) -> torch.Ten
     return table.reshape(num_heads, window_size * window_size).to(biases.dtype)
 
 
-_TENSOR_TYPES = (torch.Tensor, nn.Parameter)
-
-
-@torch.jit.ignore
-def _is_cpu(x: torch.Tensor) -> bool:
-    # what is traced or exported may run elsewhere, and a proxy or a subclass has no device to go by
-    return (
-        type(x) in _TENSOR_TYPES and x.is_cpu
-        and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
-    )
-
-
-def _is_hooked(*modules: nn.Module) -> bool:
-    # accelerate hooks a module by giving it a `forward` of its own
-    return _has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or 'forward' in m.__dict__
-        for m in modules
-    )
-
-
-def _is_plain(module: nn.Module, module_type: type[nn.Module]) -> bool:
-    # a hook, or another class (a parametrised weight, a converted norm), has a right to see the module called
-    return type(module) is module_type and not _is_hooked(module)
-
-
-# On x86 PyTorch gives a linear layer to MKL, which keeps to AVX2 on processors that are not Intel's, and a convolution
-# to oneDNN, which uses AVX-512 on all of them.
-_HAS_MKL_AND_ONEDNN = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-
-
-def _prefers_conv(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return (
-        _HAS_MKL_AND_ONEDNN and type(weight) in _TENSOR_TYPES and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled('cpu')
-        and (torch.compiler.is_compiling() or torch.backends.mkldnn.enabled)
-    )
-
-
-def _linear_by_conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear` of [..., in], as a 1x1 convolution of what looks like channels-last images."""
-    if torch.compiler.is_compiling():
-        # the compiler wants a height and a width; tokens [B, N, C] come from square windows
-        y = x if x.ndim == 4 else x.reshape(x.shape[0], math.isqrt(x.shape[1]), -1, x.shape[-1])
-    else:
-        num_rows = x.numel() // x.shape[-1]
-        if num_rows < 128:  # too few to be worth the convolution's overhead
-            return F.linear(x, weight, bias)
-        # with a single thread, PyTorch gives batches below 16 to a slower kernel; up to 64, the split costs nothing
-        y = x.reshape(next((n for n in range(16, 65) if num_rows % n == 0), 1), -1, 1, x.shape[-1])
-    y = F.conv2d(y.permute(0, 3, 1, 2), weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if _is_plain(layer, nn.Linear) and _prefers_conv(x, layer.weight):
-        return _linear_by_conv(x, layer.weight, layer.bias)
-    return layer(x)
-
-
-def _conv(layer: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if _is_cpu(x):
-        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # channels-last; vmap knows no memory formats
-        pointwise = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
-        if pointwise and not torch.compiler.is_compiling() and _prefers_conv(x, weight):
-            return _linear_by_conv(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    return layer._conv_forward(x, weight, bias)
-
-
-def _activate(act: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    # the CPU has a fast GELU for contiguous memory, which [B, H, W, C] is here and [B, C, H, W] is not
-    if _is_plain(act, nn.GELU):
-        return act(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return act(x)
-
-
-# Large enough to keep the processor busy, small enough for its cache and for memory that malloc does not give back.
-_SLICE_BYTES = 8 * 2 ** 20
-
-
-def _in_slices(
-        module: nn.Module,
-        fn: Callable[[torch.Tensor], torch.Tensor],
-        x: torch.Tensor,
-        image_numel: int,
-) -> torch.Tensor:
-    """Run a module's layers on a few images at a time, so that what lies between them stays in the CPU's cache.
-
-    Args:
-        module: Module whose layers the function calls; if one of them trains or is hooked, the batch stays whole.
-        fn: Function of images, [B, ...], that treats each of them by itself.
-        x: Images, [B, ...].
-        image_numel: Number of values of one image at the widest place between the layers.
-    """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return fn(x)
-    size = max(1, _SLICE_BYTES // (image_numel * x.element_size()))
-    if size < x.shape[0]:
-        layers = list(module.modules())[1:]
-        # a batch norm that trains or has no running statistics looks at all images together
-        by_itself = not any(layer.training or getattr(layer, 'running_var', layer) is None for layer in layers)
-        if by_itself and not _is_hooked(*layers):
-            return torch.cat([fn(images) for images in x.split(size)])
-    return fn(x)
-
-
-class FusedConv(nn.Conv2d):
-    """Convolution that has taken in its batch norm."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return self._conv_forward(x, self.weight, self.bias)
-        else:
-            return _conv(self, x, self.weight, self.bias)
-
-
-register_notrace_module(FusedConv)
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution and batch norm, run as one convolution where the norm uses running statistics."""
-
-    def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            kernel_size: int = 1,
-            stride: int = 1,
-            padding: int = 0,
-            groups: int = 1,
-            bn_weight_init: float = 1.,
-            device: torch.device | None = None,
-            dtype: torch.dtype | None = None,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__()
-        self.bn_weight_init = bn_weight_init
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding, groups=groups, bias=False, **dd)
-        self.bn = nn.BatchNorm2d(out_chs, **dd)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.bn.weight, self.bn_weight_init)
-        nn.init.zeros_(self.bn.bias)
-
-    def _folded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        # in at least float32: a product of two low-precision factors would be rounded twice
-        bn, dtype = self.bn, self.conv.weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        scale = bn.weight.to(wide) * torch.rsqrt(bn.running_var.to(wide) + bn.eps)
-        weight = self.conv.weight.to(wide) * scale[:, None, None, None]
-        bias = bn.bias.to(wide) - bn.running_mean.to(wide) * scale
-        return weight.to(dtype), bias.to(dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting():
-            return self.bn(self.conv(x))
-        else:
-            return self._forward(x)
-
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        conv, bn = self.conv, self.bn
-        if not _is_plain(conv, nn.Conv2d):
-            return bn(conv(x))
-        if (
-            bn.training or conv.bias is not None or not _is_plain(bn, nn.BatchNorm2d)
-            or bn.running_var is None or bn.weight is None
-        ):
-            return bn(_conv(conv, x, conv.weight, conv.bias))
-        return _conv(conv, x, *self._folded())
-
-    @torch.no_grad()
-    def fuse(self) -> FusedConv:
-        """Fold the norm for good, as `timm.utils.reparameterize_model` asks; names in the state dict change."""
-        conv = self.conv
-        weight, bias = self._folded()
-        fused = FusedConv(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
-            conv.groups, device=weight.device, dtype=weight.dtype)
-        fused.weight.copy_(weight)
-        fused.bias.copy_(bias)
-        return fused.train(self.training)
-
-
-register_notrace_module(ConvNorm)
-
-
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Stem: two strided 3x3 convolutions, a quarter of the image's height and width."""
 
@@ -301,24 +113,21 @@ class PatchEmbed(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.stride = 4
-        self.mid_chs = out_chs // 2
-        self.conv1 = ConvNorm(in_chs, self.mid_chs, 3, 2, 1, **dd)
+        mid_chs = out_chs // 2
+        self.expansion = mid_chs / (4 * in_chs)
+        self.conv1 = ConvNorm(in_chs, mid_chs, 3, 2, 1, **dd)
         self.act = act_layer()
-        self.conv2 = ConvNorm(self.mid_chs, out_chs, 3, 2, 1, **dd)
+        self.conv2 = ConvNorm(mid_chs, out_chs, 3, 2, 1, **dd)
 
+    @in_slices
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _is_cpu(x):
-            return _in_slices(self, self._forward_cpu, x, self.mid_chs * x.shape[2] * x.shape[3] // 4)
+        if x.is_cuda:  # all that follows keeps the memory format that it gets
+            x = to_channels_last(x)
         x = self.act(self.conv1(x))
         return self.conv2(x)
 
-    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv2(_activate(self.act, self.conv1(x)))
 
-
-register_notrace_module(PatchEmbed)
-
-
+@register_notrace_module
 class MBConv(nn.Module):
     """Inverted residual: expand, depthwise 3x3, project; the activation follows the sum."""
 
@@ -334,7 +143,8 @@ class MBConv(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.mid_chs = mid_chs = int(in_chs * expand_ratio)
+        mid_chs = int(in_chs * expand_ratio)
+        self.expansion = mid_chs / in_chs
         self.conv1 = ConvNorm(in_chs, mid_chs, **dd)
         self.act1 = act_layer()
         self.conv2 = ConvNorm(mid_chs, mid_chs, 3, 1, 1, groups=mid_chs, **dd)
@@ -343,26 +153,16 @@ class MBConv(nn.Module):
         self.act3 = act_layer()
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
+    @in_slices
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _is_cpu(x):
-            return _in_slices(self, self._forward_cpu, x, self.mid_chs * x.shape[2] * x.shape[3])
         shortcut = x
         x = self.act1(self.conv1(x))
         x = self.act2(self.conv2(x))
         x = self.drop_path(self.conv3(x))
         return self.act3(x + shortcut)
 
-    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x
-        x = _activate(self.act1, self.conv1(x))
-        x = _activate(self.act2, self.conv2(x))
-        x = self.drop_path(self.conv3(x))
-        return _activate(self.act3, x + shortcut)
 
-
-register_notrace_module(MBConv)
-
-
+@register_notrace_module
 class PatchMerging(nn.Module):
     """Halve height and width between stages: project, depthwise 3x3 with stride 2, project."""
 
@@ -376,27 +176,18 @@ class PatchMerging(nn.Module):
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.out_dim = out_dim
+        self.expansion = out_dim / dim
         self.conv1 = ConvNorm(dim, out_dim, **dd)
         self.act1 = act_layer()
         self.conv2 = ConvNorm(out_dim, out_dim, 3, 2, 1, groups=out_dim, **dd)
         self.act2 = act_layer()
         self.conv3 = ConvNorm(out_dim, out_dim, **dd)
 
+    @in_slices
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _is_cpu(x):
-            return _in_slices(self, self._forward_cpu, x, self.out_dim * x.shape[2] * x.shape[3])
         x = self.act1(self.conv1(x))
         x = self.act2(self.conv2(x))
         return self.conv3(x)
-
-    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        x = _activate(self.act1, self.conv1(x))
-        x = _activate(self.act2, self.conv2(x))
-        return self.conv3(x)
-
-
-register_notrace_module(PatchMerging)
 
 
 class ConvLayer(nn.Module):
@@ -431,29 +222,25 @@ class NormMlp(nn.Module):
             self,
             in_features: int,
             hidden_features: int,
-            act_layer: type[nn.Module] = nn.GELU,
+            act_layer: type[nn.Module] = GELU,
             drop: float = 0.,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.norm = nn.LayerNorm(in_features, **dd)
-        self.fc1 = nn.Linear(in_features, hidden_features, **dd)
+        self.expansion = hidden_features / in_features
+        self.norm = LayerNorm(in_features, **dd)
+        self.fc1 = Linear(in_features, hidden_features, **dd)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_features, in_features, **dd)
+        self.fc2 = Linear(hidden_features, in_features, **dd)
         self.drop2 = nn.Dropout(drop)
 
+    @in_slices
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _is_cpu(x):
-            return _in_slices(self, self._forward_cpu, x, math.prod(x.shape[1:-1]) * self.fc1.out_features)
         x = self.drop1(self.act(self.fc1(self.norm(x))))
         return self.drop2(self.fc2(x))
-
-    def _forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.drop1(self.act(_linear(self.fc1, self.norm(x))))
-        return self.drop2(_linear(self.fc2, x))
 
 
 class Attention(nn.Module):
@@ -477,9 +264,9 @@ class Attention(nn.Module):
         self.window_size = window_size
         self.fused_attn = use_fused_attn()
 
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.norm = LayerNorm(dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
         num_tokens = window_size * window_size
         # a window has as many (vertical, horizontal) distances as it has tokens
@@ -518,30 +305,25 @@ class Attention(nn.Module):
         # index_select is several times cheaper than advanced indexing, cheap enough that nothing needs to be cached
         N = self.attention_bias_idxs.shape[0]
         biases = self.attention_biases.index_select(1, self.attention_bias_idxs.view(-1))
-        # four dimensions: the CPU's fused attention takes no mask of three
-        return biases.view(1, self.num_heads, N, N)
+        # The CPU's fused attention takes no mask of three dimensions. Nor does cuDNN's, which PyTorch prefers on newer
+        # GPUs, and which took 2.7 ms on an H200 where the memory-efficient one took 1.9.
+        return biases.view(self.num_heads, N, N) if biases.is_cuda else biases.view(1, self.num_heads, N, N)
 
-    def _attend(self, qkv: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-        B, N, _ = qkv.shape
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, N, C = x.shape
         # the official layout: for every head its query, key and value side by side
-        qkv = qkv.view(B, N, self.num_heads, 3 * self.head_dim).transpose(1, 2)
+        qkv = self.qkv(self.norm(x)).view(B, N, self.num_heads, 3 * self.head_dim).transpose(1, 2)
         q, k, v = qkv.split(self.head_dim, dim=3)  # [B, heads, N, head_dim]
-        # the CPU's fused attention takes no mask that needs a gradient; without it PyTorch's own fallback is the slower
-        if self.fused_attn and not (biases.requires_grad and biases.device.type == 'cpu'):
+        biases = self._biases()
+        if self.fused_attn and takes_mask(biases):
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=biases.to(q.dtype))
         else:
             attn = (q * self.scale) @ k.transpose(-2, -1) + biases  # [B, heads, N, N]
             x = attn.softmax(dim=-1).to(v.dtype) @ v
-        return x.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting() and _is_cpu(x):
-            x = self._attend(_linear(self.qkv, self.norm(x)), self._biases())
-            return _linear(self.proj, x)
-        x = self._attend(self.qkv(self.norm(x)), self._biases())
-        return self.proj(x)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
 
 
+@register_notrace_module
 class TinyVitBlock(nn.Module):
     """Windowed attention, a depthwise convolution that joins the windows, and an MLP, on [B, H, W, C].
 
@@ -566,7 +348,7 @@ class TinyVitBlock(nn.Module):
             drop: float = 0.,
             drop_path: float = 0.,
             local_conv_size: int = 3,
-            act_layer: type[nn.Module] = nn.GELU,
+            act_layer: type[nn.Module] = GELU,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
     ) -> None:
@@ -617,9 +399,6 @@ class TinyVitBlock(nn.Module):
         return f'dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, mlp_ratio={self.mlp_ratio}'
 
 
-register_notrace_module(TinyVitBlock)
-
-
 class TinyVitStage(nn.Module):
     """Downsampling, then a run of attention blocks.
 
@@ -647,7 +426,7 @@ class TinyVitStage(nn.Module):
             mlp_ratio: float = 4.,
             drop: float = 0.,
             local_conv_size: int = 3,
-            act_layer: type[nn.Module] = nn.GELU,
+            act_layer: type[nn.Module] = GELU,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
     ) -> None:
@@ -728,7 +507,7 @@ class TinyVit(nn.Module):
             use_checkpoint: bool = False,
             mbconv_expand_ratio: float = 4.,
             local_conv_size: int = 3,
-            act_layer: type[nn.Module] = nn.GELU,
+            act_layer: type[nn.Module] = GELU,
             img_size: int | Sequence[int] = 224,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,

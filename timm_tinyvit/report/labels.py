@@ -13,7 +13,7 @@ from ..data.fingerprint import iterate_keys
 from ..data.sources import class_names, load_split, read_labels
 from ..data.views import Replay, ViewRecipe
 from ..models.imagenet22k import NUM_CLASSES_22K
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..store.manifest import Manifest
 
 __all__ = ['LabelledViews', 'data_name', 'label_mismatch', 'labelled_views', 'teacher_classes']
@@ -70,7 +70,7 @@ class LabelledViews:
 
 
 def labelled_views(
-        store: LogitStore,
+        store: StoreReader,
         dataset: str | None,
         train_split: str | None = None,
         input_key: str | None = None,
@@ -104,9 +104,9 @@ def labelled_views(
 
 
 def _rows(views: SparseLogitDataset) -> np.ndarray:
-    if views.keys is None:
+    if views.key_index is None:
         return np.arange(len(views))
-    return views.keys.find(np.concatenate([hashes for hashes, _ in iterate_keys(views.dataset, views.key)]))
+    return views.key_index.find(np.concatenate([hashes for hashes, _ in iterate_keys(views.dataset, views.key)]))
 
 
 def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes: int) -> str | None:

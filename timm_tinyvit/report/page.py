@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..base.text import short_percent
 from ..version import __version__
 
@@ -166,7 +166,7 @@ class Page:
         Raises:
             InputError: The disk is full, or may not be written.
         """
-        write_aside(Path(path), self.html().encode())
+        write_atomic(Path(path), self.html().encode())
 
 
 def check_output(path: str | Path | None) -> None:

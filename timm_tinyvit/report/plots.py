@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..base.text import short_percent
 from ..train.calibration import Reliability
 from ..train.metrics import read_metrics
@@ -98,7 +98,7 @@ def plot_metrics(metrics: Path, picture: Path) -> bool:
         _draw(axes, _lines(runs, ylabel))
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format='png')
-    write_aside(picture, buffer.getbuffer())
+    write_atomic(picture, buffer.getbuffer())
     return True
 
 

@@ -16,7 +16,7 @@ import torch
 from ..data.dataset import read_records
 from ..data.pairing import Pairing
 from ..data.views import ViewRecipe
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..targets.sparse import SparseTargets
 from ..train.predictions import Predictions
 
@@ -157,7 +157,7 @@ class StoreStatistics:
         }
 
 
-def filled_shards(store: LogitStore, epochs: Sequence[int]) -> dict[int, np.ndarray]:
+def filled_shards(store: StoreReader, epochs: Sequence[int]) -> dict[int, np.ndarray]:
     """The shards, int64 [n] in ascending order, that are there of each of these epochs that has any."""
     missing: dict[int, list[int]] = {epoch: [] for epoch in epochs}
     for epoch, shard in store.missing(epochs):
@@ -167,7 +167,7 @@ def filled_shards(store: LogitStore, epochs: Sequence[int]) -> dict[int, np.ndar
 
 
 def store_statistics(
-        store: LogitStore,
+        store: StoreReader,
         labels: np.ndarray | None = None,
         rows: np.ndarray | None = None,
         epochs: Sequence[int] | None = None,
@@ -320,7 +320,7 @@ def _label_probability(targets: SparseTargets, names: list[np.ndarray]) -> np.nd
     return found
 
 
-def _sample_rows(store: LogitStore, shards: np.ndarray, rows: np.ndarray | None, count: int) -> np.ndarray:
+def _sample_rows(store: StoreReader, shards: np.ndarray, rows: np.ndarray | None, count: int) -> np.ndarray:
     """Up to so many rows, evenly spaced, int64 in ascending order, of those that these shards hold."""
     size = store.manifest.shard_size
     if rows is not None:

@@ -15,12 +15,12 @@ import numpy as np
 
 from ..base.console import progress
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..base.hub_client import is_hub_url
 from ..base.text import counted, decimal, percent, readable_bytes, text_table
 from ..data.views import check_probe
-from ..store.local import LogitStore
-from ..store.remote import HubStore, open_store_at
+from ..store.base import StoreReader
+from ..store.remote import RemoteStore, open_reader
 from ..train.calibration import NUM_BINS
 from ..train.predictions import confused_pairs
 from .labels import LabelledViews, labelled_views, teacher_classes
@@ -87,7 +87,7 @@ def report_store(
     if max_samples is not None and max_samples < 1:
         raise InputError(f'--max-samples is {max_samples}; expected 1 or more')
     max_epochs = MAX_HUB_EPOCHS if is_hub_url(path) and epochs is None else MAX_EPOCHS
-    store = open_store_at(path, keep_epochs=max_epochs)
+    store = open_reader(path, keep_epochs=max_epochs)
     stored = store.manifest.stored_epochs
     epochs = stored if epochs is None else epochs
     if not set(epochs) <= set(stored):
@@ -119,7 +119,7 @@ def report_store(
         check_probe(data.views.replay, store.manifest.probe, store.manifest.versions)
         chosen = {'varied': choose_samples(statistics)['varied'][:NUM_GALLERY_ROWS]}
         samples = show_samples(data, statistics, chosen, names, NUM_GALLERY_EPOCHS)['varied']
-        write_aside(Path(gallery), draw_pictures([sample.pictures for sample in samples]))
+        write_atomic(Path(gallery), draw_pictures([sample.pictures for sample in samples]))
     if html:
         shown = {}
         if data is not None:
@@ -132,14 +132,14 @@ def report_store(
     return text
 
 
-def shards_on_disk(store: LogitStore) -> str:
+def shards_on_disk(store: StoreReader) -> str:
     """Which part of the store is on disk."""
     manifest, there = store.manifest, store_size(store)
     return (f'{there["shards"]} of {there["all_shards"]} ({manifest.shard_size:,} samples each), '
             f'{there["complete_epochs"]} of {manifest.epochs} epochs complete')
 
 
-def store_size(store: LogitStore) -> dict[str, Any]:
+def store_size(store: StoreReader) -> dict[str, Any]:
     """How much of a store is there, and the bytes that it takes; of a complete store they are an estimate."""
     manifest = store.manifest
     there = filled_shards(store, manifest.stored_epochs)
@@ -158,13 +158,13 @@ def store_size(store: LogitStore) -> dict[str, Any]:
     }
 
 
-def store_facts(store: LogitStore) -> dict[str, str]:
+def store_facts(store: StoreReader) -> dict[str, str]:
     """How a store was made, and what is on disk of it."""
     manifest, size = store.manifest, store_size(store)
     # A manifest that was written by another program may say less.
     unknown = dict.fromkeys(('name', 'weights', 'dtype', 'device'), 'unknown') | {'input_size': '??'}
     teacher = unknown | manifest.teacher
-    where = 'the Hub' if isinstance(store, HubStore) else 'disk'
+    where = 'the Hub' if isinstance(store, RemoteStore) else 'disk'
     facts = {
         'store': str(store.path),
         'teacher': f'{teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, {teacher["device"]}, '
@@ -187,7 +187,7 @@ def store_facts(store: LogitStore) -> dict[str, str]:
     }
 
 
-def figures_of(statistics: StoreStatistics, store: LogitStore) -> dict[str, str]:
+def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str]:
     """The statistics of a store in words."""
     found, manifest = statistics.summary(), store.manifest
     looked = (f'{len(statistics.epochs)} of {manifest.epochs} epochs, {len(statistics.rows):,} of '
@@ -244,7 +244,7 @@ def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
     return list(columns), [[str(cell) for cell in row] for row in zip(*columns.values())]
 
 
-def text_report(store: LogitStore, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> str:
+def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> str:
     """All that is known of a store, as lines.
 
     Args:
@@ -262,7 +262,7 @@ def text_report(store: LogitStore, statistics: StoreStatistics | None, notes: Se
     return '\n'.join([*lines, *(['', *notes] if notes else [])])
 
 
-def plain_report(store: LogitStore, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> dict[str, Any]:
+def plain_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The same as plain JSON values: the manifest, how much is there, and the statistics or None."""
     return {
         'store': str(store.path), 'manifest': asdict(store.manifest), 'size': store_size(store),
@@ -270,7 +270,7 @@ def plain_report(store: LogitStore, statistics: StoreStatistics | None, notes: S
 
 
 def store_page(
-        store: LogitStore,
+        store: StoreReader,
         statistics: StoreStatistics,
         names: Sequence[str],
         shown: dict[str, list[ShownSample]],
@@ -286,7 +286,7 @@ def store_page(
         notes: What else to say.
     """
     facts = store_facts(store)
-    if not isinstance(store, HubStore):
+    if not isinstance(store, RemoteStore):
         # A page may be shown to others, and a path names people and machines.
         facts['store'] = store.path.resolve().name
     # Of one on the Hub without the commit, which stands below.
@@ -332,7 +332,7 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ('' if text.endswith('.') else '.')
 
 
-def describe_store(store: LogitStore, data: LabelledViews | None = None) -> str:
+def describe_store(store: StoreReader, data: LabelledViews | None = None) -> str:
     """The manifest, what is on disk, and with labels that are the teacher's classes its accuracy, as text."""
     facts = store_facts(store)
     if data is None or data.teacher_labels is None:

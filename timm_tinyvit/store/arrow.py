@@ -1,85 +1,39 @@
-"""The bytes of an Arrow IPC stream before its data: one schema, one record batch, one column of records.
+"""The bytes of an Arrow IPC stream before its data: one schema, one record batch, one column of fixed-size records.
 
-They are laid out here and not by pyarrow, so that they are the same on every machine and with every version of pyarrow:
-a reader compares them with what they must be, and no parser ever sees the bytes of a damaged or hostile file.
-`HEADER_SIZE` is the same for every column, so that data begin at a fixed place. Messages are flatbuffers; the numbers
-of fields and types are those of Arrow's `Message.fbs` and `Schema.fbs`.
+They are kept here and not made by pyarrow, so that they are the same on every machine and with every version of
+pyarrow: a reader compares them with what they must be, and no parser ever sees the bytes of a damaged or hostile file.
+But for some numbers and the name of the store they are the same for every shard; docs/format.md explains them.
 """
 
 import struct
-from dataclasses import dataclass
-from collections.abc import Sequence
 
 __all__ = ['END_OF_STREAM', 'HEADER_SIZE', 'METADATA_KEY', 'stream_header']
 
 METADATA_KEY = b'timm_tinyvit'
 HEADER_SIZE = 576  # a multiple of 64, as Arrow likes its data
 END_OF_STREAM = struct.pack('<II', 0xFFFFFFFF, 0)
-METADATA_VERSION = 4  # V5
-SCHEMA_MESSAGE, BATCH_MESSAGE = 1, 3
-FIXED_SIZE_BINARY_TYPE = 15
-
-
-@dataclass(frozen=True)
-class _Object:
-    """A flatbuffer object: its bytes, where in them it starts, and which objects the offsets in them point to."""
-    data: bytes
-    start: int = 0
-    targets: Sequence[tuple[int, '_Object']] = ()
-
-
-def _table(*fields: tuple[str, int] | _Object | None) -> _Object:
-    """A table of numbers as (struct code, value), of objects, and of absent fields."""
-    body, places, targets = bytearray(4), [], []
-    for field in fields:
-        if field is None:
-            places.append(0)
-            continue
-        code, value = ('I', 0) if isinstance(field, _Object) else field
-        body += bytes(-len(body) % struct.calcsize(code))
-        places.append(len(body))
-        if isinstance(field, _Object):
-            targets.append((len(body), field))
-        body += struct.pack(f'<{code}', value)
-    vtable = struct.pack(f'<{2 + len(places)}H', 4 + 2 * len(places), len(body), *places)
-    vtable += bytes(-len(vtable) % 8)
-    struct.pack_into('<i', body, 0, len(vtable))
-    return _Object(vtable + body, len(vtable), [(len(vtable) + place, target) for place, target in targets])
-
-
-def _text(text: str) -> _Object:
-    data = text.encode()
-    return _Object(struct.pack('<I', len(data)) + data + b'\0')
-
-
-def _vector(*items: _Object) -> _Object:
-    return _Object(struct.pack('<I', len(items)) + bytes(4 * len(items)),
-                   targets=[(4 + 4 * place, item) for place, item in enumerate(items)])
-
-
-def _pairs(*pairs: tuple[int, int]) -> _Object:
-    """A vector of structs of two 64-bit numbers, which begin at a multiple of 8."""
-    numbers = [number for pair in pairs for number in pair]
-    return _Object(struct.pack(f'<II{len(numbers)}q', 0, len(pairs), *numbers), start=4)
-
-
-def _append(out: bytearray, item: _Object) -> int:
-    """Append an object and what it points to; returns where it starts."""
-    out += bytes(-len(out) % 8)
-    first = len(out)
-    out += item.data
-    for place, target in item.targets:
-        struct.pack_into('<I', out, first + place, _append(out, target) - first - place)
-    return first + item.start
-
-
-def _message(kind: int, header: _Object, body_size: int, size: int = 0) -> bytes:
-    """An encapsulated message, zeros up to `size` included."""
-    out = bytearray(8)
-    root = _append(out, _table(('h', METADATA_VERSION), ('B', kind), header, ('q', body_size)))
-    struct.pack_into('<I', out, 0, root)
-    out += bytes(max(-len(out) % 8, size - 8 - len(out)))
-    return struct.pack('<Ii', 0xFFFFFFFF, len(out)) + out
+# Of shard 7 of epoch 3, of 16,384 records of 18 bytes: a schema message and a record batch message, as flatbuffers.
+EXAMPLE = bytes.fromhex("""
+    ffffffff 60010000 18000000 00000000 0c001800 04000600 08001000 00000000
+    10000000 04000100 20000000 00000000 00000000 00000000 0a000c00 00000400
+    08000000 00000000 10000000 0c000000 60000000 00000000 01000000 14000000
+    10001400 04000800 09000c00 00001000 10000000 14000000 000f0000 24000000
+    28000000 00000000 06000000 7265636f 72640000 00000000 06000800 04000000
+    08000000 12000000 00000000 00000000 01000000 0c000000 08000c00 04000800
+    08000000 0c000000 20000000 00000000 0c000000 74696d6d 5f74696e 79766974
+    00000000 00000000 74000000 7b22666f 726d6174 223a2022 74696d6d 5f74696e
+    79766974 2e6c6f67 69747322 2c202273 746f7265 223a2022 30313233 34353637
+    38396162 63646566 30313233 34353637 38396162 63646566 222c2022 65706f63
+    68223a20 20202020 20202033 2c202273 68617264 223a2020 20202020 2020377d
+    00000000 00000000 ffffffff d0000000 18000000 00000000 0c001800 04000600
+    08001000 00000000 10000000 04000300 20000000 00000000 00800400 00000000
+    0a001800 08001000 14000000 00000000 10000000 00000000 00400000 00000000
+    0c000000 20000000 00000000 01000000 00400000 00000000 00000000 00000000
+    00000000 02000000 00000000 00000000 00000000 00000000 00000000 00000000
+    00800400 00000000 00000000 00000000 00000000 00000000 00000000 00000000
+    00000000 00000000 00000000 00000000 00000000 00000000 00000000 00000000
+""")
+METADATA_OFFSET = 236
 
 
 def stream_header(width: int, num_rows: int, metadata: str) -> bytes:
@@ -88,14 +42,12 @@ def stream_header(width: int, num_rows: int, metadata: str) -> bytes:
     Args:
         width: Bytes of a record.
         num_rows: Records in the batch.
-        metadata: What the schema says under the key `timm_tinyvit`.
+        metadata: The text of the schema under the key `timm_tinyvit`, as long as that of every shard.
     """
-    column = _table(_text('record'), ('B', 0), ('B', FIXED_SIZE_BINARY_TYPE), _table(('i', width)), None, _vector())
-    schema = _table(None, _vector(column), _vector(_table(_text(METADATA_KEY.decode()), _text(metadata))))
-    start = _message(SCHEMA_MESSAGE, schema, 0)
-    size = width * num_rows
-    # Two buffers: no validity bits, as no record is null, and the records.
-    batch = _table(('q', num_rows), _pairs((num_rows, 0)), _pairs((0, 0), (0, size)))
-    start += _message(BATCH_MESSAGE, batch, size + -size % 8, HEADER_SIZE - len(start))
-    assert len(start) == HEADER_SIZE
-    return start
+    header, text, size = bytearray(EXAMPLE), metadata.encode(), width * num_rows
+    header[METADATA_OFFSET:METADATA_OFFSET + len(text)] = text
+    struct.pack_into('<i', header, 164, width)
+    # Bytes of the body, records of the batch and of its column, bytes of the records.
+    for offset, number in ((408, size + -size % 8), (440, num_rows), (464, num_rows), (512, size)):
+        struct.pack_into('<q', header, offset, number)
+    return bytes(header)

@@ -1,8 +1,9 @@
 """HubCache: shards of a store on the Hub, in a folder that processes share, there when they are read and gone after.
 
-A shard is fetched aside, checked whole and renamed: one that is in the folder is complete. Any number of ranks, loader
-workers and trainings use one folder. Each shard is fetched by one of them, who claims it, and an epoch stays on disk
-as long as a process that lives holds it; one that was removed nevertheless is fetched again by whoever reads it.
+A shard is fetched to a temporary file, checked whole and renamed: one that is in the folder is complete. Any number of
+ranks, loader workers and trainings use one folder. Each shard is fetched by one of them, who has a lease on it, and an
+epoch stays on disk as long as a process that lives has a lease on it; one that was removed nevertheless is fetched
+again by whoever reads it.
 
 A connection that is lost, or a Hub in trouble, is tried again with growing pauses for a day: a training outlives it as
 long as the epoch in use is on disk.
@@ -14,6 +15,7 @@ import os
 import re
 import secrets
 import time
+import weakref
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -28,11 +30,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
 
 from ..base.errors import InputError
-from ..base.files import remove_stale, write_aside
+from ..base.files import remove_leftovers, write_atomic
 from ..base.hub_client import HubUrl, hub_errors, is_transient, reason_of, requested_wait, retried
-from ..base.leases import Claims, exclusive
+from ..base.leases import Leases, exclusive
 from ..version import __version__
-from .shard import ShardFormat, shard_name
+from .manifest import MANIFEST_NAME
+from .shard import SHARD_PATH, ShardFormat, epoch_name, shard_name
 
 __all__ = ['HeldEpochs', 'HubCache', 'HubCommit']
 
@@ -44,7 +47,6 @@ MAX_PAUSE = 60.
 # Downloads of a shard that does not come as it should be.
 MAX_ATTEMPTS = 3
 TIMEOUT = httpx.Timeout(30., connect=30.)
-SHARD_PATH = re.compile(r'epoch-(\d{5,})/shard-(\d{5,})\.arrow')
 READER = 'reader-'
 
 
@@ -121,14 +123,14 @@ class HubCommit:
             raise InputError(f'{path} of {self} has {metadata.size} bytes, expected {most} at most; it is none of a '
                              f'logit store')
 
-        def check(aside: Path) -> None:
-            if not _has_hash(aside, metadata.etag or ''):
+        def check(temporary: Path) -> None:
+            if not _has_hash(temporary, metadata.etag or ''):
                 raise _Damaged
 
         def fetch() -> None:
             for _ in range(MAX_ATTEMPTS):
                 with suppress(_Damaged), self.stream(path) as parts:
-                    return write_aside(file, parts, check)
+                    return write_atomic(file, parts, check)
             raise InputError(f'{path} of {self} was fetched {MAX_ATTEMPTS} times, and never as it was pushed; see what '
                              f'stands between this machine and the Hub')
 
@@ -189,14 +191,18 @@ class HubCache:
     def shard_path(self, epoch: int, shard: int) -> Path:
         return self.epoch_folder(epoch) / shard_name(shard)
 
+    def on_hub(self, epoch: int) -> list[int]:
+        """The shards of an epoch that the Hub has."""
+        return np.flatnonzero(self.sizes.get(epoch, np.empty(0)) >= 0).tolist()
+
     def lacking(self, epoch: int, shards: Iterable[int] | None = None) -> list[int]:
         """Those of these shards, by default of all, that are not on disk."""
         try:
-            there = set(os.listdir(self.epoch_folder(epoch)))
+            names = set(os.listdir(self.epoch_folder(epoch)))
         except FileNotFoundError:
-            there = set()
+            names = set()
         shards = range(self.shard_format.manifest.num_shards) if shards is None else shards
-        return [shard for shard in shards if shard_name(shard) not in there]
+        return [shard for shard in shards if shard_name(shard) not in names]
 
     def fetch(
             self,
@@ -226,12 +232,15 @@ class HubCache:
             InputError: The Hub does not have a shard, or only a damaged one, or the disk is full; or the patience came
                 to an end.
         """
-        self._check_on_hub(epoch, shards)
+        if absent := set(shards).difference(self.on_hub(epoch)):
+            raise InputError(
+                f'{self.source} has no epoch {epoch} yet: {len(absent)} of its shards are not there; push them '
+                f'with timm-tinyvit store push, or train on fewer --epochs')
         patience = PATIENCE if patience is None else patience
         waiting, running = deque(shards), {}
         damaged: list[str] = []
         failures, last, resume = 0, time.monotonic(), 0.
-        with Claims() as claims, ThreadPoolExecutor(threads) as pool:
+        with Leases() as leases, ThreadPoolExecutor(threads) as pool:
             while waiting or running:
                 if stop():
                     return False
@@ -242,7 +251,7 @@ class HubCache:
                     if path.exists():
                         count(int(self.sizes[epoch][shard]))
                         last = time.monotonic()
-                    elif self._claim(claims, path):
+                    elif self._lease(leases, path):
                         running[pool.submit(self._download, epoch, shard)] = shard
                     else:
                         elsewhere.append(shard)
@@ -251,7 +260,7 @@ class HubCache:
                     time.sleep(0.1)
                 for future in wait(running, 0.2, FIRST_COMPLETED).done if running else ():
                     shard = running.pop(future)
-                    claims.release(self.shard_path(epoch, shard))
+                    leases.release(self.shard_path(epoch, shard))
                     error = future.exception()
                     now = time.monotonic()
                     if error is None:
@@ -287,30 +296,22 @@ class HubCache:
                     path.unlink(missing_ok=True)
 
     def epoch_folder(self, epoch: int) -> Path:
-        return self.folder / f'epoch-{epoch:05d}'
+        return self.folder / epoch_name(epoch)
 
     @staticmethod
-    def _claim(claims: Claims, path: Path) -> bool:
-        """Claim a shard that is to be fetched, unless somebody else fetches it or has done so."""
+    def _lease(leases: Leases, path: Path) -> bool:
+        """Take the lease on a shard that is to be fetched, unless somebody else fetches it or has done so."""
         try:
             path.parent.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f'the folder {path.parent.parent} cannot be made: {error.strerror}; choose another '
                              f'--store-cache')
-        if not claims.take(path):
+        if not leases.acquire(path):
             return False
         if path.exists():
-            claims.release(path)
+            leases.release(path)
             return False
         return True
-
-    def _check_on_hub(self, epoch: int, shards: Sequence[int]) -> None:
-        sizes = self.sizes.get(epoch)
-        absent = [shard for shard in shards if sizes is None or sizes[shard] < 0]
-        if absent:
-            raise InputError(
-                f'{self.source} has no epoch {epoch} yet: {len(absent)} of its shards are not there; push them '
-                f'with timm-tinyvit store push, or train on fewer --epochs')
 
     def _download(self, epoch: int, shard: int) -> None:
         """Fetch one shard, check it, and put it into its place.
@@ -323,16 +324,16 @@ class HubCache:
         path = self.shard_path(epoch, shard)
         name = path.relative_to(self.folder).as_posix()
 
-        def check(aside: Path) -> None:
+        def check(temporary: Path) -> None:
             try:
-                self.shard_format.map(aside, epoch, shard)
+                self.shard_format.map(temporary, epoch, shard)
             except InputError:
                 raise _Damaged
 
         for attempt in range(MAX_ATTEMPTS):
             try:
                 with self.source.stream(name) as parts:
-                    write_aside(path, _bounded(parts, int(self.sizes[epoch][shard])), check)
+                    write_atomic(path, _bounded(parts, int(self.sizes[epoch][shard])), check)
                 return
             except InputError:
                 raise
@@ -351,28 +352,26 @@ class HubCache:
     def _list(self) -> dict[int, np.ndarray]:
         """The shards that are on the Hub, from a list in the folder if one of the processes has made it."""
         path = self.folder / 'shards.json'
-        sizes = _read_json(path)
-        if sizes is None:
+        if (sizes := _read_json(path)) is None:
             with exclusive(path):
-                sizes = _read_json(path)
-                if sizes is None:
+                if (sizes := _read_json(path)) is None:
                     sizes = self._list_hub()
-                    write_aside(path, json.dumps(sizes).encode())
+                    write_atomic(path, json.dumps(sizes).encode())
         return {int(epoch): np.array(row) for epoch, row in sizes.items()}
 
     def _list_hub(self) -> dict[int, list[int]]:
         manifest = self.shard_format.manifest
         sizes = {epoch: [-1] * manifest.num_shards for epoch in manifest.stored_epochs}
         for name, file in self.source.files().items():
-            found = SHARD_PATH.fullmatch(name)
-            epoch, shard = map(int, found.groups()) if found else (-1, -1)
+            match = SHARD_PATH.fullmatch(name)
+            epoch, shard = map(int, match.groups()) if match else (-1, -1)
             if epoch in sizes and 0 <= shard < manifest.num_shards:
                 sizes[epoch][shard] = file.size
         return sizes
 
 
 class HeldEpochs:
-    """Epochs that a process keeps on disk; those that no process keeps are removed.
+    """Epochs that this process keeps on disk by leases; those that no process keeps are removed.
 
     Args:
         cache: Where they are.
@@ -381,8 +380,10 @@ class HeldEpochs:
     def __init__(self, cache: HubCache):
         self.cache = cache
         self.epochs: list[int] = []
-        self._claims = Claims()
+        self._leases = Leases()
         self._name = f'{READER}{secrets.token_hex(8)}'
+        # A reader that is no more keeps nothing, also where its process goes on.
+        weakref.finalize(self, self._leases.close)
 
     def set(self, epochs: Sequence[int]) -> None:
         """Keep these epochs from now on, and no other.
@@ -391,32 +392,32 @@ class HeldEpochs:
             InputError: The disk is full or may not be written.
         """
         folder = self.cache.folder
-        # Nobody removes an epoch between its being kept and the first look at it.
+        # Nobody removes an epoch while another process takes its lease on it.
         with exclusive(folder / 'epochs'):
             for epoch in set(epochs) - set(self.epochs):
-                self._claims.take(self.cache.epoch_folder(epoch) / self._name)
+                self._leases.acquire(self.cache.epoch_folder(epoch) / self._name)
             for epoch in set(self.epochs) - set(epochs):
-                self._claims.release(self.cache.epoch_folder(epoch) / self._name)
+                self._leases.release(self.cache.epoch_folder(epoch) / self._name)
             self.epochs = list(epochs)
             kept = {self.cache.epoch_folder(epoch) for epoch in epochs}
-            for other in folder.glob('epoch-*'):
-                if other in kept:
-                    _look_at_claims(self._claims, other, READER)
+            for epoch_folder in folder.glob('epoch-*'):
+                if epoch_folder in kept:
+                    _all_expired(self._leases, epoch_folder, READER)
                 else:
-                    _remove_unless_kept(self._claims, other)
-        for other in set(folder.parent.iterdir()) - {folder}:
-            if (other / 'store.json').is_file():
-                self._remove_commit(other)
+                    _remove_unless_kept(self._leases, epoch_folder)
+        for commit_folder in set(folder.parent.iterdir()) - {folder}:
+            if (commit_folder / MANIFEST_NAME).is_file():
+                self._remove_commit(commit_folder)
 
     def release(self) -> None:
         """Keep none of them any more, and leave them where they are."""
-        self._claims.__exit__(None, None, None)
+        self._leases.close()
         self.epochs = []
 
     def _remove_commit(self, folder: Path) -> None:
         """Remove what is left of another commit of the repo, where nobody keeps an epoch of it."""
         with exclusive(folder / 'epochs'):
-            if all([_remove_unless_kept(self._claims, epoch) for epoch in folder.glob('epoch-*')]):
+            if all([_remove_unless_kept(self._leases, epoch) for epoch in folder.glob('epoch-*')]):
                 for file in folder.iterdir():
                     if file.is_file() and not file.name.startswith('.'):
                         file.unlink(missing_ok=True)
@@ -455,36 +456,35 @@ def _has_hash(file: Path, expected: str) -> bool:
     return state.hexdigest() == expected
 
 
-def _look_at_claims(claims: Claims, folder: Path, prefix: str) -> bool:
-    """Look at all claims of one kind in the folder of an epoch, each of which expires from the first look at it.
+def _all_expired(leases: Leases, folder: Path, prefix: str) -> bool:
+    """Whether no process that lives has a lease of one kind in the folder of an epoch; expired ones are removed.
 
-    Returns:
-        Whether none of them is of a process that lives; those are gone.
+    The time until one expires is counted from the first look at it.
     """
     is_free = True
-    # And those on the taking over of such a claim.
-    for claim in folder.glob(f'.*{prefix}*.claim'):
-        file = folder / claim.name[1:].removesuffix('.claim')
-        if claims.take(file):
-            claims.release(file)
+    # And those on the taking over of such a lease.
+    for lease in folder.glob(f'.*{prefix}*.lease'):
+        file = folder / lease.name[1:].removesuffix('.lease')
+        if leases.acquire(file):
+            leases.release(file)
         else:
             is_free = False
     return is_free
 
 
-def _remove_unless_kept(claims: Claims, folder: Path) -> bool:
+def _remove_unless_kept(leases: Leases, folder: Path) -> bool:
     """Remove the shards of an epoch, unless a process that lives keeps them.
 
     Returns:
         Whether they are gone.
     """
-    if not _look_at_claims(claims, folder, READER):
+    if not _all_expired(leases, folder, READER):
         return False
     for file in folder.glob('shard-*.arrow'):
         file.unlink(missing_ok=True)
-    remove_stale(folder)
-    _look_at_claims(claims, folder, 'shard-')
-    # A reader that was not told yet may be fetching into it just now.
+    remove_leftovers(folder)
+    _all_expired(leases, folder, 'shard-')
+    # A reader without a lease on the epoch may be fetching into it just now.
     with suppress(OSError):
         folder.rmdir()
     return True

@@ -7,48 +7,46 @@ size and epochs; the epochs that all of them hold are used.
 """
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from ..base.errors import InputError
-from ..targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
+from ..targets.sparse import SparseTargets
+from .base import StoreReader
 from .keys import KeyIndex
-from .local import LogitStore
 
-__all__ = ['Ensemble', 'ensemble_loss']
+__all__ = ['Ensemble']
 
 # What makes the views, and the classes: entries of the manifest that must agree.
 COMMON = ('num_samples', 'num_classes', 'seed', 'first_sample', 'key', 'recipe', 'probe', 'dataset')
 
 
-class Ensemble:
-    """Stores of several teachers with the reading side of a `LogitStore`.
+class Ensemble(StoreReader):
+    """Stores of several teachers, read as one.
+
+    The manifest is the first one's, with the epochs that all hold, the bytes of all records, and all teachers.
 
     Args:
         stores: Two or more stores of the same views.
-
-    Attributes:
-        path: Where they are, as text.
-        manifest: The first one's, with the epochs that all hold, the bytes of all records, and all teachers.
-        codec: Checks and decodes records that lie side by side.
 
     Raises:
         InputError: They were made from other views, data or classes, or hold no epoch in common.
     """
 
-    def __init__(self, stores: Sequence[LogitStore]):
-        self.stores = list(stores)
+    def __init__(self, stores: Sequence[StoreReader]):
+        self._stores = list(stores)
         self.path = ' + '.join(str(store.path) for store in stores)
         first = stores[0].manifest
         for store in stores[1:]:
-            other = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)]
-            if other:
+            differing = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)]
+            if differing:
                 raise InputError(
                     f'the stores {stores[0].path} and {store.path} are not of the same views and classes: they differ '
-                    f'in {", ".join(other)}; an ensemble wants the same data set, recipe, --store-seed and classes')
+                    f'in {", ".join(differing)}; an ensemble wants the same data set, recipe, --store-seed and classes')
         start = max(store.manifest.stored_epochs.start for store in stores)
         stop = min(store.manifest.stored_epochs.stop for store in stores)
         if start >= stop:
@@ -58,26 +56,37 @@ class Ensemble:
             first, first_epoch=start, epochs=stop - start, record_width=self.codec.width,
             teacher={'ensemble': [store.manifest.identity for store in stores]})
 
+    @property
+    def stores(self) -> list[StoreReader]:
+        return self._stores
+
+    def read(self, epoch: int, rows: Sequence[int]) -> np.ndarray:
+        """Records of all stores side by side; see `StoreReader.read`."""
+        return np.concatenate([store.read(epoch, rows) for store in self.stores], axis=1)
+
     def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
-        """The (epoch, shard) pairs of these epochs that one of the stores lacks."""
         return [pair for store in self.stores for pair in store.missing(epochs)]
 
-    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Say which epochs are read from now on, and which after them; see `LogitStore.begin`."""
+    def prefetch(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
         for store in self.stores:
-            store.begin(epochs, then)
+            store.prefetch(epochs, then)
 
     def wait(self, stop: Callable[[], bool] = bool) -> bool:
-        """Wait until the epochs that have begun can be read; see `LogitStore.wait`."""
         return all(store.wait(stop) for store in self.stores)
 
     def open_keys(self) -> KeyIndex:
         """The keys that all of them share."""
         return self.stores[0].open_keys()
 
-    def read(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
-        """Records of all stores side by side, uint8 [n, width]; see `LogitStore.read`."""
-        return np.concatenate([store.read(epoch, indices) for store in self.stores], axis=1)
+    def check_files(self, epochs: Iterable[int]) -> None:
+        for store in self.stores:
+            store.check_files(epochs)
+
+    def verify(self, epochs: Iterable[int]) -> Iterator[str]:
+        return chain.from_iterable(store.verify(epochs) for store in self.stores)
+
+    def size(self) -> int:
+        return sum(store.size() for store in self.stores)
 
 
 class _SideBySide:
@@ -96,23 +105,3 @@ class _SideBySide:
     def decode(self, records: torch.Tensor) -> list[SparseTargets]:
         """What each teacher says, from checked records, uint8 [B, width], on the device of the records."""
         return [codec.decode(part.contiguous()) for codec, part in zip(self.codecs, records.split(self.widths, dim=1))]
-
-
-def ensemble_loss(
-        logits: torch.Tensor,
-        targets: SparseTargets | Sequence[SparseTargets],
-        temperature: float = 1.0,
-) -> torch.Tensor:
-    """Soft-target cross-entropy to the average of what several teachers say, or to what one says.
-
-    Args:
-        logits: Student logits [B, C].
-        targets: What each teacher says of the same B views.
-        temperature: Softens the student and each teacher.
-
-    Returns:
-        The mean over the batch, a scalar.
-    """
-    if isinstance(targets, SparseTargets):
-        return sparse_soft_target_cross_entropy(logits, targets, temperature)
-    return sum(sparse_soft_target_cross_entropy(logits, part, temperature) for part in targets) / len(targets)

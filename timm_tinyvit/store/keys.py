@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from .arrow import METADATA_KEY
 from .manifest import FORMAT, Manifest
 from .shard import FOOTER_SIZE, MAGIC
@@ -96,7 +96,7 @@ class KeyIndex:
         with pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
         content = sink.getvalue()
-        write_aside(folder / FILE_NAME, [content, MAGIC + hashlib.blake2b(content, digest_size=16).digest()])
+        write_atomic(folder / FILE_NAME, [content, MAGIC + hashlib.blake2b(content, digest_size=16).digest()])
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, check: bool = True) -> 'KeyIndex':

@@ -1,60 +1,38 @@
-"""LogitStore: the sparse targets of every view of a data set, on disk.
+"""LogitStore: the sparse targets of every view of a data set, in a folder, to write and to read.
 
-A store is a directory: `store.json`, the manifest that says how each view and each record was made, and one folder
-per epoch with shards, runs of `shard_size` consecutive samples.
+A store is a folder: `store.json`, the manifest that says how each view and each record was made, and one folder per
+epoch with shards, runs of `shard_size` consecutive samples.
 
-A shard is written aside, synced and renamed: a shard that exists is complete, a kill costs the open shard and nothing
-else, and writers need not know of each other, because a shard's bytes are a function of the manifest alone. Reading
-maps the shards into memory and builds no index: a row is found by arithmetic.
+A shard is written atomically: one that exists is complete, a kill costs the open shard and nothing else, and writers
+need not know of each other, because a shard's bytes are a function of the manifest alone.
 """
 
 import os
 from dataclasses import replace
 from pathlib import Path
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from ..base.errors import InputError
-from ..base.files import remove_stale, write_aside
+from ..base.files import remove_leftovers, write_atomic
 from ..base.leases import exclusive
-from ..targets.codec import Codec
-from ..targets.codecs import create_codec
-from .keys import KeyIndex
-from .manifest import Manifest
-from .reader import MAX_MAPS, MappedEpoch
-from .shard import ShardFormat, shard_name
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
+from .reader import ShardStore
+from .shard import shard_name
 
-__all__ = ['LogitStore', 'Manifest', 'write_aside']
-
-MANIFEST_NAME = 'store.json'
-MAX_MANIFEST_SIZE = 1 << 20
-NUM_VERIFIED = 1024
-MAX_MAPPED_EPOCHS = 8
+__all__ = ['LogitStore', 'Manifest']
 
 
-class LogitStore:
-    """A store that exists; use `create` or `open`.
-
-    Attributes:
-        path: Its directory.
-        manifest: Its manifest.
-        codec: The codec of its records.
-    """
+class LogitStore(ShardStore):
+    """A store in a folder; use `create` or `open`."""
 
     def __init__(self, path: Path, manifest: Manifest):
-        self.path = path
-        self.manifest = manifest
-        self.codec: Codec = create_codec(manifest.codec, manifest.num_classes, manifest.k)
-        self._format = ShardFormat(manifest)
-        self._mapped: dict[int, MappedEpoch] = {}  # the one that was read last stands last
+        super().__init__(path, path, manifest)
 
-    def __getstate__(self) -> tuple[Path, Manifest]:
-        # Maps do not travel to loader workers; each worker maps what it reads.
-        return self.path, self.manifest
-
-    def __setstate__(self, state: tuple[Path, Manifest]) -> None:
-        self.__init__(*state)
+    def __reduce__(self) -> tuple:
+        # Memory maps do not travel to loader workers; each worker maps what it reads.
+        return LogitStore, (self.path, self.manifest)
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -82,7 +60,7 @@ class LogitStore:
             manifest.check(f'the store {path}')
             with exclusive(path / MANIFEST_NAME):
                 if not cls.exists(path):
-                    write_aside(path / MANIFEST_NAME, manifest.to_json().encode())
+                    write_atomic(path / MANIFEST_NAME, manifest.to_json().encode())
         store = cls.open(path)
         differences = store.manifest.differences(manifest)
         if differences:
@@ -131,116 +109,31 @@ class LogitStore:
             manifest = LogitStore.open(self.path).manifest
             if manifest.epochs < epochs:
                 manifest = replace(manifest, epochs=epochs)
-                write_aside(self.path / MANIFEST_NAME, manifest.to_json().encode())
+                write_atomic(self.path / MANIFEST_NAME, manifest.to_json().encode())
         self.manifest = manifest
 
-    def shard_path(self, epoch: int, shard: int) -> Path:
-        return self.path / f'epoch-{epoch:05d}' / shard_name(shard)
-
-    def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
-        """The (epoch, shard) pairs of these epochs that are not on disk yet."""
-        found = []
-        for epoch in epochs:
-            there = self._files(epoch)
-            found += [(epoch, shard) for shard in range(self.manifest.num_shards) if shard_name(shard) not in there]
-        return found
-
-    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
-        """Say which epochs are read from now on, and which after them; one on disk need not know."""
-
-    def wait(self, stop: Callable[[], bool] = bool) -> bool:
-        """Wait until the epochs that have begun can be read, where they are not on disk yet.
-
-        Args:
-            stop: Is asked now and then whether to wait no longer.
-
-        Returns:
-            Whether they can be read; False if `stop` said so before.
-
-        Raises:
-            InputError: They will not come.
-        """
-        return True
-
-    def open_keys(self) -> KeyIndex:
-        """The keys of its samples, mapped into memory.
-
-        Raises:
-            InputError: The file is missing or damaged.
-        """
-        return KeyIndex.open(self.path, self.manifest)
-
     def check_files(self, epochs: Iterable[int]) -> None:
-        """Check the length and the header of every shard of these epochs that is on disk, and nothing else.
-
-        Raises:
-            InputError: A shard is cut short, or of another store, epoch or place.
-        """
         for epoch in epochs:
-            folder, there = self.shard_path(epoch, 0).parent, self._files(epoch)
-            for shard in range(self.manifest.num_shards):
-                name = shard_name(shard)
-                if name in there:
-                    self._format.check(folder / name, epoch, shard)
+            for shard in self._stored(epoch):
+                self._format.check(self.shard_path(epoch, shard), epoch, shard)
 
-    def verify(self, epochs: Iterable[int]) -> Iterator[str]:
-        """Check every byte and every record of these epochs.
-
-        Yields:
-            What is wrong: a sentence for each epoch that lacks shards, for each damaged part of a shard, and for keys
-                that are missing or damaged.
-        """
-        if self.manifest.key:
-            try:
-                self.open_keys()
-            except InputError as error:
-                yield str(error)
-        for epoch in epochs:
-            there = self._files(epoch)
-            missing = [shard for shard in range(self.manifest.num_shards) if shard_name(shard) not in there]
-            if missing:
-                yield (
-                    f'the store {self.path} lacks {len(missing)} of the {self.manifest.num_shards} shards of epoch '
-                    f'{epoch}, first shard {missing[0]}; fill it to the end with timm-tinyvit fill --logits '
-                    f'{self.path}')
-            for shard in range(self.manifest.num_shards):
-                if shard_name(shard) in there:
-                    yield from self._verify_shard(epoch, shard)
-
-    def _verify_shard(self, epoch: int, shard: int) -> Iterator[str]:
-        path = self.shard_path(epoch, shard)
-        mapped = MappedEpoch(self._format, path.parent, epoch)
-        first = shard * self.manifest.shard_size
-        stop = first + self.manifest.shard_rows(shard)
-        for start in range(first, stop, NUM_VERIFIED):
-            rows = np.arange(start, min(start + NUM_VERIFIED, stop))
-            try:
-                self.codec.check(mapped.read(rows))
-            except InputError as error:
-                yield str(error)
-                return
-            except ValueError as error:
-                yield (
-                    f'{path} holds a bad record among samples {start} to {rows[-1]} ({error}); delete it and fill the '
-                    f'store again')
-
-    def _files(self, epoch: int) -> set[str]:
-        """Names of the files in the folder of an epoch."""
+    def _stored(self, epoch: int) -> list[int]:
         folder = self.shard_path(epoch, 0).parent
         try:
-            return set(os.listdir(folder))
+            names = set(os.listdir(folder))
         except FileNotFoundError:
-            return set()
+            return []
         except NotADirectoryError:
             raise InputError(f'{folder} is a file where the folder of epoch {epoch} should be; move it away, and run '
                              f'the same command again')
         except OSError as error:
             raise InputError(f'{folder} cannot be read: {error.strerror}')
+        return [shard for shard in range(self.manifest.num_shards) if shard_name(shard) in names]
 
-    def remove_stale(self) -> None:
+    def remove_leftovers(self) -> None:
         """Remove the unfinished files of writers that are no more."""
         for folder in [self.path, *self.path.glob('epoch-*')]:
-            remove_stale(folder)
+            remove_leftovers(folder)
 
     def size(self) -> int:
         """Bytes of all shards on disk."""
@@ -251,39 +144,10 @@ class LogitStore:
 
         Raises:
             ValueError: The shape is not that of this shard.
-            InputError: The disk is full or may not be written, the store has vanished, or the shard would be too large.
+            InputError: The disk is full or may not be written, or the store has vanished.
         """
         parts = self._format.encode(epoch, shard, records)
         if not LogitStore.exists(self.path):
             # Else the folders would come back with a shard and no manifest in them.
             raise InputError(f'the store {self.path} has vanished; bring it back, or make it again')
-        write_aside(self.shard_path(epoch, shard), parts)
-
-    def read(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
-        """Records, uint8 [n, width], of samples of one epoch in any order.
-
-        A shard is checked whole when one of its records is read for the first time. Shards of several epochs stay
-        mapped, for batches with several views of each image.
-
-        Args:
-            epoch: Epoch of the store.
-            indices: Sample indices [n].
-
-        Raises:
-            InputError: An index is not in the store, or a shard is missing or damaged.
-        """
-        indices = np.asarray(indices, dtype=np.int64)
-        mapped = self._mapped.pop(epoch, None)
-        if mapped is None:
-            mapped = MappedEpoch(self._format, self.shard_path(epoch, 0).parent, epoch)
-        self._mapped[epoch] = mapped
-        while len(self._mapped) > 1 and (
-                len(self._mapped) > MAX_MAPPED_EPOCHS or sum(map(len, self._mapped.values())) > MAX_MAPS):
-            del self._mapped[next(iter(self._mapped))]
-        try:
-            return mapped.read(indices)
-        except IndexError:
-            outside = next(index for index in indices.tolist() if not 0 <= index < self.manifest.num_samples)
-            raise InputError(
-                f'sample {outside} was asked of a store of {self.manifest.num_samples} samples; use the data set that '
-                f'the store was made from')
+        write_atomic(self.shard_path(epoch, shard), parts)

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from ..base.errors import InputError
 from ..targets.codecs import create_codec
 
-__all__ = ['FORMAT', 'FORMAT_VERSION', 'Manifest', 'stored_epoch']
+__all__ = ['FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'Manifest', 'stored_epoch']
 
+MANIFEST_NAME = 'store.json'
 FORMAT = 'timm_tinyvit.logits'
 FORMAT_VERSION = 3
+MAX_MANIFEST_SIZE = 1 << 20
 MAX_SHARDS = 1 << 20
 MAX_DEPTH = 8
 MAX_EXCERPT = 200
@@ -99,15 +101,15 @@ class Manifest:
 
     def differences(self, other: 'Manifest') -> list[str]:
         """Which fields make another manifest's shards different ones, each as `name: here, there`."""
-        found = []
-        there = other._decisive()
+        pairs = []
+        others = other._decisive()
         for name, value in self._decisive().items():
             if isinstance(value, dict):
-                keys = [key for key in {**value, **there[name]} if value.get(key) != there[name].get(key)]
-                found += [f'{name} {key}: {_excerpt(value.get(key))}, {_excerpt(there[name].get(key))}' for key in keys]
-            elif value != there[name]:
-                found.append(f'{name}: {_excerpt(value)}, {_excerpt(there[name])}')
-        return found
+                entries = {**value, **others[name]}
+                pairs += [(f'{name} {entry}', value.get(entry), others[name].get(entry)) for entry in entries]
+            else:
+                pairs.append((name, value, others[name]))
+        return [f'{name}: {_excerpt(here)}, {_excerpt(there)}' for name, here, there in pairs if here != there]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + '\n'

@@ -1,66 +1,168 @@
-"""MappedEpoch: records of one epoch by row, from shards that are mapped into memory when they are first needed.
+"""ShardStore: a store whose shards lie in a folder, or are brought there; what local and remote stores share.
 
-A shard is checked whole when it is mapped, and never again. There is no index: where a record lies follows from its
-row.
+A shard is mapped into memory when one of its rows is first asked for; it is checked whole then, and never again. There
+is no index: where a record lies follows from its row.
 """
 
+import os
+from abc import abstractmethod
 from pathlib import Path
+from weakref import WeakSet
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from .shard import ShardFormat, shard_name
+from ..base.errors import InputError
+from ..targets.codecs import create_codec
+from .base import StoreReader
+from .keys import KeyIndex
+from .manifest import Manifest
+from .shard import ShardFormat, epoch_name, shard_name
 
-__all__ = ['MAX_MAPS', 'MappedEpoch']
+__all__ = ['ShardStore']
 
-# Half of the maps that Linux allows a process.
+# Half of the memory maps that Linux allows a process.
 MAX_MAPS = 1 << 15
+MAX_MAPPED_EPOCHS = 8
+NUM_VERIFIED = 1024
+
+# All stores of this process, which share its maps.
+_stores: WeakSet['ShardStore'] = WeakSet()
 
 
-class MappedEpoch:
-    """The shards of an epoch in memory.
+class ShardStore(StoreReader):
+    """A store of one teacher.
 
     Args:
-        shard_format: The format of the store's shards.
-        folder: The folder of the epoch.
-        epoch: Its number.
+        path: Where it is, see `StoreReader`.
+        folder: Where its shards are on this disk.
+        manifest: Its manifest.
     """
 
-    def __init__(self, shard_format: ShardFormat, folder: Path, epoch: int):
-        self.epoch = epoch
-        self._format = shard_format
-        self._folder = folder
-        self._shards: dict[int, memoryview] = {}
+    def __init__(self, path: Path | str, folder: Path, manifest: Manifest):
+        self.path = path
+        self.folder = folder
+        self.manifest = manifest
+        self.codec = create_codec(manifest.codec, manifest.num_classes, manifest.k)
+        self._format = ShardFormat(manifest)
+        # Records of mapped shards by epoch and shard; the epoch that was read last stands last.
+        self._maps: dict[int, dict[int, memoryview]] = {}
+        # Of each mapped epoch one file and its inode, which show when the epoch was removed from disk.
+        self._inodes: dict[int, tuple[Path, int | None]] = {}
+        _stores.add(self)
 
-    def __len__(self) -> int:
-        """Shards that are mapped."""
-        return len(self._shards)
+    @abstractmethod
+    def _stored(self, epoch: int) -> list[int]:
+        """The shards of an epoch that the store has."""
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Records, uint8 [n, width], of rows of the epoch, int64 [n].
+    def shard_path(self, epoch: int, shard: int) -> Path:
+        """The file of a shard on this disk."""
+        return self.folder / epoch_name(epoch) / shard_name(shard)
+
+    def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
+        pairs = []
+        for epoch in epochs:
+            stored = set(self._stored(epoch))
+            pairs += [(epoch, shard) for shard in range(self.manifest.num_shards) if shard not in stored]
+        return pairs
+
+    def open_keys(self) -> KeyIndex:
+        return KeyIndex.open(self.folder, self.manifest)
+
+    def verify(self, epochs: Iterable[int]) -> Iterator[str]:
+        if self.manifest.key:
+            try:
+                self.open_keys()
+            except InputError as error:
+                yield str(error)
+        for epoch in epochs:
+            if missing := self.missing([epoch]):
+                yield (
+                    f'the store {self.path} lacks {len(missing)} of the {self.manifest.num_shards} shards of epoch '
+                    f'{epoch}, first shard {missing[0][1]}; fill it to the end with timm-tinyvit fill --logits '
+                    f'{self.path}')
+            for shard in self._stored(epoch):
+                yield from self._verify_shard(epoch, shard)
+
+    def _verify_shard(self, epoch: int, shard: int) -> Iterator[str]:
+        path, width = self.shard_path(epoch, shard), self.manifest.record_width
+        try:
+            records = np.frombuffer(self._format.map(path, epoch, shard), dtype=np.uint8).reshape(-1, width)
+        except InputError as error:
+            yield str(error)
+            return
+        for start in range(0, len(records), NUM_VERIFIED):
+            part = records[start:start + NUM_VERIFIED]
+            try:
+                self.codec.check(part)
+            except ValueError as error:
+                first = shard * self.manifest.shard_size + start
+                yield (
+                    f'{path} holds a bad record among samples {first} to {first + len(part) - 1} ({error}); delete it '
+                    f'and fill the store again')
+
+    def read(self, epoch: int, rows: Sequence[int]) -> np.ndarray:
+        rows = self._checked(rows)
+        maps = self._maps[epoch] = self._maps.pop(epoch, {})
+        if len(self._maps) > MAX_MAPPED_EPOCHS:
+            self.forget(next(iter(self._maps)))
+        width = self.manifest.record_width
+        shards, places = np.divmod(rows, self.manifest.shard_size)
+        shards, starts = shards.tolist(), (places * width).tolist()
+        try:
+            parts = [maps[shard][start:start + width] for shard, start in zip(shards, starts)]
+        except KeyError:
+            maps = self._map(epoch, rows)
+            parts = [maps[shard][start:start + width] for shard, start in zip(shards, starts)]
+        return np.frombuffer(bytearray().join(parts), dtype=np.uint8).reshape(len(parts), width)
+
+    def unmapped(self, epoch: int, rows: Sequence[int]) -> list[int]:
+        """The shards of these rows of an epoch that are not mapped.
 
         Raises:
-            IndexError: The epoch has no such row.
-            InputError: A shard is missing or damaged.
+            InputError: There is no such row.
         """
-        width = self._format.manifest.record_width
-        shards, rows = np.divmod(rows, self._format.manifest.shard_size)
-        shards, starts = shards.tolist(), (rows * width).tolist()
-        held = self._shards
-        # One by one, as a random batch touches almost as many shards as it has records.
-        try:
-            parts = [held[shard][start:start + width] for shard, start in zip(shards, starts)]
-        except KeyError:
-            self._map(set(shards))
-            parts = [held[shard][start:start + width] for shard, start in zip(shards, starts)]
-        records = np.frombuffer(bytearray().join(parts), dtype=np.uint8)
-        if len(records) != len(parts) * width:
-            raise IndexError(f'rows are beyond the last one of epoch {self.epoch}')
-        return records.reshape(-1, width)
+        shards = np.unique(self._checked(rows) // self.manifest.shard_size).tolist()
+        maps = self._maps.get(epoch, {})
+        return [shard for shard in shards if shard not in maps]
 
-    def _map(self, shards: set[int]) -> None:
-        if len(self._shards) > MAX_MAPS:
-            self._shards.clear()
-        for shard in sorted(shards - self._shards.keys()):
-            if not 0 <= shard < self._format.manifest.num_shards:
-                raise IndexError(f'epoch {self.epoch} has no shard {shard}')
-            self._shards[shard] = self._format.map(self._folder / shard_name(shard), self.epoch, shard)
+    def forget(self, *epochs: int) -> None:
+        """Unmap epochs: as long as one is mapped, the disk that it took is not free."""
+        for epoch in epochs:
+            self._maps.pop(epoch, None)
+            self._inodes.pop(epoch, None)
+
+    def forget_removed(self) -> None:
+        """Unmap the epochs that were removed from disk since they were mapped."""
+        self.forget(*[epoch for epoch, (path, inode) in self._inodes.items() if _inode(path) != inode])
+
+    def _checked(self, rows: Sequence[int]) -> np.ndarray:
+        """Rows, int64 [n], all of which there are."""
+        rows = np.asarray(rows, dtype=np.int64)
+        outside = rows.view(np.uint64) >= self.manifest.num_samples  # negative ones too
+        if outside.any():
+            raise InputError(
+                f'sample {rows[outside][0]} was asked of a store of {self.manifest.num_samples} samples; '
+                f'use the data set that the store was made from')
+        return rows
+
+    def _map(self, epoch: int, rows: np.ndarray) -> dict[int, memoryview]:
+        """Map the shards of these rows; returns the maps of the epoch."""
+        if sum(len(maps) for store in _stores for maps in store._maps.values()) > MAX_MAPS:
+            for store in _stores:
+                store.forget(*list(store._maps))
+        maps = self._maps.setdefault(epoch, {})
+        for shard in self.unmapped(epoch, rows):
+            path = self.shard_path(epoch, shard)
+            # Looked at before, so that a file that takes its place meanwhile is taken for another one.
+            self._inodes.setdefault(epoch, (path, _inode(path)))
+            maps[shard] = self._format.map(path, epoch, shard)
+        return maps
+
+
+def _inode(path: Path) -> int | None:
+    """Number of a file, None where there is none."""
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None

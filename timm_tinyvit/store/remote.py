@@ -1,66 +1,43 @@
-"""HubStore: a logit store on the Hub that is read without being downloaded first.
+"""RemoteStore: a logit store on the Hub that is read without being downloaded first.
 
-`open_store_at('hf://datasets/ORG/NAME')` pins the commit that is the newest now. Reading fetches what is not on disk.
-Who says which epochs begin, as `EpochBatchSampler` does, finds them on disk by the time they are read: a process
-beside this one fetches those in use and then the next ones, and removes from disk what was used. Nobody has to say it:
-whatever a reader lacks, it fetches by itself.
-
-The fetching is done by a process and not by a thread, as loader workers are forked all the time, and a lock that a
-thread holds at that moment is never given back in the fork.
+`open_reader('hf://datasets/ORG/NAME')` pins the commit that is the newest now. Reading fetches what is not on disk.
+Who trains calls `prefetch` with the epochs that it reads and with the next ones, and then `wait`: a process beside this
+one fetches the former, then the latter, and removes from disk what was used. Nobody has to: whatever a reader lacks, it
+fetches by itself.
 """
 
-import math
-import multiprocessing
 import os
-import signal
-import weakref
-from contextlib import suppress
-from multiprocessing.connection import Connection
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import NamedTuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import constants
 
-from ..base.console import progress, warn
 from ..base.errors import InputError
-from ..base.files import remove_stale
+from ..base.files import remove_leftovers
 from ..base.hub_client import is_hub_url, parse_hub_url
-from ..base.launch import quiet_worker
-from ..base.leases import Claims
+from ..base.leases import Leases
+from .base import StoreReader
 from .cache import HeldEpochs, HubCache, HubCommit
-from .ensemble import Ensemble
+from .fetcher import NUM_DOWNLOADS, Fetcher
 from .keys import FILE_NAME, KeyIndex
-from .local import MANIFEST_NAME, MAX_MANIFEST_SIZE, LogitStore
-from .manifest import Manifest, stored_epoch
+from .local import LogitStore
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest, stored_epoch
+from .reader import ShardStore
+from .shard import epoch_name
 
-__all__ = ['HubStore', 'check_content', 'content_of', 'open_store_at', 'pin_stores']
+__all__ = ['RemoteStore', 'check_content', 'content_of', 'open_reader', 'resolve_commit']
 
-# Downloads at a time on one machine, of all of its ranks together.
-NUM_DOWNLOADS = 8
-# Epochs that a reader keeps who does not say which come next.
+# Epochs on disk of a reader that does not say which come next.
 NUM_KEPT = 2
-# Fetching processes of one training, one after the other.
-MAX_STARTS = 5
 
 
-class _Command(NamedTuple):
-    """What a fetcher has to do: epochs to fetch first and then, and those to keep on disk."""
-    epochs: list[int]
-    then: list[int]
-    kept: list[int]
-
-
-def open_store_at(
+def open_reader(
         location: str | Path,
         keep_epochs: int | None = None,
         cache_dir: str | Path | None = None,
-) -> LogitStore:
-    """Open a store for reading, on disk or on the Hub.
+) -> StoreReader:
+    """Open a store for reading, on disk or on the Hub, without a look at its views.
 
     Args:
         location: A folder, or `hf://datasets/ORG/NAME[@REVISION]`.
@@ -73,47 +50,23 @@ def open_store_at(
     """
     if not is_hub_url(str(location)):
         return LogitStore.open(location)
-    source = _commit_of(str(location))
+    source = resolve_commit(str(location))
     root = constants.HF_ASSETS_CACHE if cache_dir is None else cache_dir
     folder = Path(root).expanduser().absolute() / 'timm_tinyvit' / source.repo_id.replace('/', '--') / source.commit
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --store-cache')
-    # What killed processes left: files written half, and claims on whole ones.
-    claims = Claims()
-    for place in (folder, *folder.glob('epoch-*')):
-        remove_stale(place)
-        claims.clear(place)
-    return HubStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
+    # Leftovers of killed processes: temporary files, and leases on shards that are there.
+    leases = Leases()
+    for each in (folder, *folder.glob('epoch-*')):
+        remove_leftovers(each)
+        leases.clear(each)
+    return RemoteStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
 
 
-def pin_stores(locations: Sequence[str], accelerator: Accelerator) -> list[str]:
-    """The same stores for all processes of a launch, those on the Hub with the commit that is the newest now.
-
-    Each process by itself would find another one where somebody pushes meanwhile.
-
-    Args:
-        locations: Folders, or `hf://datasets/ORG/NAME[@REVISION]`.
-        accelerator: Knows the processes, all of which call this.
-
-    Raises:
-        InputError: There is no such repo or revision, or the Hub cannot be reached; on all of them.
-    """
-    found: list[list[str] | InputError] = [list(locations)]
-    if accelerator.is_main_process:
-        try:
-            found = [[str(_commit_of(place)) if is_hub_url(place) else place for place in locations]]
-        except InputError as error:
-            found = [InputError(str(error))]
-    broadcast_object_list(found)
-    if isinstance(found[0], InputError):
-        raise found[0]
-    return found[0]
-
-
-def _commit_of(location: str) -> HubCommit:
-    """The commit of a store on the Hub.
+def resolve_commit(location: str) -> HubCommit:
+    """The commit of a store on the Hub, the newest one where its URL names none.
 
     Raises:
         InputError: It names no store, or there is none, or the Hub cannot be reached.
@@ -136,18 +89,15 @@ def _manifest(source: HubCommit, file: Path) -> Manifest:
                 raise
 
 
-class HubStore(LogitStore):
-    """A commit of a store on the Hub with the reading side of a `LogitStore`.
+class RemoteStore(ShardStore):
+    """A commit of a store on the Hub, to read.
 
     Args:
         source: The commit.
         folder: The folder of its shards on this disk.
         manifest: Its manifest.
-        keep_epochs: Epochs that stay on disk, see `open_store_at`.
-
-    Attributes:
-        path: Where it is, as text.
-        source: The commit.
+        keep_epochs: Epochs that stay on disk, see `open_reader`.
+        prefetches: Whether `prefetch` says which epochs stay there; else they are those that were read last.
     """
 
     def __init__(
@@ -156,327 +106,114 @@ class HubStore(LogitStore):
             folder: Path,
             manifest: Manifest,
             keep_epochs: int | None = None,
-            is_told: bool = False,
+            prefetches: bool = False,
     ):
-        super().__init__(str(source), manifest)
+        super().__init__(str(source), folder, manifest)
         self.source = source
         self.keep_epochs = keep_epochs
         self._cache = HubCache(source, folder, self._format)
-        # Whether somebody says which epochs begin; else a reader keeps on disk what it has read last.
-        self._is_told = is_told
-        self._used: list[int] = []  # the one that was used last stands last
+        self._prefetches = prefetches
+        self._kept: list[int] = []  # epochs on disk; the one that was used last stands last
         self._held: HeldEpochs | None = None
+        self._fetcher: Fetcher | None = None
         self._owner = os.getpid()
-        self._fetcher: _Fetcher | None = None
-        # Of each mapped epoch the shards that were seen on disk, and one of them with its inode.
-        self._there: dict[int, np.ndarray] = {}
-        self._sample: dict[int, tuple[Path, int]] = {}
 
-    def __getstate__(self) -> tuple:
-        return self.source, self._cache.folder, self.manifest, self.keep_epochs, self._is_told
+    def __reduce__(self) -> tuple:
+        return RemoteStore, (self.source, self.folder, self.manifest, self.keep_epochs, self._prefetches)
 
-    def shard_path(self, epoch: int, shard: int) -> Path:
-        return self._cache.shard_path(epoch, shard)
-
-    def begin(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
+    def prefetch(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
         self._notice_fork()
         epochs = list(dict.fromkeys(epochs))
         then = [epoch for epoch in dict.fromkeys(then) if epoch not in epochs]
-        keep = max(len(epochs), self.keep_epochs or len(epochs) + len(then))
-        then = then[:keep - len(epochs)]
-        before = [epoch for epoch in self._used if epoch not in (*epochs, *then)]
-        self._used = [*before[max(0, len(before) + len(epochs) + len(then) - keep):], *then, *epochs]
-        for epoch in set(self._mapped) - set(self._used):
-            self._forget(epoch)
+        num_kept = max(len(epochs), self.keep_epochs or len(epochs) + len(then))
+        then = then[:num_kept - len(epochs)]
+        before = [epoch for epoch in self._kept if epoch not in (*epochs, *then)]
+        self._kept = [*before, *then, *epochs][-num_kept:]
+        self.forget(*self._maps.keys() - set(self._kept))
         if self._held is not None:
             self._held.release()
             self._held = None
-        self._is_told = True
+        self._prefetches = True
         if self._fetcher is None:
-            self._fetcher = _Fetcher(self._cache)
-        self._fetcher.order(epochs, then, self._used)
+            self._fetcher = Fetcher(self._cache)
+        self._fetcher.order(epochs, then, self._kept)
 
     def wait(self, stop: Callable[[], bool] = bool) -> bool:
         self._notice_fork()
         return self._fetcher is None or self._fetcher.wait(stop)
 
-    def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
-        """The (epoch, shard) pairs of these epochs that are not on the Hub."""
-        absent = np.full(self.manifest.num_shards, -1)
-        return [
-            (epoch, shard) for epoch in epochs
-            for shard in np.flatnonzero(self._cache.sizes.get(epoch, absent) < 0).tolist()]
+    def read(self, epoch: int, rows: Sequence[int]) -> np.ndarray:
+        self.forget_removed()
+        self._bring(epoch, self.unmapped(epoch, rows))
+        try:
+            return super().read(epoch, rows)
+        except InputError:
+            # Somebody removed the epoch between two looks, or the disk has damaged a shard.
+            shards = self.unmapped(epoch, rows)
+            self._cache.discard_damaged(epoch, shards)
+            if not self._cache.lacking(epoch, shards):
+                raise
+            self._bring(epoch, shards)
+            return super().read(epoch, rows)
 
-    def check_files(self, epochs: Iterable[int]) -> None:
-        """Does nothing: shards are checked whole when they are fetched."""
+    def open_keys(self) -> KeyIndex:
+        if not KeyIndex.exists(self.folder):
+            self.source.download(FILE_NAME, self.folder / FILE_NAME)
+        return super().open_keys()
 
     def size(self) -> int:
         """Bytes of all shards on the Hub."""
         return sum(int(sizes[sizes > 0].sum()) for sizes in self._cache.sizes.values())
 
-    def open_keys(self) -> KeyIndex:
-        if not KeyIndex.exists(self._cache.folder):
-            self.source.download(FILE_NAME, self._cache.folder / FILE_NAME)
-        return KeyIndex.open(self._cache.folder, self.manifest)
-
-    def extend(self, epochs: int) -> None:
-        raise self._read_only()
-
-    def write_shard(self, epoch: int, shard: int, records: np.ndarray) -> None:
-        raise self._read_only()
-
-    def remove_stale(self) -> None:
-        """Does nothing: what killed processes left aside is removed when a store is opened."""
-
-    def read(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
-        indices = np.asarray(indices, dtype=np.int64)
-        self._let_go()
-        inside = indices[(0 <= indices) & (indices < self.manifest.num_samples)]
-        shards = np.unique(inside // self.manifest.shard_size)
-        self._bring(epoch, shards)
-        try:
-            return super().read(epoch, indices)
-        except InputError:
-            # Somebody removed the epoch between two looks, or the disk has damaged a shard.
-            self._cache.discard_damaged(epoch, shards.tolist())
-            if not self._cache.lacking(epoch, shards.tolist()):
-                raise
-            self._forget(epoch)
-            self._bring(epoch, shards)
-            return super().read(epoch, indices)
-        finally:
-            if epoch not in self._sample and len(shards):
-                path = self.shard_path(epoch, int(shards[0]))
-                self._sample[epoch] = path, _inode(path)
-
-    def _bring(self, epoch: int, shards: np.ndarray) -> None:
-        """Have these shards of an epoch on disk."""
-        self._use(epoch)
-        there = self._there.setdefault(epoch, np.zeros(self.manifest.num_shards, dtype=bool))
-        unseen = shards[~there[shards]].tolist()
-        if unseen:
-            lacking = self._cache.lacking(epoch, unseen)
-            if lacking:
-                self._cache.fetch(epoch, lacking, NUM_DOWNLOADS)
-            there[unseen] = True
-
-    def _use(self, epoch: int) -> None:
-        """Keep an epoch on disk where nobody says which ones are in use, and give up what was used before."""
-        if self._is_told:
-            return
-        self._notice_fork()
-        if self._held is None:
-            self._held = HeldEpochs(self._cache)
-        is_new = epoch not in self._held.epochs
-        before = [other for other in self._held.epochs if other != epoch]
-        self._held.epochs = [*before, epoch]
-        if is_new:
-            self._held.set([*before, epoch][-(self.keep_epochs or NUM_KEPT):])
-            self._let_go()
-
-    def _notice_fork(self) -> None:
-        """Leave claims and fetcher to the process that this one was forked from."""
-        if self._owner != os.getpid():
-            self._owner, self._held, self._fetcher = os.getpid(), None, None
-
-    def _let_go(self) -> None:
-        """Unmap the epochs that were removed from disk: as long as they are mapped, the disk is not free."""
-        for epoch, (path, inode) in list(self._sample.items()):
-            if inode is None or _inode(path) != inode:
-                self._forget(epoch)
-
-    def _forget(self, epoch: int) -> None:
-        for entries in (self._mapped, self._there, self._sample):
-            entries.pop(epoch, None)
+    def _stored(self, epoch: int) -> list[int]:
+        return self._cache.on_hub(epoch)
 
     def _verify_shard(self, epoch: int, shard: int) -> Iterator[str]:
         try:
-            self._use(epoch)
             if self._cache.lacking(epoch, [shard]):
-                lacking = self._cache.lacking(epoch)
-                self._cache.fetch(epoch, [other for other in lacking if self._cache.sizes[epoch][other] >= 0],
-                                  NUM_DOWNLOADS)
+                self._bring(epoch, self._stored(epoch))
         except InputError as error:
             if self._cache.lacking(epoch, [shard]):
                 yield str(error)
                 return
         yield from super()._verify_shard(epoch, shard)
 
-    def _files(self, epoch: int) -> set[str]:
-        sizes = self._cache.sizes.get(epoch)
-        return set() if sizes is None else {self.shard_path(epoch, shard).name for shard in np.flatnonzero(sizes >= 0)}
+    def _bring(self, epoch: int, shards: list[int]) -> None:
+        """Have these shards of an epoch on disk."""
+        self._keep(epoch)
+        if shards and (lacking := self._cache.lacking(epoch, shards)):
+            self._cache.fetch(epoch, lacking, NUM_DOWNLOADS)
 
-    def _read_only(self) -> InputError:
-        return InputError(f'{self.path} is on the Hub and can only be read; fill a store in a folder, and push that '
-                          f'with timm-tinyvit store push')
+    def _keep(self, epoch: int) -> None:
+        """Hold an epoch that is read on disk, in place of the one that was not read for longest."""
+        if self._prefetches:
+            return
+        self._notice_fork()
+        if self._held is None:
+            self._held = HeldEpochs(self._cache)
+        self._kept = [*(other for other in self._kept if other != epoch), epoch][-(self.keep_epochs or NUM_KEPT):]
+        if epoch not in self._held.epochs:
+            self._held.set(self._kept)
+            self.forget_removed()
 
-
-class _Fetcher:
-    """A process that fetches the epochs that it is told of, and removes the others.
-
-    Args:
-        cache: Where they go.
-    """
-
-    def __init__(self, cache: HubCache):
-        self.cache = cache
-        self.command: _Command | None = None
-        self.is_ready, self.has_failed = True, False
-        self.num_starts = 0
-        self._start()
-
-    def _start(self) -> None:
-        self.num_starts += 1
-        ours, theirs = multiprocessing.Pipe()
-        # Bytes of the epochs in use that were fetched since the last command.
-        self.fetched = multiprocessing.Value('q', 0)
-        self.process = multiprocessing.Process(
-            target=_serve, args=(self.cache, ours, theirs, self.fetched), name='store fetcher', daemon=True)
-        self.process.start()
-        theirs.close()
-        self.connection = ours
-        self.stop = weakref.finalize(self, _end, self.process, ours, os.getpid())
-
-    def order(self, epochs: list[int], then: list[int], kept: list[int]) -> None:
-        """Fetch some epochs and then others, and keep only some on disk."""
-        self.command = _Command(epochs, then, kept)
-        self.is_ready = self.has_failed = False
-        with suppress(OSError, EOFError):  # where it has died, `wait` starts another one
-            while self.connection.poll():
-                self.connection.recv()
-            self.connection.send(self.command)
-
-    def wait(self, stop: Callable[[], bool]) -> bool:
-        """Wait until the epochs that were ordered first are on disk.
-
-        Returns:
-            Whether they are; False if `stop` said so before.
-
-        Raises:
-            InputError: They cannot be fetched.
-        """
-        if self.has_failed:
-            self.order(*self.command)
-        epochs = self.command.epochs
-        sizes = [self.cache.sizes[epoch][self.cache.lacking(epoch)] for epoch in epochs if epoch in self.cache.sizes]
-        total = sum(int(size.clip(0).sum()) for size in sizes)
-        with progress(
-                total=total, desc=f'fetch epoch {epochs[0]}', unit='B', unit_scale=True, leave=False, delay=1) as bar:
-            while not self.is_ready:
-                if stop():
-                    return False
-                kind, value = self._next()
-                bar.update(self.fetched.value - bar.n)
-                if kind == 'failed':
-                    self.has_failed = True
-                    raise InputError(value)
-                if kind == 'late':
-                    warn(f'epoch {epochs[0]} of {self.cache.source} is late: {value}; still trying')
-                self.is_ready = kind == 'ready'
-        return True
-
-    def _next(self) -> tuple[str, str]:
-        """What it has to say about the last command, after a moment."""
-        try:
-            if self.connection.poll(0.2):
-                command, *message = self.connection.recv()
-                return tuple(message) if command == self.command else ('', '')
-            if self.process.is_alive():
-                return '', ''
-        except (EOFError, OSError):
-            pass
-        # Killed, as where memory runs out. What it has fetched is on disk.
-        self.stop()
-        if self.num_starts > MAX_STARTS:
-            raise InputError(f'the process that fetches {self.cache.source} was ended {self.num_starts} times, the '
-                             f'last time with status {self.process.exitcode}; see whether memory runs out')
-        self._start()
-        self.order(*self.command)
-        return '', ''
+    def _notice_fork(self) -> None:
+        """Leave leases and fetcher to the process that this one was forked from."""
+        if self._owner != os.getpid():
+            self._owner, self._kept, self._held, self._fetcher = os.getpid(), [], None, None
 
 
-def _end(process: multiprocessing.Process, connection: Connection, owner: int) -> None:
-    """End a fetcher in peace; a fork of its owner leaves it alone."""
-    if os.getpid() != owner:
-        return
-    with suppress(OSError):
-        connection.send(None)
-    process.join(2)
-    process.terminate()
-    process.join()
-
-
-def _serve(cache: HubCache, parents: Connection, connection: Connection, fetched: Synchronized) -> None:
-    """What a fetcher does: carry out the last command until the next one comes."""
-    quiet_worker(0)
-    # What it leaves behind when it is stopped, others clear up.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parents.close()
-    held = HeldEpochs(cache)
-    with suppress(EOFError):
-        while (command := connection.recv()) is not None:
-            _carry_out(command, cache, held, connection, fetched)
-    held.release()
-
-
-def _carry_out(
-        command: _Command,
-        cache: HubCache,
-        held: HeldEpochs,
-        connection: Connection,
-        fetched: Synchronized,
-) -> None:
-    """Fetch what a command says, unless the next one comes before."""
-    reasons: list[str] = []
-
-    def late(reason: str) -> None:
-        if not reasons:
-            reasons.append(reason)
-            connection.send((command, 'late', reason))
-
-    def count(size: int) -> None:
-        fetched.value += size
-
-    # Ranks share out the connections of a machine.
-    threads = max(1, NUM_DOWNLOADS // int(os.environ.get('LOCAL_WORLD_SIZE', '1')))
-    fetched.value = 0
-    try:
-        held.set(command.kept)
-        for epoch in command.epochs:
-            if not cache.fetch(epoch, cache.lacking(epoch), threads, stop=connection.poll, late=late, count=count):
-                return
-    except InputError as error:
-        connection.send((command, 'failed', str(error)))
-        return
-    connection.send((command, 'ready', ''))
-    try:
-        for epoch in command.then:
-            cache.fetch(epoch, cache.lacking(epoch), threads, patience=math.inf, stop=connection.poll)
-    except InputError:
-        # Tried again, and said, when the epoch begins.
-        pass
-
-
-def _inode(path: Path) -> int | None:
-    """Number of a file, None where there is none."""
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return None
-
-
-def content_of(store: LogitStore | Ensemble) -> dict[str, list]:
-    """What a store, or several of them, hold now, to be compared with what they hold when a run is resumed."""
+def content_of(store: StoreReader) -> dict[str, list]:
+    """What a store holds now, its epochs and commits on the Hub, to be compared with when a run is resumed."""
     stored = store.manifest.stored_epochs
-    commits = [part.path if isinstance(part, HubStore) else '' for part in _parts(store)]
+    commits = [part.path if isinstance(part, RemoteStore) else '' for part in store.stores]
     return {'epochs': [stored.start, len(stored)], 'commits': commits}
 
 
-def check_content(store: LogitStore | Ensemble, before: dict[str, list] | None, num_epochs: int) -> None:
+def check_content(store: StoreReader, before: dict[str, list] | None, num_epochs: int) -> None:
     """Refuse a store on the Hub that has changed in what a run learns from.
 
     Args:
-        store: The store, or several.
+        store: The store.
         before: Its `content_of` when the run left off; None where there was none.
         num_epochs: Epochs of the run.
 
@@ -492,23 +229,17 @@ def check_content(store: LogitStore | Ensemble, before: dict[str, list] | None, 
     reason = None
     if epochs != [first + epoch % count for epoch in range(num_epochs)]:
         reason = f'it had epochs {first}:{first + count} and has {stored.start}:{stored.stop}'
-    for part, commit in zip(_parts(store), before['commits']):
-        if reason is None and isinstance(part, HubStore) and commit not in ('', part.path):
-            source = HubCommit.resolve(parse_hub_url(commit), MANIFEST_NAME)
-            folders = {part.shard_path(epoch, 0).parent.name for epoch in epochs}
-            there, here = (
-                {path: file.lfs.sha256 if file.lfs else file.blob_id for path, file in files.items()
+    for part, commit in zip(store.stores, before['commits']):
+        if reason is None and isinstance(part, RemoteStore) and commit not in ('', part.path):
+            folders = {epoch_name(epoch) for epoch in epochs}
+            hashes = [
+                {(path, file.lfs.sha256 if file.lfs else file.blob_id) for path, file in source.files().items()
                  if path.partition('/')[0] in folders}
-                for files in (source.files(), part.source.files()))
-            other = [path for path in {**there, **here} if there.get(path) != here.get(path)]
-            if other:
-                reason = f'{len(other)} of its shards are others, first {other[0]}'
+                for source in (resolve_commit(commit), part.source)]
+            if changed := sorted({path for path, _ in hashes[0] ^ hashes[1]}):
+                reason = f'{len(changed)} of its shards are others, first {changed[0]}'
     if reason:
         raise InputError(
             f'the store {store.path} has changed since this run began: {reason}; give --logits '
-            f'{" ".join(commit or str(part.path) for part, commit in zip(_parts(store), before["commits"]))} to go on '
+            f'{" ".join(commit or str(part.path) for part, commit in zip(store.stores, before["commits"]))} to go on '
             f'with what it was, or start another --experiment')
-
-
-def _parts(store: LogitStore | Ensemble) -> list[LogitStore]:
-    return store.stores if isinstance(store, Ensemble) else [store]

@@ -9,10 +9,9 @@ with what it must be, so that nothing is parsed: what is read is either this ver
 
 import hashlib
 import os
+import re
 import stat
-from functools import lru_cache
 from pathlib import Path
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +20,17 @@ from ..base.errors import InputError
 from .arrow import END_OF_STREAM, HEADER_SIZE, stream_header
 from .manifest import FORMAT, Manifest
 
-__all__ = ['FOOTER_SIZE', 'MAGIC', 'ShardFormat', 'shard_name']
+__all__ = ['FOOTER_SIZE', 'MAGIC', 'SHARD_PATH', 'ShardFormat', 'epoch_name', 'shard_name']
 
 MAGIC = b'TTVSHARD'
 FOOTER_SIZE = len(MAGIC) + 16
-# Stands in a header for the numbers of epoch and shard, which are as wide.
-NUMBER = ' <number>'
+# The file of a shard in a store, its numbers of epoch and shard as groups.
+SHARD_PATH = re.compile(r'epoch-(\d{5,})/shard-(\d{5,})\.arrow')
+
+
+def epoch_name(epoch: int) -> str:
+    """The name of an epoch's folder."""
+    return f'epoch-{epoch:05d}'
 
 
 def shard_name(shard: int) -> str:
@@ -118,16 +122,8 @@ class ShardFormat:
         return HEADER_SIZE + size + -size % 8 + len(END_OF_STREAM) + FOOTER_SIZE
 
     def _header(self, epoch: int, shard: int) -> bytes:
-        before, between, after = _header_parts(
-            self._identity, self.manifest.record_width, self.manifest.shard_rows(shard))
-        return before + b'%9d' % epoch + between + b'%9d' % shard + after
-
-
-@lru_cache(maxsize=16)
-def _header_parts(identity: str, width: int, rows: int) -> Sequence[bytes]:
-    """What stands in a header before, between and after the numbers of epoch and shard."""
-    metadata = f'{{"format": "{FORMAT}", "store": "{identity}", "epoch":{NUMBER}, "shard":{NUMBER}}}'
-    return stream_header(width, rows, metadata).split(NUMBER.encode())
+        metadata = f'{{"format": "{FORMAT}", "store": "{self._identity}", "epoch":{epoch:9}, "shard":{shard:9}}}'
+        return stream_header(self.manifest.record_width, self.manifest.shard_rows(shard), metadata)
 
 
 def _remedy(path: Path) -> str:

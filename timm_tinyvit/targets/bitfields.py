@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-__all__ = ['Array', 'FieldLayout', 'FieldReader', 'RecordError', 'refuse']
+__all__ = ['Array', 'FieldLayout', 'FieldReader', 'refuse']
 
 Array = Any  # of numpy or torch
 
@@ -36,20 +36,11 @@ class _Field(NamedTuple):
     first_bit: int  # of the other bits
 
 
-class RecordError(ValueError):
-    """Something is wrong with one record of several."""
-
-    def __init__(self, row: int, num_rows: int, reason: str):
-        super().__init__(f'record {row} of {num_rows} {reason}')
-        self.row = row
-        self.reason = reason
-
-
 def refuse(bad: np.ndarray, reason: str) -> None:
-    """Raise a RecordError that names the first bad row; `bad` is bool [B], or [B, anything]."""
+    """Raise a ValueError that names the first bad row; `bad` is bool [B], or [B, anything]."""
     if bad.any():
         row = bad.reshape(len(bad), -1).any(axis=1).argmax()
-        raise RecordError(int(row), len(bad), reason)
+        raise ValueError(f'record {row} of {len(bad)} {reason}')
 
 
 class FieldLayout:

@@ -64,6 +64,6 @@ class Codec(ABC):
             raise ValueError(f'records are {list(records.shape)}, but codec {self.name} reads [B, {self.width}]')
 
     def _check_targets(self, targets: SparseTargets) -> None:
-        found, expected = (targets.num_classes, targets.k), (self.num_classes, self.k)
-        if found != expected:
-            raise ValueError(f'targets have (classes, k) = {found}, but the codec was made for {expected}')
+        shape, expected = (targets.num_classes, targets.k), (self.num_classes, self.k)
+        if shape != expected:
+            raise ValueError(f'targets have (classes, k) = {shape}, but the codec was made for {expected}')

@@ -1,24 +1,9 @@
 """CompactCodec: teacher probabilities in a third of the official bytes, hardly further from the teacher.
 
-The format
-----------
-A record has these fields, laid out and checked as `fields` says. All widths follow from the number of classes C, k and
-the number of levels n.
-
-    classes    two fields that say which classes, in ascending order, as `class_sets` describes
-    low
-    levels     floor(k / 2) numbers of w bits, those of n^2 - 1
-    odd        if k is odd, 1 number of the bits of n - 1
-    range      1 number of 5 bits, up to k = 16 of 4
-    rest       1 number of 8 bits, up to k = 16 of 7; no bits where k = C, which leaves no other class
-
-n is 22 up to k = 16, 45 up to 128, else 90.
-
-Probabilities. Number i of `levels` is v_2i + n * v_(2i+1), where v_j, 0 to n - 1, is the level of entry j; `odd` is the
-level of the last entry. With R = 2^(4 * range / (2^bits - 1)), 1 to 16, the probability of entry j is in proportion to
-u_j^8, u_j = 1 - (1 - exp(-R / 8)) * v_j / (n - 1): the largest is at level 0, R is how far below it level n - 1 is in
-natural logarithms, and the levels lie closer where there is more mass. The entries sum to 1 less the rest mass
-1 / (1 + exp(-y)), where y = t - (t + 10) * rest / (2^bits - 1), t = log((C - k) / k), the most there can be.
+docs/format.md has every bit of a record. The class ids are kept as a set, see `elias_fano`. The probability of an entry
+is quantised as its eighth root relative to the largest, so that the levels lie closer where there is more mass; levels
+of two entries share a number, and how far the levels reach is one of 16 or 32 ranges. The rest mass is quantised as its
+logit. Entries and rest sum to one again when they are decoded.
 """
 
 from functools import cached_property
@@ -37,7 +22,7 @@ __all__ = ['CompactCodec']
 
 MAX_K = 1024
 MAX_CLASSES = 1 << 16
-POWER = 8
+POWER = 8  # of a level; its root is what is quantised
 LOWEST_REST = -10.  # as a logit; 5e-5 of the mass
 
 
@@ -144,7 +129,7 @@ class CompactCodec(Codec):
 
         if self.k > 16:
             return levels_of(reach).astype(np.uint8), reach
-        # With few entries it pays to try the ranges nearby: a fifth less divergence, and a third where one is sure.
+        # With few entries it pays to try the ranges nearby: a fifth less divergence, a third with confident teachers.
         weights = np.exp(log_probs)
         weights /= weights.sum(axis=1, keepdims=True)
         best_cost = None

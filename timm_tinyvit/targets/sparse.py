@@ -1,18 +1,18 @@
 """Sparse targets, and the soft-target cross-entropy computed on them without the dense target.
 
-A teacher's opinion of a view is kept as k class ids with their log-probabilities and the log of the remaining mass.
-The loss here equals the dense soft-target cross-entropy of the paper (TinyViT, ECCV 2022, arXiv 2207.10666) to
+The top k of a teacher's prediction are kept as class ids with their log-probabilities and the log of the remaining
+mass. The loss here equals the dense soft-target cross-entropy of the paper (TinyViT, ECCV 2022, arXiv 2207.10666) to
 float32 rounding, forward and backward, at every temperature, and needs memory for the student's logits and their
 gradient only. This module knows torch alone: no files, no images.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ['SparseTargets', 'check_logits', 'sparse_soft_target_cross_entropy']
+__all__ = ['SparseTargets', 'check_logits', 'ensemble_loss', 'sparse_soft_target_cross_entropy']
 
 CACHED_LOGITS = 1 << 18  # 1 MiB
 
@@ -50,10 +50,10 @@ class SparseTargets:
                 f'{list(self.log_probs.shape)}')
         if self.k > self.num_classes:
             raise ValueError(f'k = {self.k} is more than the {self.num_classes} classes; choose a smaller k')
-        found = None if self.log_rest is None else list(self.log_rest.shape)
+        shape = None if self.log_rest is None else list(self.log_rest.shape)
         expected = [len(self)] if self.k < self.num_classes else None
-        if found != expected:
-            raise ValueError(f'log_rest is {found}, but must be {expected} for {self.k} of {self.num_classes} classes')
+        if shape != expected:
+            raise ValueError(f'log_rest is {shape}, but must be {expected} for {self.k} of {self.num_classes} classes')
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -84,7 +84,7 @@ class SparseTargets:
         top, ids = log_probs.topk(k, dim=1)
         log_rest = None
         if k < num_classes:
-            # From the other classes themselves: 1 - sum(top) has no digits left where the teacher is sure.
+            # From the other classes themselves: 1 - sum(top) has no digits left where they have nearly all mass.
             log_rest = log_probs.scatter(1, ids, -math.inf).logsumexp(dim=1)
         return cls(ids, top, log_rest, num_classes)
 
@@ -214,3 +214,23 @@ def sparse_soft_target_cross_entropy(
         raise ValueError(f'reduction is {reduction!r}; use mean, sum or none')
     return _function(logits, targets.k).apply(
         logits, targets.ids, targets.log_probs, targets.log_rest, _check_temperature(temperature), reduction)
+
+
+def ensemble_loss(
+        logits: torch.Tensor,
+        targets: SparseTargets | Sequence[SparseTargets],
+        temperature: float = 1.0,
+) -> torch.Tensor:
+    """Soft-target cross-entropy to the average prediction of several teachers, or to that of one.
+
+    Args:
+        logits: Student logits [B, C].
+        targets: Targets of the same B views, of one teacher or of each.
+        temperature: Softens the student and each teacher.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
+    if isinstance(targets, SparseTargets):
+        return sparse_soft_target_cross_entropy(logits, targets, temperature)
+    return sum(sparse_soft_target_cross_entropy(logits, part, temperature) for part in targets) / len(targets)

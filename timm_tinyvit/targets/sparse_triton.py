@@ -93,11 +93,11 @@ def _backward_kernel(
     tl.debug_barrier()
     entries = tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + row * k + entries, mask=entries < k, other=-1)
-    here = (ids >= first) & (ids < first + BLOCK)
-    log_probs = tl.load(log_probs_ptr + row * k + entries, mask=here, other=0.).to(tl.float32)
-    scaled = (tl.load(logits_ptr + ids, mask=here, other=0.).to(tl.float32) - origin) * inverse_temperature
+    in_block = (ids >= first) & (ids < first + BLOCK)
+    log_probs = tl.load(log_probs_ptr + row * k + entries, mask=in_block, other=0.).to(tl.float32)
+    scaled = (tl.load(logits_ptr + ids, mask=in_block, other=0.).to(tl.float32) - origin) * inverse_temperature
     grad = (tl.exp(scaled - log_norm) - tl.exp(log_probs * inverse_temperature - target_norm)) * scale
-    tl.store(grad_ptr + ids, grad.to(grad_ptr.dtype.element_ty), mask=here)
+    tl.store(grad_ptr + ids, grad.to(grad_ptr.dtype.element_ty), mask=in_block)
 
 
 def _sizes(num_classes: int, k: int, largest_block: int) -> dict[str, int]:

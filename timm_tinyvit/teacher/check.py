@@ -8,7 +8,7 @@ import torch
 from ..base.console import progress, result
 from ..base.errors import InputError
 from ..data.dataset import SparseLogitDataset, collate
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..targets.sparse import SparseTargets
 from .teacher import Teacher
 
@@ -17,7 +17,7 @@ __all__ = ['NUM_CHECKED', 'check_store', 'verify_store']
 NUM_CHECKED = 512
 
 
-def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -> dict[str, float]:
+def check_store(store: StoreReader, teacher: Teacher, data: SparseLogitDataset) -> dict[str, float]:
     """Run the teacher again on a sample of stored views.
 
     Returns:
@@ -59,7 +59,7 @@ def check_store(store: LogitStore, teacher: Teacher, data: SparseLogitDataset) -
     }
 
 
-def verify_store(store: LogitStore, epochs: Sequence[int] | None = None) -> None:
+def verify_store(store: StoreReader, epochs: Sequence[int] | None = None) -> None:
     """Read every byte of a store and print what is wrong, one line each, or that all is well.
 
     Args:

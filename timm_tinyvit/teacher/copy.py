@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.console import log, progress
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..data.fingerprint import (
     check_fingerprint, check_keys, dataset_fingerprint, key_fingerprint, keyed_fingerprint, stored_samples,
 )
@@ -22,14 +22,15 @@ from ..data.sources import find_column
 from ..data.views import ViewRecipe
 from ..store.keys import KeyIndex
 from ..store.local import LogitStore, Manifest
+from ..store.reader import ShardStore
 
 __all__ = ['copy_epochs', 'copy_keys', 'copy_range', 'merge_stores']
 
 # Where the records of a shard's rows are: stores, the store of each row, and its row in it.
-Places = tuple[Sequence[LogitStore], np.ndarray, np.ndarray]
+Places = tuple[Sequence[ShardStore], np.ndarray, np.ndarray]
 
 
-def copy_epochs(store: LogitStore, path: str | Path, epochs: range) -> LogitStore:
+def copy_epochs(store: ShardStore, path: str | Path, epochs: range) -> LogitStore:
     """Copy epochs of a store, those of their shards that it has.
 
     Args:
@@ -52,7 +53,7 @@ def copy_epochs(store: LogitStore, path: str | Path, epochs: range) -> LogitStor
 
 
 def copy_range(
-        store: LogitStore,
+        store: ShardStore,
         path: str | Path,
         samples: range,
         dataset: datasets.Dataset,
@@ -96,7 +97,7 @@ def copy_range(
 
 
 def copy_keys(
-        store: LogitStore,
+        store: ShardStore,
         path: str | Path,
         dataset: datasets.Dataset,
         epochs: range | None = None,
@@ -131,7 +132,7 @@ def copy_keys(
     return copy
 
 
-def merge_stores(path: str | Path, sources: Sequence[LogitStore], log: Callable[[str], None] = log) -> LogitStore:
+def merge_stores(path: str | Path, sources: Sequence[ShardStore], log: Callable[[str], None] = log) -> LogitStore:
     """Put stores together into one, which may be there already.
 
     Stores of the same views and the same samples give the shards that they have, of whatever epochs. Stores with keys
@@ -190,7 +191,7 @@ def merge_stores(path: str | Path, sources: Sequence[LogitStore], log: Callable[
     return merged
 
 
-def _check_epochs(store: LogitStore, epochs: range) -> None:
+def _check_epochs(store: ShardStore, epochs: range) -> None:
     known = store.manifest.stored_epochs
     if not epochs or epochs.start < known.start or epochs.stop > known.stop:
         raise InputError(f'epochs {epochs.start}:{epochs.stop} were asked for, but {store.path} is meant to hold '
@@ -198,7 +199,7 @@ def _check_epochs(store: LogitStore, epochs: range) -> None:
 
 
 def _create(
-        store: LogitStore,
+        store: ShardStore,
         path: str | Path,
         epochs: range,
         manifest: Manifest,
@@ -212,7 +213,7 @@ def _create(
     return copy
 
 
-def _take_shards(target: LogitStore, sources: Sequence[LogitStore], epochs: range) -> None:
+def _take_shards(target: LogitStore, sources: Sequence[ShardStore], epochs: range) -> None:
     """Copy the shards that a store lacks from stores of the same identity."""
     lacking = [dict.fromkeys(source.missing(epochs)) for source in sources]
     for epoch, shard in progress(target.missing(epochs), unit='shard', desc='copying'):
@@ -220,7 +221,7 @@ def _take_shards(target: LogitStore, sources: Sequence[LogitStore], epochs: rang
             if (epoch, shard) not in missing:
                 # Reading one record checks the whole file.
                 source.read(epoch, [shard * source.manifest.shard_size])
-                write_aside(target.shard_path(epoch, shard), source.shard_path(epoch, shard).read_bytes())
+                write_atomic(target.shard_path(epoch, shard), source.shard_path(epoch, shard).read_bytes())
                 break
 
 

@@ -1,6 +1,6 @@
 """Filling a store: the teacher looks once at every view of the shards that are missing.
 
-Any number of processes and machines fill a store at the same time, and may join and leave: each claims the next missing
+Any number of processes and machines fill a store at the same time, and may join and leave: each leases the next missing
 shard when its loader asks for one. Teacher batches never cross a shard, so that a shard's bytes do not depend on who
 writes it.
 """
@@ -16,10 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..base.errors import InputError
-from ..base.files import remove_stale
+from ..base.files import remove_leftovers
 from ..base.launch import quiet_worker
-from ..base.leases import Claims
-from ..data.dataset import Key, SparseLogitDataset, collate
+from ..base.leases import Leases
+from ..data.dataset import EpochRow, SparseLogitDataset, collate
 from ..data.streaming import StreamedRows
 from ..store.local import LogitStore, Manifest
 from ..targets.sparse import SparseTargets
@@ -29,14 +29,14 @@ from .teacher import Teacher
 __all__ = ['choose_shards', 'fill_shard', 'fill_store']
 
 
-class _ClaimedBatches:
-    """Teacher batches of (epoch, index) pairs, shard by shard, each shard claimed when its first batch is asked for.
+class _LeasedBatches:
+    """Teacher batches of (epoch, row) pairs, shard by shard, each shard leased when its first batch is asked for.
 
-    Where nothing can be claimed, an iteration waits for the other processes before its first batch, and ends after a
+    Where nothing can be leased, an iteration waits for the other processes before its first batch, and ends after a
     later one: then shards of this very process may be among those that it would wait for.
 
     Attributes:
-        claimed: The shards whose batches were handed out, in this order; who takes a shard's batches takes it away.
+        leased: The shards whose batches were handed out, in this order; who takes a shard's batches takes it away.
         unfinished: Epochs that had missing shards at the last look.
     """
 
@@ -45,52 +45,52 @@ class _ClaimedBatches:
             store: LogitStore,
             epochs: Sequence[int],
             shards: range,
-            claims: Claims,
+            leases: Leases,
             waiting: Callable[[], None],
     ):
         self.store = store
         self.shards = shards
-        self.claims = claims
+        self.leases = leases
         self.waiting = waiting
         self.batch_size = store.manifest.teacher['batch_size']
-        self.claimed: deque[tuple[int, int]] = deque()
+        self.leased: deque[tuple[int, int]] = deque()
         self.unfinished = list(epochs)
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        found = self._claim()
+    def __iter__(self) -> Iterator[list[EpochRow]]:
+        found = self._acquire()
         while found is None and self.unfinished:
             self.waiting()
-            found = self._claim()
+            found = self._acquire()
         while found is not None:
-            self.claimed.append(found)
+            self.leased.append(found)
             epoch, shard = found
             first = shard * self.store.manifest.shard_size
             stop = first + self.store.manifest.shard_rows(shard)
             for start in range(first, stop, self.batch_size):
-                yield [(epoch, index) for index in range(start, min(start + self.batch_size, stop))]
-            found = self._claim()
+                yield [(epoch, row) for row in range(start, min(start + self.batch_size, stop))]
+            found = self._acquire()
 
     def num_batches(self, shard: int) -> int:
         """Batches of a shard."""
         return -(-self.store.manifest.shard_rows(shard) // self.batch_size)
 
-    def _claim(self) -> tuple[int, int] | None:
-        """The next shard that is neither on disk nor claimed by a living process, now claimed by this one."""
+    def _acquire(self) -> tuple[int, int] | None:
+        """The next shard that is neither on disk nor leased by a living process, now leased by this one."""
         for epoch in list(self.unfinished):
             missing = [shard for _, shard in self.store.missing([epoch]) if shard in self.shards]
             if not missing:
                 self.unfinished.remove(epoch)
                 folder = self.store.shard_path(epoch, 0).parent
-                self.claims.clear(folder)
-                remove_stale(folder)
+                self.leases.clear(folder)
+                remove_leftovers(folder)
             for shard in missing:
                 file = self.store.shard_path(epoch, shard)
-                if not self.claims.take(file):
+                if not self.leases.acquire(file):
                     continue
                 # Its writer may have finished it between the two looks.
                 if not file.exists():
                     return epoch, shard
-                self.claims.release(file)
+                self.leases.release(file)
         return None
 
 
@@ -149,7 +149,7 @@ def fill_store(
         num_workers: int = 0,
         show_progress: bool = True,
         expire: float = 60.,
-        beat: float = 5.,
+        heartbeat: float = 5.,
 ) -> int:
     """Fill the shards that these epochs lack, together with whoever else fills this store.
 
@@ -163,8 +163,8 @@ def fill_store(
         shards: Which shards of each epoch; all by default.
         num_workers: Loader processes.
         show_progress: Show a bar of what everyone has done.
-        expire: Seconds without a beat after which another machine's process is taken for dead.
-        beat: Seconds between two beats of this process.
+        expire: Seconds without a heartbeat after which another machine's process is taken for dead.
+        heartbeat: Seconds between two heartbeats of this process.
 
     Returns:
         How many views this process has looked at.
@@ -176,13 +176,13 @@ def fill_store(
     manifest = store.manifest
     chosen = choose_shards(manifest, shards, store.path)
     num_views = 0
-    with Claims(expire, beat) as claims, StoreProgress(store, epochs, chosen, show_progress) as progress:
+    with Leases(expire, heartbeat) as leases, StoreProgress(store, epochs, chosen, show_progress) as progress:
 
         def wait() -> None:
             progress.refresh()
-            time.sleep(min(1., beat))
+            time.sleep(min(1., heartbeat))
 
-        batches = _ClaimedBatches(store, epochs, chosen, claims, wait)
+        batches = _LeasedBatches(store, epochs, chosen, leases, wait)
         sampler = data.sampler(batches) if isinstance(data, StreamedRows) else batches
         loader = DataLoader(
             data, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=quiet_worker,
@@ -190,10 +190,10 @@ def fill_store(
         while batches.unfinished:
             stream = iter(loader)
             for batch in stream:
-                epoch, shard = batches.claimed.popleft()
+                epoch, shard = batches.leased.popleft()
                 others = islice(stream, batches.num_batches(shard) - 1)
                 fill_shard(store, teacher, epoch, shard, chain([batch], others), progress.add)
                 progress.finish()
-                claims.release(store.shard_path(epoch, shard))
+                leases.release(store.shard_path(epoch, shard))
                 num_views += manifest.shard_rows(shard)
     return num_views

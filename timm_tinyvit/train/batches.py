@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 from ..base.errors import InputError, Terminated
 from ..base.launch import quiet_worker
 from ..data.classes import check_label_values
-from ..data.dataset import EpochBatchSampler, SparseLogitDataset, collate
+from ..data.dataset import SparseLogitDataset, collate
+from ..data.sampler import EpochBatchSampler
 from ..data.streaming import SparseLogitStream, StreamLoader
 from ..data.views import Replay
-from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 
 __all__ = ['TrainBatches']
 
@@ -46,7 +46,7 @@ class TrainBatches:
             args: argparse.Namespace,
             train_set: datasets.Dataset | datasets.IterableDataset,
             replay: Replay,
-            store: LogitStore | Ensemble | None,
+            store: StoreReader | None,
             num_classes: int,
             accelerator: Accelerator,
     ):
@@ -66,16 +66,17 @@ class TrainBatches:
         if args.streaming:
             stream = SparseLogitStream(
                 train_set, replay, store, *columns, args.seed, rank=rank, world_size=world_size,
-                store_epochs=stored_epochs, num_epochs=num_epochs)
+                store_epochs=stored_epochs)
             self.num_samples = store.manifest.num_samples
             self.loader = self.sampler = StreamLoader(
-                stream, self.num_samples // (args.batch_size * world_size), batch_size=args.batch_size, **options)
+                stream, self.num_samples // (args.batch_size * world_size), num_epochs, batch_size=args.batch_size,
+                **options)
         else:
             data = SparseLogitDataset(train_set, replay, store, *columns)
             self.num_samples = len(data)
             self.sampler = EpochBatchSampler(
                 self.num_samples, args.batch_size, args.seed, rank, world_size, stored_epochs, args.views_per_image,
-                data.pairing, store, num_epochs)
+                data.pairing, num_epochs)
             self.loader = DataLoader(data, batch_sampler=self.sampler, **options)
         # The labels of a stream cannot be checked before they come.
         self._checks_labels = args.streaming and args.alpha < 1
@@ -105,8 +106,10 @@ class TrainBatches:
             InputError: The records do not come, an image or a record is damaged, or a label is out of range.
         """
         self.sampler.set_epoch(epoch, first_update * self.batches_per_update)
-        if self.store is not None and not self.store.wait(lambda: stop() is not None):
-            raise stop() or Terminated
+        if self.store is not None:
+            self.store.prefetch(*self.sampler.epochs_to_read(epoch))
+            if not self.store.wait(lambda: stop() is not None):
+                raise stop() or Terminated
         batches = iter(self.loader)
         return map(self._checked, batches) if self._checks_labels else batches
 

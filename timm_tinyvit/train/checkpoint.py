@@ -21,10 +21,9 @@ from torch import nn
 
 from ..base.console import log, warn
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..data.fingerprint import dataset_fingerprint
-from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..store.remote import check_content, content_of
 from .metrics import suffixed
 from .sharding import load_whole_state, local, whole_state
@@ -54,7 +53,7 @@ CONTENTS = {'data': 'other images or labels in --dataset', 'store': 'another sto
 def fixed_settings(
         args: argparse.Namespace,
         train_set: datasets.Dataset | datasets.IterableDataset,
-        store: LogitStore | Ensemble | None,
+        store: StoreReader | None,
 ) -> dict[str, Any]:
     """What a run cannot change when it is resumed: flags that affect the weights, and the content of data and store."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
@@ -87,7 +86,7 @@ class TrainState:
             folder: Path,
             args: argparse.Namespace,
             settings: dict[str, Any],
-            store: LogitStore | Ensemble | None,
+            store: StoreReader | None,
             accelerator: Accelerator,
     ):
         self.folder = folder
@@ -262,7 +261,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     file = folder / f'checkpoint-{state["epoch"]:06d}-{state["samples"]:012d}.pt'
-    write_aside(file, buffer.getbuffer())
+    write_atomic(file, buffer.getbuffer())
     for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
         old.unlink(missing_ok=True)
     return file

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 
 __all__ = ['METRICS', 'read_metrics', 'suffixed', 'write_metrics']
 
@@ -29,7 +29,7 @@ def write_metrics(run: Path, history: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(history)
-    write_aside(run / METRICS, text.getvalue().encode())
+    write_atomic(run / METRICS, text.getvalue().encode())
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from ..base.errors import InputError
-from ..base.files import write_aside
+from ..base.files import write_atomic
 from ..data.fingerprint import dataset_fingerprint
 from ..data.sources import class_names
 from .calibration import Reliability, calibration
@@ -261,7 +261,7 @@ def write_arrays(path: Path, about: dict[str, Any], **arrays: np.ndarray) -> Non
     """
     buffer = io.BytesIO()
     np.savez_compressed(buffer, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
-    write_aside(path, buffer.getbuffer())
+    write_atomic(path, buffer.getbuffer())
 
 
 def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

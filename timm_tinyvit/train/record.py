@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..base.errors import InputError
-from ..base.files import remove_stale, write_aside
+from ..base.files import remove_leftovers, write_atomic
 from ..base.hub_client import is_hub_url
 from ..base.launch import device_name
 from ..base.machine import source_commit
@@ -27,6 +27,7 @@ from ..data.classes import Classes
 from ..data.views import ViewRecipe
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.names import hub_repo_of, public_name
+from ..store.base import StoreReader
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
 from ..version import __version__
@@ -57,7 +58,7 @@ def create_run_folder(folder: Path, is_main_process: bool) -> None:
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
     if is_main_process:
-        remove_stale(folder)
+        remove_leftovers(folder)
 
 
 def record_run(
@@ -89,7 +90,7 @@ def record_run(
     if state.store is not None:
         # The only mode that views of a store may be mixed in.
         recipe.pop('mixup_mode', None)
-    stores = [] if state.store is None else getattr(state.store, 'stores', [state.store])
+    stores = [] if state.store is None else state.store.stores
     stores = [_describe_store(location, store, args.teacher_checkpoint)
               for location, store in zip(args.logits or [], stores)]
     # What others do not see are the folders, by which stores of the same name differ.
@@ -98,7 +99,7 @@ def record_run(
         if described['name'] in names[:number]:
             described['name'] += f'-{number + 1}'
     launch = {'commit': source_commit(), 'environment': _environment(accelerator.device, accelerator.num_processes)}
-    write_aside(folder / RUN_RECORD, json.dumps({
+    write_atomic(folder / RUN_RECORD, json.dumps({
         'version': VERSION,
         'flags': {
             name: value for name, value in vars(args).items() if name != 'config' and value not in (None, [], {})},
@@ -183,10 +184,10 @@ def mark_published(store: LogitStore, url: str, epochs: range) -> None:
         InputError: The disk is full or may not be written.
     """
     mark = {'url': url, 'identity': store.manifest.identity, 'epochs': [epochs.start, epochs.stop]}
-    write_aside(store.path / PUBLISHED, f'{json.dumps(mark)}\n'.encode())
+    write_atomic(store.path / PUBLISHED, f'{json.dumps(mark)}\n'.encode())
 
 
-def _published_url(store: LogitStore) -> str | None:
+def _published_url(store: StoreReader) -> str | None:
     """Where a store in a folder is on the Hub with all of its epochs, as far as it is noted."""
     try:
         mark = json.loads((Path(store.path) / PUBLISHED).read_text(encoding='utf-8'))
@@ -212,7 +213,7 @@ def _evaluation_flags(args: argparse.Namespace) -> list[str]:
     return [part for flag, value in given.items() if value for part in (flag, value)]
 
 
-def _describe_store(location: str, store: LogitStore, teacher_checkpoint: str | None) -> dict[str, Any]:
+def _describe_store(location: str, store: StoreReader, teacher_checkpoint: str | None) -> dict[str, Any]:
     manifest = store.manifest
     teacher = public_name(manifest.teacher.get('name', ''))
     # The store on the Hub knows its commit, the flag need not.

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.pairing import mixed_cross_entropy
 from ..models.loading import ModelInput
-from ..store.ensemble import ensemble_loss
+from ..targets.sparse import ensemble_loss
 from .sharding import ModelEma, prepare_student
 from .student import freeze_batch_norm
 

@@ -18,8 +18,7 @@ from torch import nn
 from ..base.console import best_effort, progress
 from ..data.classes import Classes
 from ..models.loading import ModelInput
-from ..store.ensemble import Ensemble
-from ..store.local import LogitStore
+from ..store.base import StoreReader
 from ..store.manifest import stored_epoch
 from ..targets.sparse import SparseTargets
 from .batches import TrainBatches
@@ -118,7 +117,7 @@ def look_at_stored_views(
         model: nn.Module,
         prepare: ModelInput,
         batches: Iterable[dict[str, torch.Tensor]],
-        store: LogitStore | Ensemble,
+        store: StoreReader,
         accelerator: Accelerator,
         epoch: int,
         label_classes: int | None = None,
