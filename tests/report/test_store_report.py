@@ -118,7 +118,6 @@ def test_figures_are_those_of_a_dense_computation(make_store, name, is_mixed):
     assert found['confidence'] == pytest.approx(
         np.mean([dense[key][0][best] for key, best in top.items()]), **close)
     assert found['entropy'] == pytest.approx(np.mean([entropy(probs) for probs, _, _ in dense.values()]), **close)
-    assert found['listed_classes'] == pytest.approx(np.mean([count for _, count, _ in dense.values()]), **close)
     for size, mass in found['mass'].items():
         per_epoch = {epoch: [] for epoch in range(4)}
         for (epoch, _), (probs, _, listed) in dense.items():

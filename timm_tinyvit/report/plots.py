@@ -129,18 +129,12 @@ def histogram_plots(statistics: StoreStatistics) -> Iterator[Plot]:
     for values, label, what in (
             (100 * statistics.confidence, 'probability of the top class (%)', 'views'),
             (statistics.entropy, 'entropy (nats)', 'views'),
-            (statistics.num_listed, 'classes kept', 'views'),
             (statistics.disagreement, 'disagreement between epochs (nats)', 'samples')):
         values = values[np.isfinite(values)]
-        bins = 40
-        if label == 'classes kept':
-            if not len(values) or values.min() == values.max():
-                continue
-            bins = np.arange(values.min() - 0.5, values.max() + 1) if np.ptp(values) < bins else bins
         if not len(values):
             continue
         figure, axes = _axes(label, f'share of {what} (%)')
-        axes.hist(values, bins, weights=np.full(len(values), 100 / len(values)))
+        axes.hist(values, bins=40, weights=np.full(len(values), 100 / len(values)))
         partners = ', with other partners in each epoch' if what == 'samples' and statistics.is_mixed else ''
         yield figure, f'histogram of the {label}', f'{len(values):,} {what}{partners}'
 

@@ -46,7 +46,6 @@ class StoreStatistics:
         top: The most probable class, int64 [E, N].
         confidence: Its probability [E, N].
         entropy: Entropy of the target in nats [E, N].
-        num_listed: Classes that are listed [E, N].
         label_prob: Probability of the label, of both labels where views are mixed, [E, N]; NaN without a label.
         right: 1 where the most probable class is the label, or one of the two, 0 where not, [E, N]; NaN without a
             label.
@@ -63,7 +62,6 @@ class StoreStatistics:
     top: np.ndarray
     confidence: np.ndarray
     entropy: np.ndarray
-    num_listed: np.ndarray
     label_prob: np.ndarray
     right: np.ndarray
     mass_sizes: list[int]
@@ -130,8 +128,9 @@ class StoreStatistics:
         winner, share = self.majority()
         predictions = self.predictions
         scored = (self.labels >= 0) & (winner >= 0)
-        by_epoch = {name: self.by_epoch(name) for name in (
-            'right', 'confidence', 'label_prob', 'entropy', 'num_listed')}
+        by_epoch = {name: self.by_epoch(array) for name, array in (
+            ('accuracy', 'right'), ('confidence', 'confidence'), ('label_probability', 'label_prob'),
+            ('entropy', 'entropy'))}
         return {
             'samples': len(self.rows),
             'views': int(self.num_views.sum()),
@@ -141,7 +140,6 @@ class StoreStatistics:
             'confidence': _plain(_mean(self.confidence)),
             'label_probability': _plain(_mean(self.label_prob)),
             'entropy': _plain(_mean(self.entropy)),
-            'listed_classes': _plain(_mean(self.num_listed)),
             'mass': {str(size): _plain(_mean(column)) for size, column in zip(self.mass_sizes, self.mass.T)},
             'agreement': _plain(_mean(self.agreement())),
             'majority': _plain(_mean(share)),
@@ -149,9 +147,8 @@ class StoreStatistics:
             'disagreement': _plain(_mean(self.disagreement)),
             'calibration_error': None if predictions is None else predictions.reliability().error,
             'epochs': [
-                {'epoch': epoch, 'views': int(views), **{
-                    {'right': 'accuracy', 'label_prob': 'label_probability', 'num_listed': 'listed_classes'}.get(
-                        name, name): _plain(values[place]) for name, values in by_epoch.items()},
+                {'epoch': epoch, 'views': int(views),
+                 **{name: _plain(values[place]) for name, values in by_epoch.items()},
                  'mass': {str(size): _plain(share) for size, share in zip(self.mass_sizes, self.mass[place])}}
                 for place, (epoch, views) in enumerate(zip(self.epochs, self.num_views))],
         }
@@ -207,7 +204,7 @@ def store_statistics(
     sizes = sorted({size for size in MASS_SIZES if size < k} | {k})
     shape = (len(chosen), len(rows))
     top = np.full(shape, -1)
-    confidence, entropy, num_listed, label_prob, right = (np.full(shape, np.nan, dtype=np.float32) for _ in range(5))
+    confidence, entropy, label_prob, right = (np.full(shape, np.nan, dtype=np.float32) for _ in range(4))
     mass = np.full((len(chosen), len(sizes)), np.nan)
     compared = evenly(len(rows), KEPT_ENTRIES // (len(chosen) * k)) if len(chosen) > 1 else np.arange(0)
     kept_ids = np.full((len(chosen), len(compared), k), -1, dtype=np.int32)
@@ -224,7 +221,6 @@ def store_statistics(
             top[place, part] = targets.ids.gather(1, order[:, :1])[:, 0]
             confidence[place, part] = ordered[:, 0]
             entropy[place, part] = _entropy(probs).sum(dim=1) + (manifest.num_classes - k) * _entropy(share)
-            num_listed[place, part] = targets.k
             sums += ordered.cumsum(dim=1)[:, [size - 1 for size in sizes]].sum(dim=0).numpy()
             if labels is not None:
                 names = [labels[rows[part]]]
@@ -243,7 +239,7 @@ def store_statistics(
         mass[place] = sums / max(len(columns), 1) if len(columns) else np.nan
     return StoreStatistics(
         chosen, rows, np.full(len(rows), -1) if labels is None else labels[rows], is_mixed, top, confidence, entropy,
-        num_listed, label_prob, right, sizes, mass, compared,
+        label_prob, right, sizes, mass, compared,
         disagreement(kept_ids, kept_probs, kept_shares, manifest.num_classes))
 
 
@@ -261,8 +257,8 @@ def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_cla
     It is the entropy of the mean less the mean entropy, the Jensen-Shannon divergence of E targets.
 
     Args:
-        ids: Class ids that E targets list of each of P samples, [E, P, K]; -1 for padding.
-        probs: Their probabilities [E, P, K], 0 for padding.
+        ids: Class ids that E targets list of each of P samples, [E, P, K]; -1 where there is no target.
+        probs: Their probabilities [E, P, K]; 0 where there is no target.
         shares: What each class has that is not listed [E, P]; NaN where there is no target.
         num_classes: C.
 
@@ -276,12 +272,10 @@ def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_cla
         count = present.sum(axis=0)
         weights = present / np.maximum(count, 1)  # [E, P]
         share = np.nan_to_num(shares[:, part].astype(np.float64))
-        listed = ids[:, part] >= 0
-        unlisted = num_classes - listed.sum(axis=2)
-        each = _entropy(probs[:, part].astype(np.float64)).sum(axis=2) + unlisted * _entropy(share)
+        each = _entropy(probs[:, part].astype(np.float64)).sum(axis=2) + (num_classes - k) * _entropy(share)
         # What a listed class has beyond the share that it would have if no target listed it, summed over the targets.
         common = (weights * share).sum(axis=0)  # [P]
-        beyond = weights[..., None] * np.where(listed, probs[:, part] - share[..., None], 0)
+        beyond = weights[..., None] * (probs[:, part] - share[..., None])
         names = ids[:, part].transpose(1, 0, 2).reshape(len(part), -1)
         order = names.argsort(axis=1)
         names = np.take_along_axis(names, order, axis=1)

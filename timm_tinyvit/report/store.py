@@ -211,9 +211,6 @@ def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str
         figures['label'] = f'{percent(found["label_probability"])} for {both} in the mean'
     figures['entropy'] = f'{found["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}'
     figures['mass covered'] = ', '.join(f'{percent(share)} by {size}' for size, share in found['mass'].items())
-    listed = statistics.num_listed[np.isfinite(statistics.num_listed)]
-    if listed.min() < listed.max():
-        figures['classes kept'] = f'{listed.mean():.2f} in the mean, {listed.min():.0f} to {listed.max():.0f}'
     if found['agreement'] is not None:
         partners = ', whose partners differ' if statistics.is_mixed else ''
         pairs, majority, all_epochs = (100 * found[name] for name in ('agreement', 'majority', 'unanimous'))
@@ -238,9 +235,6 @@ def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
         columns['both labels' if statistics.is_mixed else 'label'] = map(percent, statistics.by_epoch('label_prob'))
     columns['entropy'] = [decimal(value, 3) for value in statistics.by_epoch('entropy')]
     columns |= {f'top {sizes[place]} mass': map(percent, statistics.mass[:, place]) for place in shown}
-    listed = statistics.by_epoch('num_listed')
-    if len(set(listed[np.isfinite(listed)])) > 1:
-        columns['classes'] = [decimal(value, 1) for value in listed]
     return list(columns), [[str(cell) for cell in row] for row in zip(*columns.values())]
 
 
