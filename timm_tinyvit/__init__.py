@@ -4,27 +4,21 @@ Importing this package registers the five TinyViT models and the paper's CLIP te
 are imported on first use, so that importing the package costs little more than importing timm.
 """
 
-import importlib
 import os
 import sys
-from typing import Any
 
+from .base.lazy import lazy_names
 from .version import __version__
 
 # Public name -> module.
 _PUBLIC = {
-    'EpochBatchSampler': 'data.dataset', 'LogitStore': 'store.local', 'Replay': 'data.views',
-    'SparseLogitDataset': 'data.dataset', 'SparseTargets': 'targets.sparse', 'TinyVit': 'models.tiny_vit',
-    'ViewRecipe': 'data.view_config', 'collate': 'data.dataset', 'load_split': 'data.sources',
-    'open_store': 'data.opening', 'sparse_soft_target_cross_entropy': 'targets.sparse',
+    'EpochBatchSampler': 'data.sampler', 'LogitStore': 'store.local', 'Replay': 'data.views',
+    'SparseLogitDataset': 'data.dataset', 'SparseLogitTask': 'train.task', 'SparseTargets': 'targets.sparse',
+    'TinyVit': 'models.tiny_vit', 'ViewRecipe': 'data.view_config', 'collate': 'data.dataset',
+    'load_split': 'data.sources', 'open_store': 'data.opening', 'sparse_soft_target_cross_entropy': 'targets.sparse',
 }
 __all__ = ['__version__', 'register_models', *_PUBLIC]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(importlib.import_module(f'.{_PUBLIC[name]}', __name__), name)
+__getattr__ = lazy_names(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

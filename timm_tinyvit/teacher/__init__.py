@@ -1,1 +1,8 @@
 """The teacher's half: run the teacher once on every view, fill stores, and copy, check and estimate them."""
+
+from .check import check_store, verify_store
+from .creating import create_store, create_teacher
+from .fill import fill_store
+from .teacher import Teacher
+
+__all__ = ['Teacher', 'check_store', 'create_store', 'create_teacher', 'fill_store', 'verify_store']
