@@ -224,6 +224,7 @@ def test_views_of_many_epochs_may_stand_in_one_batch(view_of):
 FRESH = '''
 import hashlib, json, random, sys
 import torch
+from timm_tinyvit.data.view_config import *
 from timm_tinyvit.data.views import *
 torch.randn(5), random.random()
 found = {}
