@@ -35,7 +35,8 @@ from timm_tinyvit.config.training import check_launch, settings
 from timm_tinyvit.data.classes import Classes, resolve_classes
 from timm_tinyvit.data.opening import open_stores
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.data.views import Replay, ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay
 from timm_tinyvit.hub.push_model import prepare_push, push_finished_run
 from timm_tinyvit.report.plots import plot_metrics
 from timm_tinyvit.report.run import write_run_report
@@ -75,11 +76,11 @@ def open_or_fill(
     With `--teacher`, epochs that the store lacks are filled first.
     """
     if not args.logits:
-        recipe = ViewRecipe(**view_arguments(args))
+        config = ViewConfig(**view_arguments(args))
         # In the other modes whole batches are mixed on the device, as in the paper's code, and not the views.
-        unmixed = replace(recipe, mixup=0., cutmix=0., cutmix_minmax=None)
+        unmixed = replace(config, mixup=0., cutmix=0., cutmix_minmax=None)
         return None, Replay(
-            recipe if args.mixup_mode == 'pair' else unmixed, args.store_seed or STORE_DEFAULTS['store_seed'])
+            config if args.mixup_mode == 'pair' else unmixed, args.store_seed or STORE_DEFAULTS['store_seed'])
     num_epochs = args.epochs + args.cooldown_epochs
     if args.teacher:
         teacher = create_teacher(args, accelerator.device)
@@ -118,7 +119,7 @@ def create_task(
         accelerator: Accelerator,
 ) -> SparseLogitTask:
     """What the student learns from, and the average of its weights where it is asked for."""
-    mixup, views = None, ViewRecipe(**view_arguments(args))
+    mixup, views = None, ViewConfig(**view_arguments(args))
     label_loss = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
     if args.mixup_mode != 'pair' and views.is_mixed:
         mixup = Mixup(

@@ -63,7 +63,8 @@ def make_logits(photos: str, teacher_weights: str, epochs: int) -> np.ndarray:
     import datasets
     import timm
 
-    from timm_tinyvit.data.views import Replay, ViewRecipe, decode_image
+    from timm_tinyvit.data.view_config import ViewConfig
+    from timm_tinyvit.data.views import Replay, decode_image
 
     column = datasets.Dataset.from_parquet(photos).cast_column('image', datasets.Image(decode=False))['image']
     images = [decode_image(image['bytes']) for image in column]
@@ -71,7 +72,7 @@ def make_logits(photos: str, teacher_weights: str, epochs: int) -> np.ndarray:
     weights = torch.load(teacher_weights, weights_only=True)
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     model.eval().to(memory_format=torch.channels_last)
-    replay = Replay(ViewRecipe(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25), seed=0)
+    replay = Replay(ViewConfig(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25), seed=0)
     logits = []
     for epoch in range(epochs):
         print(f'epoch {epoch + 1} of {epochs}', file=sys.stderr)

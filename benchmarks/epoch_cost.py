@@ -55,7 +55,8 @@ from timm_tinyvit.data.dataset import SparseLogitDataset, collate, read_records
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.data.views import Replay, ViewRecipe, library_versions
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay, library_versions
 from timm_tinyvit.models.loading import ModelInput, set_image_size
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.targets.codecs import create_codec
@@ -96,12 +97,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_store(folder: Path, dataset: datasets.Dataset, args: argparse.Namespace) -> tuple[LogitStore, Replay]:
     """A store of random logits for these images."""
-    replay = Replay(ViewRecipe(
+    replay = Replay(ViewConfig(
         input_size=(3, args.img_size, args.img_size), auto_augment=RAND_AUGMENT, re_prob=ERASING), seed=0)
     codec = create_codec('compact', args.classes, args.k)
     store = LogitStore.create(folder, Manifest(
         num_samples=len(dataset), num_classes=args.classes, k=args.k, record_width=codec.width, epochs=args.epochs,
-        seed=0, shard_size=SHARD_SIZE, codec=codec.name, recipe=replay.recipe.to_dict(), versions=library_versions(),
+        seed=0, shard_size=SHARD_SIZE, codec=codec.name, recipe=replay.config.to_dict(), versions=library_versions(),
         probe=replay.probe(), dataset=dataset_fingerprint(dataset), teacher=dict(
             name='random', weights='', dtype='float32', device='cpu', batch_size=1, input_size=[3, 224, 224])))
     logits = 3 * torch.randn(1024, args.classes, generator=torch.Generator().manual_seed(0))

@@ -40,7 +40,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.sampler import EpochBatchSampler
-from timm_tinyvit.data.views import Replay, ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay
 
 RECIPE = dict(auto_augment='rand-m9-mstd0.5-inc1', interpolation='bicubic', re_prob=0.25, re_mode='pixel', re_count=1)
 
@@ -122,7 +123,7 @@ def timm_loader(folder: Path, batch_size: int) -> Iterable[torch.Tensor]:
 
 
 def replayed(decoder: str, views_per_image: int, folder: Path, batch_size: int) -> Iterable[torch.Tensor]:
-    data = SparseLogitDataset(load_images(folder), Replay(ViewRecipe(decoder=decoder, **RECIPE), seed=0))
+    data = SparseLogitDataset(load_images(folder), Replay(ViewConfig(decoder=decoder, **RECIPE), seed=0))
     sampler = EpochBatchSampler(len(data), batch_size, seed=0, views_per_image=views_per_image)
     loader = DataLoader(data, batch_sampler=sampler, num_workers=1, collate_fn=collate)
     return (batch['view'] for batch in loader)

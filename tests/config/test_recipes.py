@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 import train_distill
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.config.arguments import recipe_names
-from timm_tinyvit.data.views import ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.train.optimization import create_optimizer, create_schedule, learning_rates
@@ -53,10 +53,10 @@ def test_a_recipe_has_every_value_of_the_official_configuration(stage):
     topk = official.pop('distill_topk')
     assert args.topk == (topk if 'distill' in stage else None)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    assert {key: given.get(key, getattr(ViewRecipe, key, None)) for key in official} == official
+    assert {key: given.get(key, getattr(ViewConfig, key, None)) for key in official} == official
     assert (args.batch_size, args.grad_accum_steps) == (STAGES[stage]['batch_size'], STAGES[stage]['grad_accum_steps'])
     assert (args.scale, args.ratio, args.hflip) == (None, None, None)  # the defaults of timm, then and now
-    assert (ViewRecipe.scale, ViewRecipe.ratio, ViewRecipe.hflip) == ((0.08, 1.), (3 / 4, 4 / 3), 0.5)
+    assert (ViewConfig.scale, ViewConfig.ratio, ViewConfig.hflip) == ((0.08, 1.), (3 / 4, 4 / 3), 0.5)
 
 
 @pytest.mark.parametrize('stage', STAGES)

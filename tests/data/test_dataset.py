@@ -18,7 +18,8 @@ from timm_tinyvit.data.dataset import ImageDataset, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import check_fingerprint, dataset_fingerprint
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import class_names, find_column, load_split
-from timm_tinyvit.data.views import Replay, ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
@@ -80,7 +81,7 @@ def picture(real):
 
 @pytest.fixture
 def replay():
-    return Replay(ViewRecipe(input_size=(3, 24, 24), re_prob=0.5), seed=9)
+    return Replay(ViewConfig(input_size=(3, 24, 24), re_prob=0.5), seed=9)
 
 
 def make_store(path, dataset, epochs=2):

@@ -12,14 +12,15 @@ import timm_tinyvit
 from timm_tinyvit.data import decoding as tensor_images
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.decoding import as_tensor, decode_jpeg
-from timm_tinyvit.data.views import Replay, ViewRecipe, decode_image
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay, decode_image
 
 JPEG = Path(timm_tinyvit.__file__).parent / 'data' / 'probe.jpg'
 SIZE = (3, 96, 80)
 
 
 def make_replay(decoder, **changes):
-    return Replay(ViewRecipe(input_size=SIZE, decoder=decoder, **changes), seed=5)
+    return Replay(ViewConfig(input_size=SIZE, decoder=decoder, **changes), seed=5)
 
 
 def test_a_decoded_jpeg_has_the_pixels_that_pillow_gives_it():
@@ -72,7 +73,7 @@ def test_a_view_is_the_same_in_any_order_and_its_probe_is_its_own():
         'pillow', auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25).probe()
 
 
-def test_the_data_set_decodes_as_the_recipe_says(encode_image):
+def test_the_data_set_decodes_as_the_view_config_says(encode_image):
     rows = [dict(bytes=JPEG.read_bytes(), path=None), dict(bytes=encode_image(Image.open(JPEG), 'PNG'), path=None)]
     dataset = datasets.Dataset.from_dict({'image': rows, 'label': [0, 1]}).cast_column('image', datasets.Image())
     replay = make_replay('torch')
@@ -97,4 +98,4 @@ def test_a_jpeg_that_is_cut_short_fails_as_it_does_with_pillow(size):
 @pytest.mark.parametrize('changes', [dict(no_aug=True), dict(train_crop_mode='rkrc')])
 def test_other_crops_are_refused(changes, refused):
     with refused('torch', 'rrc', 'pillow'):
-        ViewRecipe(decoder='torch', **changes)
+        ViewConfig(decoder='torch', **changes)

@@ -22,7 +22,8 @@ from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.pairing import Pairing, mixed_cross_entropy
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.data.views import Replay, ViewRecipe, preserve_random_state, seed_view
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay, preserve_random_state, seed_view
 from timm_tinyvit.teacher.copy import copy_range
 from timm_tinyvit.teacher.teacher import Teacher
 
@@ -120,11 +121,11 @@ def test_fourteen_million_samples_need_no_table_of_them():
 
 @pytest.mark.parametrize('mixing', MIXINGS.values(), ids=MIXINGS)
 def test_both_sides_of_a_pair_are_those_that_timm_makes_of_their_views(mixing, real):
-    recipe = ViewRecipe(**RECIPE, **mixing)
-    data = SparseLogitDataset(real, Replay(recipe, seed=9))
-    plain = SparseLogitDataset(real, Replay(ViewRecipe(**RECIPE), seed=9))
+    config = ViewConfig(**RECIPE, **mixing)
+    data = SparseLogitDataset(real, Replay(config, seed=9))
+    plain = SparseLogitDataset(real, Replay(ViewConfig(**RECIPE), seed=9))
     timms = FastCollateMixup(
-        recipe.mixup, recipe.cutmix, recipe.cutmix_minmax, recipe.mixup_prob, recipe.mixup_switch_prob, mode='pair',
+        config.mixup, config.cutmix, config.cutmix_minmax, config.mixup_prob, config.mixup_switch_prob, mode='pair',
         label_smoothing=0.1, num_classes=10)
     lams = []
     for pair, (first, second) in enumerate(members_of(data.pairing, 4)[:-1].tolist()):
@@ -145,8 +146,8 @@ def test_both_sides_of_a_pair_are_those_that_timm_makes_of_their_views(mixing, r
 
 
 def test_a_sample_without_a_partner_stays_as_it_is(real):
-    data = SparseLogitDataset(real, Replay(ViewRecipe(**RECIPE, **PAPER), seed=9))
-    plain = SparseLogitDataset(real, Replay(ViewRecipe(**RECIPE), seed=9))
+    data = SparseLogitDataset(real, Replay(ViewConfig(**RECIPE, **PAPER), seed=9))
+    plain = SparseLogitDataset(real, Replay(ViewConfig(**RECIPE), seed=9))
     for epoch in range(10):
         alone = int(members_of(data.pairing, epoch)[-1, 0])
         sample = data[epoch, alone]
@@ -154,7 +155,7 @@ def test_a_sample_without_a_partner_stays_as_it_is(real):
 
 
 def test_mixing_leaves_the_global_generators_as_they_were(real):
-    data = SparseLogitDataset(real, Replay(ViewRecipe(**RECIPE, **PAPER), seed=9))
+    data = SparseLogitDataset(real, Replay(ViewConfig(**RECIPE, **PAPER), seed=9))
     np.random.seed(5)
     expected = np.random.rand(3)
     np.random.seed(5)
@@ -163,7 +164,7 @@ def test_mixing_leaves_the_global_generators_as_they_were(real):
 
 
 def test_the_probe_knows_how_views_are_mixed(monkeypatch):
-    replays = [Replay(ViewRecipe(**RECIPE, **mixing), 0) for mixing in ({}, *MIXINGS.values())]
+    replays = [Replay(ViewConfig(**RECIPE, **mixing), 0) for mixing in ({}, *MIXINGS.values())]
     probes = [replay.probe() for replay in replays]
     assert len(set(probes)) == len(probes)
     monkeypatch.setattr('timm.data.mixup.cutmix_bbox_and_lam', lambda shape, lam, **kwargs: ((0, 1, 0, 1), lam))
@@ -207,7 +208,7 @@ def test_ranks_share_pairs_step_by_step_and_go_on_from_any_batch():
 
 
 def test_one_decoded_image_serves_both_sides_of_its_pair(real, monkeypatch):
-    data = SparseLogitDataset(real, Replay(ViewRecipe(**RECIPE, **PAPER), seed=9))
+    data = SparseLogitDataset(real, Replay(ViewConfig(**RECIPE, **PAPER), seed=9))
     decode, decoded = data.replay.decode, []
     monkeypatch.setattr(data.replay, 'decode', lambda source: decoded.append(source) or decode(source))
     batch, *_ = batches(data.pairing)
@@ -259,7 +260,7 @@ def filled(tmp_path_factory, teacher):
 def test_the_student_sees_what_the_teacher_saw_byte_for_byte(filled):
     path, seen = filled
     store, replay = open_store(path, {})
-    assert replay.recipe.is_mixed
+    assert replay.config.is_mixed
     data = SparseLogitDataset(load_split(DATA, SPLIT, is_training=True), replay, store)
     labels = torch.tensor(data.dataset['label'].to_pylist())
     sampler = EpochBatchSampler(61, 10, 1, rank=1, world_size=2, store_epochs=range(2), pairing=data.pairing)

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 import timm_tinyvit
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.sampler import EpochBatchSampler
+from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import (
-    Replay, ViewRecipe, check_probe, decode_image, library_versions, preserve_random_state, seed_view,
+    Replay, check_probe, decode_image, library_versions, preserve_random_state, seed_view,
 )
 
 SIZE = (3, 40, 48)
@@ -61,8 +62,8 @@ def images(fashion):
     return [photograph, *(image.convert('RGB') for image in fashion.select(range(3))['image'])]
 
 
-def make_recipe(**changes):
-    return ViewRecipe(**{'input_size': SIZE, **changes})
+def make_config(**changes):
+    return ViewConfig(**{'input_size': SIZE, **changes})
 
 
 def timm_views(images, seed, keys, arguments):
@@ -82,7 +83,7 @@ def timm_views(images, seed, keys, arguments):
 def test_a_view_is_the_one_of_timms_own_pipeline(arguments, images):
     keys = [(epoch, index) for epoch in range(6) for index in range(4)]
     pictures = [images[index] for _, index in keys]
-    views = torch.stack(Replay(make_recipe(**arguments), seed=3).views(pictures, keys))
+    views = torch.stack(Replay(make_config(**arguments), seed=3).views(pictures, keys))
     assert views.dtype == torch.uint8 and views.shape == (24, *SIZE)
     mean = torch.tensor(arguments.get('mean', IMAGENET_DEFAULT_MEAN)).view(3, 1, 1)
     std = torch.tensor(arguments.get('std', IMAGENET_DEFAULT_STD)).view(3, 1, 1)
@@ -101,7 +102,7 @@ def test_a_view_is_the_one_of_timms_own_pipeline(arguments, images):
         normalised = (views / 255 - mean) / std
         torch.testing.assert_close(normalised, expected, rtol=0, atol=1e-5)
     # The case does something: without its arguments the views are others.
-    plain = torch.stack(Replay(make_recipe(), seed=3).views(pictures, keys))
+    plain = torch.stack(Replay(make_config(), seed=3).views(pictures, keys))
     assert torch.equal(views, plain) == (not arguments)
 
 
@@ -119,7 +120,7 @@ def test_three_percent_of_erased_values_are_clipped(images):
 
 def test_a_view_is_a_contiguous_tensor_with_values_of_its_own(images):
     for arguments in ({}, PAPER):
-        replay = Replay(make_recipe(**arguments), seed=0)
+        replay = Replay(make_config(**arguments), seed=0)
         view = replay(images[0], 0, 0)
         assert view.is_contiguous() and view.shape == SIZE
         kept = view.clone()
@@ -129,13 +130,13 @@ def test_a_view_is_a_contiguous_tensor_with_values_of_its_own(images):
 
 def test_another_seed_epoch_or_index_gives_another_view(images):
     views = {
-        (seed, epoch, index): Replay(make_recipe(), seed)(images[0], epoch, index).numpy().tobytes()
+        (seed, epoch, index): Replay(make_config(), seed)(images[0], epoch, index).numpy().tobytes()
         for seed in (0, 1, -1, 2 ** 62) for epoch in (0, 1, 299) for index in (0, 1, 14_000_000)}
     assert len(set(views.values())) == len(views)
 
 
 def test_a_view_does_not_depend_on_what_was_drawn_before(images):
-    replay = Replay(make_recipe(**PAPER), seed=5)
+    replay = Replay(make_config(**PAPER), seed=5)
     keys = [(epoch, index) for epoch in range(2) for index in range(4)]
     expected = [replay(images[index], epoch, index) for epoch, index in keys]
     for number, (epoch, index) in enumerate(reversed(keys)):
@@ -145,7 +146,7 @@ def test_a_view_does_not_depend_on_what_was_drawn_before(images):
         random.random(), np.random.rand(number), torch.randn(number), random.gauss(0, 1), np.random.randn()
         assert torch.equal(replay(images[index], epoch, index), expected[keys.index((epoch, index))])
     assert all(map(torch.equal, replay.views([images[index] for _, index in keys], keys), expected))
-    assert all(map(torch.equal, Replay(make_recipe(**PAPER), 5).views([images[0]], [(0, 0)]), expected))
+    assert all(map(torch.equal, Replay(make_config(**PAPER), 5).views([images[0]], [(0, 0)]), expected))
 
 
 def random_states():
@@ -154,7 +155,7 @@ def random_states():
 
 
 def test_the_global_generators_are_left_as_they_were_found(images):
-    replay = Replay(make_recipe(**PAPER, gaussian_blur_prob=0.5), seed=5)
+    replay = Replay(make_config(**PAPER, gaussian_blur_prob=0.5), seed=5)
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
@@ -176,14 +177,14 @@ def test_the_global_generators_are_left_as_they_were_found(images):
 
 def test_as_many_keys_as_images_are_needed(images):
     with pytest.raises(ValueError):
-        Replay(make_recipe(), 0).views(images, [(0, 0)])
+        Replay(make_config(), 0).views(images, [(0, 0)])
 
 
 @pytest.fixture(scope='module')
 def view_of(fashion):
     """The view of every (epoch, index), made one by one."""
     rows = fashion.select(range(60))
-    replay = Replay(make_recipe(**PAPER), seed=11)
+    replay = Replay(make_config(**PAPER), seed=11)
     pictures = [image.convert('RGB') for image in rows['image']]
     return rows, replay, {
         (epoch, index): replay(pictures[index], epoch, index) for epoch in range(3) for index in range(60)}
@@ -229,7 +230,7 @@ from timm_tinyvit.data.views import *
 torch.randn(5), random.random()
 found = {}
 for name, arguments in json.loads(sys.argv[1]).items():
-    replay = Replay(ViewRecipe.from_dict(arguments), 17)
+    replay = Replay(ViewConfig.from_dict(arguments), 17)
     digest = hashlib.sha256()
     for index in reversed(range(8)):
         digest.update(replay(decode_image(sys.argv[2]), 1, index).numpy().tobytes())
@@ -239,40 +240,40 @@ print(json.dumps(found))
 
 
 def test_views_and_probes_are_the_same_in_a_fresh_process(images):
-    recipes = {name: make_recipe(**arguments).to_dict() for name, arguments in CASES.items()}
+    configs = {name: make_config(**arguments).to_dict() for name, arguments in CASES.items()}
     photograph = Path(timm_tinyvit.__file__).parent / 'data' / 'probe.jpg'
     fresh = subprocess.run(
-        [sys.executable, '-c', FRESH, json.dumps(recipes), str(photograph)], capture_output=True, text=True, check=True)
+        [sys.executable, '-c', FRESH, json.dumps(configs), str(photograph)], capture_output=True, text=True, check=True)
     found = json.loads(fresh.stdout)
-    for name, arguments in recipes.items():
-        replay = Replay(ViewRecipe.from_dict(arguments), 17)
+    for name, arguments in configs.items():
+        replay = Replay(ViewConfig.from_dict(arguments), 17)
         digest = hashlib.sha256()
         for index in reversed(range(8)):
             digest.update(replay(images[0], 1, index).numpy().tobytes())
         assert found[name] == [digest.hexdigest(), replay.probe()], name
-    # Erasing is left out without augmentation; all other recipes make other views.
-    assert len({probe for _, probe in found.values()}) == len(recipes)
+    # Erasing is left out without augmentation; all other configs make other views.
+    assert len({probe for _, probe in found.values()}) == len(configs)
 
 
-def test_a_recipe_comes_back_from_json():
+def test_a_view_config_comes_back_from_json():
     for arguments in CASES.values():
-        recipe = make_recipe(**arguments)
-        values = recipe.to_dict()
-        assert ViewRecipe.from_dict(json.loads(json.dumps(values))) == recipe
+        config = make_config(**arguments)
+        values = config.to_dict()
+        assert ViewConfig.from_dict(json.loads(json.dumps(values))) == config
         assert not any(isinstance(value, tuple) for value in values.values())
-    recipe = ViewRecipe(input_size=[3, 20, 30], scale=[0.1, 1], mean=[0, 0.5, 1], color_jitter=[0.1, 0.2, 0.3])
-    assert (recipe.input_size, recipe.scale, recipe.mean) == ((3, 20, 30), (0.1, 1), (0, 0.5, 1))
-    assert recipe.color_jitter == (0.1, 0.2, 0.3) and hash(recipe) == hash(ViewRecipe.from_dict(recipe.to_dict()))
-    Replay(recipe, 0)(Image.new('RGB', (9, 9)), 0, 0)
+    config = ViewConfig(input_size=[3, 20, 30], scale=[0.1, 1], mean=[0, 0.5, 1], color_jitter=[0.1, 0.2, 0.3])
+    assert (config.input_size, config.scale, config.mean) == ((3, 20, 30), (0.1, 1), (0, 0.5, 1))
+    assert config.color_jitter == (0.1, 0.2, 0.3) and hash(config) == hash(ViewConfig.from_dict(config.to_dict()))
+    Replay(config, 0)(Image.new('RGB', (9, 9)), 0, 0)
 
 
-def test_a_recipe_with_unknown_or_missing_entries_is_refused(refused):
-    values = make_recipe().to_dict()
+def test_a_view_config_with_unknown_or_missing_entries_is_refused(refused):
+    values = make_config().to_dict()
     with refused('unknown or missing', 'mosaic'):
-        ViewRecipe.from_dict({**values, 'mosaic': 1.})
+        ViewConfig.from_dict({**values, 'mosaic': 1.})
     for name in values:
         with refused('unknown or missing', name):
-            ViewRecipe.from_dict({key: value for key, value in values.items() if key != name})
+            ViewConfig.from_dict({key: value for key, value in values.items() if key != name})
 
 
 @pytest.mark.parametrize('arguments, words', [
@@ -312,19 +313,19 @@ def test_a_recipe_with_unknown_or_missing_entries_is_refused(refused):
     (dict(interpolation='cubic spline'), ['timm', 'cubic spline']),
     (dict(train_crop_mode='middle'), ['timm']),
 ])
-def test_a_bad_recipe_is_refused(arguments, words, refused):
+def test_a_bad_view_config_is_refused(arguments, words, refused):
     with refused(*words):
-        Replay(ViewRecipe(**arguments), 0)
+        Replay(ViewConfig(**arguments), 0)
 
 
 # The probe
 
 
-def test_the_probe_knows_the_recipe_and_the_seed():
-    probe = Replay(make_recipe(**PAPER), 0).probe()
-    assert probe == Replay(make_recipe(**PAPER), 0).probe()
+def test_the_probe_knows_the_view_config_and_the_seed():
+    probe = Replay(make_config(**PAPER), 0).probe()
+    assert probe == Replay(make_config(**PAPER), 0).probe()
     others = [
-        Replay(make_recipe(**PAPER), 1), Replay(make_recipe(**{**PAPER, 're_prob': 0.3}), 0), Replay(make_recipe(), 0)]
+        Replay(make_config(**PAPER), 1), Replay(make_config(**{**PAPER, 're_prob': 0.3}), 0), Replay(make_config(), 0)]
     assert probe not in {other.probe() for other in others}
 
 
@@ -353,19 +354,19 @@ def change_erasing(monkeypatch):
 @pytest.mark.parametrize(
     'change', [change_resize, change_one_operation_of_randaugment, change_jpeg_decoding, change_erasing])
 def test_a_library_that_makes_other_views_is_found_out(change, monkeypatch, refused):
-    recipe, versions = make_recipe(**PAPER), library_versions()
-    probe = Replay(recipe, 0).probe()
-    assert check_probe(Replay(recipe, 0), probe, versions) is None
+    config, versions = make_config(**PAPER), library_versions()
+    probe = Replay(config, 0).probe()
+    assert check_probe(Replay(config, 0), probe, versions) is None
     change(monkeypatch)
     with refused('other views', 'same versions'):
-        check_probe(Replay(recipe, 0), probe, versions)
+        check_probe(Replay(config, 0), probe, versions)
     with refused('other views', f'pillow 1.1.7 -> {versions["pillow"]}', f'timm 0.4 -> {timm.__version__}'):
-        check_probe(Replay(recipe, 0), probe, {**versions, 'pillow': '1.1.7', 'timm': '0.4'})
+        check_probe(Replay(config, 0), probe, {**versions, 'pillow': '1.1.7', 'timm': '0.4'})
 
 
 def test_only_versions_that_changed_are_named(monkeypatch, refused):
     versions = library_versions()
-    replay = Replay(make_recipe(), 0)
+    replay = Replay(make_config(), 0)
     with pytest.raises(ValueError) as caught:
         check_probe(replay, 'another probe', {**versions, 'numpy': '1.0'})
     assert 'numpy 1.0 -> ' in str(caught.value)
@@ -374,7 +375,7 @@ def test_only_versions_that_changed_are_named(monkeypatch, refused):
 
 def test_other_versions_with_the_same_views_are_one_line_in_the_log(one_sentence):
     versions = library_versions()
-    replay = Replay(make_recipe(), 0)
+    replay = Replay(make_config(), 0)
     line = check_probe(replay, replay.probe(), {**versions, 'torch': '1.0', 'magick': '7'})
     one_sentence(line, 'same views', f'torch 1.0 -> {versions["torch"]}', 'magick 7 -> none')
     del versions['python']

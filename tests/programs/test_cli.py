@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 import timm_tinyvit
 from timm_tinyvit import cli
 from timm_tinyvit.config import commands
-from timm_tinyvit.data.views import ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.hub.convert import TEACHER, TINY_VITS
 
 HEAVY = ('torch', 'timm', 'datasets', 'huggingface_hub', 'transformers', 'pyarrow', 'numpy')
@@ -97,7 +97,7 @@ def test_every_public_name_is_there():
 
 
 def test_what_is_known_without_timm_is_what_timm_says():
-    assert (ViewRecipe.mean, ViewRecipe.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert (ViewConfig.mean, ViewConfig.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     assert commands.OFFICIAL_MODELS == (*TINY_VITS, TEACHER)
 
 

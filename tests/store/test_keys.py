@@ -21,7 +21,8 @@ from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.data.views import Replay, ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.keys import KeyIndex, hash_keys
 from timm_tinyvit.store.local import LogitStore, Manifest
@@ -41,7 +42,7 @@ def named(fashion):
 
 @pytest.fixture(scope='module')
 def replay():
-    return Replay(ViewRecipe(input_size=(3, 24, 24), re_prob=0.5), seed=9)
+    return Replay(ViewConfig(input_size=(3, 24, 24), re_prob=0.5), seed=9)
 
 
 @pytest.fixture(scope='module')

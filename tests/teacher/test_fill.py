@@ -31,7 +31,8 @@ from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import is_dead
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
-from timm_tinyvit.data.views import Replay, ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.targets.codecs import create_codec
@@ -90,7 +91,7 @@ def job(images):
     dataset = datasets.load_from_disk(str(images))
     manifest = Manifest(
         num_samples=len(dataset), num_classes=10, k=3, epochs=NUM_EPOCHS, seed=7, shard_size=150,
-        record_width=create_codec('float16', 10, 3).width, recipe=ViewRecipe(**RECIPE).to_dict(),
+        record_width=create_codec('float16', 10, 3).width, recipe=ViewConfig(**RECIPE).to_dict(),
         teacher=Teacher(make_teacher(), 'test_resnet', torch.device('cpu')).describe(batch_size=32),
         dataset=dataset_fingerprint(dataset))
     assert manifest.num_shards == NUM_SHARDS
@@ -116,7 +117,7 @@ def fill(path, job, pipe=None, before=None, **options):
     store.remove_leftovers()
     teacher = Teacher(make_teacher(), 'test_resnet', torch.device('cpu'))
     data = WatchedDataset(
-        datasets.load_from_disk(images), Replay(ViewRecipe.from_dict(manifest.recipe), manifest.seed))
+        datasets.load_from_disk(images), Replay(ViewConfig.from_dict(manifest.recipe), manifest.seed))
     data.log = log_of(path)
     if pipe is not None:
         pipe.send('ready')
@@ -191,7 +192,7 @@ def test_the_filled_store_is_whole_and_its_records_are_the_teachers(reference, j
         file.mkdir() if data is None else file.write_bytes(data)
     store = LogitStore.open(tmp_path)
     assert store.missing(range(3)) == [] and len(content) == 1 + NUM_EPOCHS + NUM_EPOCHS * NUM_SHARDS
-    replay = Replay(ViewRecipe(**RECIPE), store.manifest.seed)
+    replay = Replay(ViewConfig(**RECIPE), store.manifest.seed)
     data = SparseLogitDataset(datasets.load_from_disk(job[0]), replay, store)
     teacher = Teacher(make_teacher(), 'test_resnet', torch.device('cpu'))
     keys = [(2, 999), (0, 0), (1, 150), (1, 149)]
@@ -388,7 +389,7 @@ def test_what_goes_wrong_in_one_shard_leaves_the_others_and_no_lease(num_workers
     broken = datasets.Dataset.from_dict({'image': table, 'label': rows['label']}, features=rows.features)
     manifest = replace(job[1], num_samples=300, shard_size=50, dataset=dataset_fingerprint(broken), epochs=1)
     store = LogitStore.create(tmp_path / 'store', manifest)
-    data = SparseLogitDataset(broken, Replay(ViewRecipe(**RECIPE), 7))
+    data = SparseLogitDataset(broken, Replay(ViewConfig(**RECIPE), 7))
     teacher = Teacher(make_teacher(), 'test_resnet', torch.device('cpu'))
 
     @reports_input_errors

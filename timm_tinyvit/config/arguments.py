@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 import yaml
 
 from ..base.errors import InputError
-from ..data.view_config import ViewRecipe
+from ..data.view_config import ViewConfig
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
 STORE_DEFAULTS = dict(
     topk=10, codec='compact', key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
 
-# Flag of timm's train.py -> entry of ViewRecipe.
+# Flag of timm's train.py -> entry of ViewConfig.
 VIEW_FLAGS = {
     'no_aug': 'no_aug', 'train_crop_mode': 'train_crop_mode', 'scale': 'scale', 'ratio': 'ratio', 'hflip': 'hflip',
     'vflip': 'vflip', 'color_jitter': 'color_jitter', 'color_jitter_prob': 'color_jitter_prob',
@@ -203,19 +203,19 @@ def add_push_arguments(parser: argparse.ArgumentParser, what: str, licence: str)
 
 
 def add_view_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a training view is made; what is not given comes from the store, or else from `ViewRecipe`."""
+    """How a training view is made; what is not given comes from the store, or else from `ViewConfig`."""
     group = parser.add_argument_group('views (defaults: the store\'s, where there is one)')
-    recipe = ViewRecipe()
+    plain = ViewConfig()
 
     def add(flag: str, help: str, **options: Any) -> None:
-        default = getattr(recipe, VIEW_FLAGS[flag.removeprefix('--').replace('-', '_')])
+        default = getattr(plain, VIEW_FLAGS[flag.removeprefix('--').replace('-', '_')])
         if isinstance(default, tuple):
             default = ' '.join(f'{value:.4g}' for value in default)
         shown = '' if default is False else f' (default: {"none" if default is None else default})'
         group.add_argument(flag, help=help + shown, **options)
 
     group.add_argument('--img-size', type=int, metavar='N',
-                       help=f'height and width of the views (default: {recipe.input_size[-1]})')
+                       help=f'height and width of the views (default: {plain.input_size[-1]})')
     add('--no-aug', 'resize and centre crop only', action='store_true', default=None)
     add('--train-crop-mode', 'rrc, rkrc or rkrr', metavar='NAME')
     add('--scale', 'random resized crop: range of area', type=float, nargs=2, metavar='PCT')
@@ -293,12 +293,12 @@ def folder(text: str) -> str:
 
 
 def view_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Entries of `ViewRecipe` that were asked for, on the command line or in a recipe."""
+    """Entries of `ViewConfig` that were asked for, on the command line or in a recipe."""
     given = {entry: getattr(args, flag) for flag, entry in VIEW_FLAGS.items() if getattr(args, flag) is not None}
     if args.img_size is not None:
         given['input_size'] = (3, args.img_size, args.img_size)
-    recipe = ViewRecipe(**given).to_dict()
-    return {entry: recipe[entry] for entry in given}
+    config = ViewConfig(**given).to_dict()
+    return {entry: config[entry] for entry in given}
 
 
 def amp_dtype(name: str | None) -> 'torch.dtype | None':

@@ -112,8 +112,8 @@ class SparseLogitDataset(ImageDataset):
     `record` uint8 [width]: a codec decodes records where the model is. The index is what the view was drawn by: the
     row in the data set of the teacher or, with keys, the hash of its key.
 
-    Where the recipe mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share of
-    the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
+    Where the view config mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share
+    of the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
 
     Args:
         dataset: A map-style Hugging Face data set with an image column.
@@ -125,11 +125,11 @@ class SparseLogitDataset(ImageDataset):
         first_sample: Index of the first row where there are neither store nor keys.
 
     Attributes:
-        pairing: Who is mixed with whom, where the recipe mixes views.
+        pairing: Who is mixed with whom, where the view config mixes views.
 
     Raises:
         InputError: The data set is not the store's, has no image column or no such column of keys, or has keys where
-            the recipe mixes views.
+            the view config mixes views.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class SparseLogitDataset(ImageDataset):
         if key and store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position; leave --key out')
         refuse_keys(replay, self.key)
-        self.pairing = Pairing(replay.seed, len(dataset)) if replay.recipe.is_mixed else None
+        self.pairing = Pairing(replay.seed, len(dataset)) if replay.config.is_mixed else None
         if self.key:
             find_key(dataset, self.key)
         if store and store.manifest.key:
@@ -211,7 +211,7 @@ def refuse_keys(replay: Replay, key: str | None) -> None:
     Raises:
         InputError: There are both.
     """
-    if key and replay.recipe.is_mixed:
+    if key and replay.config.is_mixed:
         raise InputError(
             f'Mixup and CutMix pair samples by their position in the whole data set, but here the column {key!r} names '
             f'them and partners may be absent; leave --key and --streaming out, or --mixup and --cutmix')

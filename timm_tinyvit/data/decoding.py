@@ -1,8 +1,8 @@
 """Images cropped and resized as tensors by torch: a view of a large JPEG in two thirds of the time.
 
 The resized pixels differ from Pillow's by 2 of 255 at most, because torch's filters round their weights otherwise. So
-this is part of a store's recipe, as decoder `torch`. JPEGs are decoded by simplejpeg where it is installed, with the
-pixels that Pillow gives them.
+this is part of a store's view config, as decoder `torch`. JPEGs are decoded by simplejpeg where it is installed, with
+the pixels that Pillow gives them.
 """
 
 import io

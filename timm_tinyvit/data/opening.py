@@ -13,7 +13,8 @@ from ..base.hub_client import is_hub_url
 from ..store.base import StoreReader
 from ..store.ensemble import Ensemble
 from ..store.remote import open_reader, resolve_commit
-from .views import Replay, ViewRecipe, check_probe
+from .view_config import ViewConfig
+from .views import Replay, check_probe
 
 __all__ = ['open_store', 'open_stores']
 
@@ -29,7 +30,7 @@ def open_store(
 
     Args:
         location: A folder, or `hf://datasets/ORG/NAME[@REVISION]`.
-        given_view: Entries of the view recipe that the user asked for.
+        given_view: Entries of the view config that the user asked for.
         log: Takes the line that says which versions differ while the views do not.
         keep_epochs: Of a store on the Hub, see `open_reader`.
         cache_dir: Likewise.
@@ -45,8 +46,8 @@ def open_store(
             batch_size < 1:
         raise InputError(
             f'the manifest of {location} says too little of its teacher to go on from; copy the store again')
-    recipe = ViewRecipe.from_dict(store.manifest.recipe)
-    stored = recipe.to_dict()
+    config = ViewConfig.from_dict(store.manifest.recipe)
+    stored = config.to_dict()
     differing = [
         f'{name} {value!r} instead of {stored[name]!r}' for name, value in (given_view or {}).items()
         if stored[name] != value]
@@ -54,7 +55,7 @@ def open_store(
         raise InputError(
             f'these flags ask for other views than the store {location} was made from ({", ".join(differing)}); leave '
             f'them out to use the store\'s, or give --logits a new folder')
-    replay = Replay(recipe, store.manifest.seed)
+    replay = Replay(config, store.manifest.seed)
     line = check_probe(replay, store.manifest.probe, store.manifest.versions)
     if line:
         log(line)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..base.errors import InputError
 
-__all__ = ['ViewRecipe']
+__all__ = ['ViewConfig']
 
 MAX_NUMBER = 4096
 
@@ -18,7 +18,7 @@ def _is_like(value: Any, example: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class ViewRecipe:
+class ViewConfig:
     """Every argument of timm's `create_transform` and `Mixup` that has a hand in a training view, and the decoder.
 
     `mean` and `std` belong to the view, not to a model: RandAugment fills with the mean, and erasing writes what is
@@ -65,38 +65,38 @@ class ViewRecipe:
             if item.name == 'color_jitter' and isinstance(value, tuple):
                 example = (0.,) * len(value)
             if not _is_like(value, example) and (value, item.default) != (None, None):
-                raise InputError(f'the view recipe has {item.name} = {value!r}; expected values as in {example!r}')
+                raise InputError(f'the view config has {item.name} = {value!r}; expected values as in {example!r}')
             numbers = [number for number in (value if isinstance(value, tuple) else (value,))
                        if isinstance(number, (int, float))]
             # A manifest may come from anywhere, and a view of this size is made to probe it.
             if not all(-MAX_NUMBER <= number <= MAX_NUMBER for number in numbers):
-                raise InputError(f'the view recipe has {item.name} = {value!r}; expected {MAX_NUMBER} at most')
+                raise InputError(f'the view config has {item.name} = {value!r}; expected {MAX_NUMBER} at most')
         probabilities = (
             'hflip', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 're_prob', 'mixup_prob', 'mixup_switch_prob')
         for name in probabilities:
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected a probability, 0 to 1')
+                raise InputError(f'the view config has {name} = {getattr(self, name)}; expected a probability, 0 to 1')
         for name in ('scale', 'ratio', 're_count'):
             value = getattr(self, name)
             if not min(value if isinstance(value, tuple) else (value,)) > 0:
-                raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected more than 0')
+                raise InputError(f'the view config has {name} = {getattr(self, name)}; expected more than 0')
         if self.input_size[0] != 3 or min(self.input_size) < 1:
             raise InputError(f'the input size of a view is {self.input_size}; expected (3, height, width)')
         if self.decoder not in ('pillow', 'torch') or self.exif != 'transpose':
             raise InputError(
-                f'the recipe decodes with {self.decoder!r} and EXIF rule {self.exif!r}; this version of timm_tinyvit '
-                f'knows pillow and torch, and transpose')
+                f'the view config decodes with {self.decoder!r} and EXIF rule {self.exif!r}; this version of '
+                f'timm_tinyvit knows pillow and torch, and transpose')
         if self.decoder == 'torch' and (self.no_aug or self.train_crop_mode != 'rrc'):
             raise InputError('the decoder torch needs the crop mode rrc; give --decoder pillow for the others')
         if self.re_mode not in ('const', 'rand', 'pixel'):
             raise InputError(f'the erasing mode is {self.re_mode!r}; use const, rand or pixel')
         for name in ('mixup', 'cutmix'):
             if getattr(self, name) < 0:
-                raise InputError(f'the view recipe has {name} = {getattr(self, name)}; expected 0 for none, or more')
+                raise InputError(f'the view config has {name} = {getattr(self, name)}; expected 0 for none, or more')
         low, high = self.cutmix_minmax or (0., 1.)
         if not 0 <= low < high <= 1 or any(int(side * low) == int(side * high) for side in self.input_size[1:]):
             raise InputError(
-                f'the view recipe has cutmix_minmax = {self.cutmix_minmax}; expected two shares of height and '
+                f'the view config has cutmix_minmax = {self.cutmix_minmax}; expected two shares of height and '
                 f'width, from 0 to 1 and at least one pixel apart')
 
     @property
@@ -105,17 +105,17 @@ class ViewRecipe:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain JSON values."""
+        """The view config as plain JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> 'ViewRecipe':
-        """The recipe of a manifest.
+    def from_dict(cls, values: dict[str, Any]) -> 'ViewConfig':
+        """The view config of a manifest.
 
         Raises:
             InputError: It has entries that this version does not know, or lacks some.
         """
         odd = sorted(set(values) ^ {item.name for item in fields(cls)})
         if odd:
-            raise InputError(f'the view recipe has unknown or missing entries: {", ".join(odd)}')
+            raise InputError(f'the view config has unknown or missing entries: {", ".join(odd)}')
         return cls(**values)

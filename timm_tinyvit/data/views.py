@@ -1,6 +1,7 @@
 """timm's training transforms as a pure function of (seed, epoch, index).
 
-The same (seed, epoch, index, image, recipe) gives the same bytes of the view: in any process, worker, order or rank.
+The same (seed, epoch, index, image, view config) gives the same bytes of the view: in any process, worker, order or
+rank.
 timm's factory makes the transform, timm's `RandomErasing` erases and timm's `FastCollateMixup` mixes the views of a
 pair; nothing is augmented here. All random generators that timm draws from are seeded per view and put back as they
 were found. `probe` hashes the views of made images, so that a machine whose libraries make other views is found out
@@ -31,7 +32,7 @@ from torchvision.transforms import Compose
 from ..base.errors import InputError
 from .decoding import TensorCrop, as_tensor, decode_jpeg
 from .pairing import Pairing
-from .view_config import ViewRecipe
+from .view_config import ViewConfig
 
 __all__ = [
     'Replay', 'check_probe', 'decode_image', 'library_versions', 'preserve_random_state', 'seed_view',
@@ -93,63 +94,63 @@ class _NormalizedView:
 
 
 class Replay:
-    """The views of one seed and recipe.
+    """The views of one seed and view config.
 
     timm applies random erasing to the normalised float image; a view is uint8. The draws are timm's own, and what was
     drawn is brought back to the pixel scale: values beyond it, 3.3% in mode `pixel`, are clipped, and all are rounded.
     Everything else equals timm's pipeline for the same draws, up to its normalisation.
 
     Args:
-        recipe: How a view is made.
+        config: How a view is made.
         seed: The store's seed.
 
     Raises:
-        InputError: timm's factory refuses the recipe.
+        InputError: timm's factory refuses the view config.
     """
 
-    def __init__(self, recipe: ViewRecipe, seed: int):
-        self.recipe = recipe
+    def __init__(self, config: ViewConfig, seed: int):
+        self.config = config
         self.seed = seed
         arguments = {
-            key: value for key, value in asdict(recipe).items()
+            key: value for key, value in asdict(config).items()
             if not key.startswith(('mixup', 'cutmix')) and key not in (
                 'decoder', 'exif', 're_prob', 're_mode', 're_count')
         }
         # timm passes over what it does not know by its letters, and a store would have other views for good.
-        odd = [part for part in (recipe.auto_augment or '').split('-')[1:] if not part.startswith('t')
+        odd = [part for part in (config.auto_augment or '').split('-')[1:] if not part.startswith('t')
                and not any(letter.isdigit() for letter in part)]
         if odd:
-            raise InputError(f'the policy --aa {recipe.auto_augment} has a part {odd[0]!r} without a number; expected '
+            raise InputError(f'the policy --aa {config.auto_augment} has a part {odd[0]!r} without a number; expected '
                              f'parts as in rand-m9-mstd0.5-inc1')
         try:
             # The factory leaves erasing out where it does not normalise.
             self._transform = create_transform(**arguments, is_training=True, normalize=False)
         except (AssertionError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f'timm cannot make the transform of this recipe: {error!r}; check --aa, --scale, --ratio, '
-                             f'--train-interpolation and the like')
-        if recipe.decoder == 'torch':
+            raise InputError(f'timm cannot make the transform of this view config: {error!r}; check --aa, --scale, '
+                             f'--ratio, --train-interpolation and the like')
+        if config.decoder == 'torch':
             first, *others = self._transform.transforms
             self._transform = Compose([TensorCrop(first), *others])
         self._erase: Callable | None = None
-        if recipe.re_prob > 0 and not recipe.no_aug:
+        if config.re_prob > 0 and not config.no_aug:
             self._erase = RandomErasing(
-                recipe.re_prob, mode=recipe.re_mode, max_count=recipe.re_count, num_splits=0, device='cpu')
-            self._mean = torch.tensor(recipe.mean).view(3, 1, 1)
-            self._std = torch.tensor(recipe.std).view(3, 1, 1)
+                config.re_prob, mode=config.re_mode, max_count=config.re_count, num_splits=0, device='cpu')
+            self._mean = torch.tensor(config.mean).view(3, 1, 1)
+            self._std = torch.tensor(config.std).view(3, 1, 1)
         self._mixup: FastCollateMixup | None = None
-        if recipe.is_mixed:
+        if config.is_mixed:
             # With the labels 0 and 1 of two classes, the mixed target is lambda.
             self._mixup = FastCollateMixup(
-                recipe.mixup, recipe.cutmix, recipe.cutmix_minmax, recipe.mixup_prob, recipe.mixup_switch_prob,
+                config.mixup, config.cutmix, config.cutmix_minmax, config.mixup_prob, config.mixup_switch_prob,
                 mode='pair', label_smoothing=0., num_classes=2)
 
     def decode(self, data: bytes | str | Path) -> Image.Image | torch.Tensor:
-        """An encoded image, or the file of one, as the recipe's decoder gives it.
+        """An encoded image, or the file of one, as the view config's decoder gives it.
 
         Raises:
             Exception: It cannot be decoded, see `decode_image`.
         """
-        if self.recipe.decoder == 'pillow':
+        if self.config.decoder == 'pillow':
             return decode_image(data)
         image = decode_jpeg(data)
         return as_tensor(decode_image(data)) if image is None else image
@@ -173,7 +174,7 @@ class Replay:
             pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
             keys: Sequence[tuple[int, int]],
     ) -> list[tuple[torch.Tensor, float]]:
-        """Mixup or CutMix of the views of pairs, as the recipe says; whatever is drawn goes for both sides of a pair.
+        """Mixup or CutMix of the views of pairs, as the view config says; what is drawn goes for both sides of a pair.
 
         Args:
             pairs: Two views each, both uint8 [3, H, W], which may be overwritten.
@@ -201,14 +202,14 @@ class Replay:
     def probe(self) -> str:
         """Hash of 64 views of made images, one of them a JPEG: equal where the libraries make equal views."""
         images = [self.decode(PROBE_JPEG), *_probe_images()]
-        if self.recipe.decoder == 'torch':
+        if self.config.decoder == 'torch':
             images[1:] = map(as_tensor, images[1:])
         digest = hashlib.blake2b(digest_size=16)
         keys = [(number // len(images), number) for number in range(NUM_PROBE_VIEWS)]
         views = self.views([images[index % len(images)] for _, index in keys], keys)
         for view in views:
             digest.update(view.numpy())
-        if self.recipe.is_mixed:
+        if self.config.is_mixed:
             numbers = np.arange(NUM_PROBE_VIEWS // 2)
             pairs = Pairing(self.seed, NUM_PROBE_VIEWS).members(0, numbers).tolist()
             mixed = self.mix([(views[a], views[b]) for a, b in pairs], [(0, number) for number in numbers.tolist()])
@@ -244,7 +245,7 @@ def check_probe(replay: Replay, probe: str, versions: dict[str, str]) -> str | N
     """Compare this machine's views with those that a store was made from.
 
     Args:
-        replay: The store's recipe and seed.
+        replay: The store's view config and seed.
         probe: The store's probe.
         versions: The versions that the store was made with.
 

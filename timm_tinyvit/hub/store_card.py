@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..base.text import percent
 from ..data.dataset import read_records
-from ..data.views import ViewRecipe
+from ..data.view_config import ViewConfig
 from ..models.names import hub_repo_of
 from ..report.labels import LabelledViews, teacher_classes
 from ..report.pictures import choose_samples, draw_pictures, show_samples
@@ -166,7 +166,7 @@ def dataset_card(
         'store_card.md', card_data, manifest=manifest, teacher=teacher, teacher_repo=hub_repo_of(str(teacher['name'])),
         repo=repo_id, views=views, size=size, data=data, source=source, split=split,
         data_flags=shlex.join(flags), columns=''.join(f', {key}={name!r}' for key, name in columns.items()),
-        is_mixed=ViewRecipe.from_dict(manifest.recipe).is_mixed, summary=summary,
+        is_mixed=ViewConfig.from_dict(manifest.recipe).is_mixed, summary=summary,
         figures={name: percent(share) for name, share in figures.items() if share is not None},
         picture=PICTURE if has_picture else '', num_rows=len(sample), columns_of_sample=[
             name for name in sample.column_names if sample[name].null_count < len(sample)],

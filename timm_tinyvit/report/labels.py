@@ -11,7 +11,8 @@ from timm.data import ImageNetInfo
 from ..data.dataset import SparseLogitDataset
 from ..data.fingerprint import iterate_keys
 from ..data.sources import class_names, load_split, read_labels
-from ..data.views import Replay, ViewRecipe
+from ..data.view_config import ViewConfig
+from ..data.views import Replay
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..store.base import StoreReader
 from ..store.manifest import Manifest
@@ -93,7 +94,7 @@ def labelled_views(
     if not dataset:
         return None
     images = load_split(dataset, train_split, is_training=True)
-    replay = Replay(ViewRecipe.from_dict(store.manifest.recipe), store.manifest.seed)
+    replay = Replay(ViewConfig.from_dict(store.manifest.recipe), store.manifest.seed)
     views = SparseLogitDataset(images, replay, store, input_key, target_key, key)
     labels, names = np.full(store.manifest.num_samples, -1), None
     if views.label_key is not None:

@@ -190,7 +190,7 @@ def _sample(data: LabelledViews, position: int, note: str) -> ShownSample:
     views = data.views
     table = views.dataset[[position]]
     image = decode_source(column(table, views.image_key)[0].as_py(), position)
-    image.thumbnail((max(views.replay.recipe.input_size),) * 2)
+    image.thumbnail((max(views.replay.config.input_size),) * 2)
     label, names = int(labels_of(table, views.label_key)[0]), data.label_names
     label = names[label] if names and label >= 0 else ''
     name = f'{views.key} {column(table, views.key)[0].as_py()}' if views.key else f'sample {position}'

@@ -15,7 +15,7 @@ import torch
 
 from ..data.dataset import read_records
 from ..data.pairing import Pairing
-from ..data.views import ViewRecipe
+from ..data.view_config import ViewConfig
 from ..store.base import StoreReader
 from ..targets.sparse import SparseTargets
 from ..train.predictions import Predictions
@@ -198,7 +198,7 @@ def store_statistics(
     rows = _sample_rows(store, shards, rows, max_samples)
     if not len(rows):
         return None
-    is_mixed = ViewRecipe.from_dict(manifest.recipe).is_mixed
+    is_mixed = ViewConfig.from_dict(manifest.recipe).is_mixed
     pairing = Pairing(manifest.seed, manifest.num_samples) if is_mixed else None
     k = store.codec.k
     sizes = sorted({size for size in MASS_SIZES if size < k} | {k})

@@ -19,7 +19,7 @@ from ..data.fingerprint import (
     check_fingerprint, check_keys, dataset_fingerprint, key_fingerprint, keyed_fingerprint, stored_samples,
 )
 from ..data.sources import find_column
-from ..data.views import ViewRecipe
+from ..data.view_config import ViewConfig
 from ..store.keys import KeyIndex
 from ..store.local import LogitStore, Manifest
 from ..store.reader import ShardStore
@@ -83,7 +83,7 @@ def copy_range(
     if not 0 <= samples.start < samples.stop <= manifest.num_samples:
         raise InputError(f'samples {samples.start}:{samples.stop} were asked for, but {store.path} has only samples '
                          f'0:{manifest.num_samples}; mend --samples')
-    if ViewRecipe.from_dict(manifest.recipe).is_mixed:
+    if ViewConfig.from_dict(manifest.recipe).is_mixed:
         raise InputError(f'the views of {store.path} are mixed in pairs from the whole data set, so that a range of '
                          f'samples lacks partners; leave --samples out to copy whole epochs')
     check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))

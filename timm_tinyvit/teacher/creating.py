@@ -15,7 +15,8 @@ from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from ..data.opening import open_store
 from ..data.sources import Source, class_names, find_column
 from ..data.streaming import StreamedRows
-from ..data.views import Replay, ViewRecipe, library_versions
+from ..data.view_config import ViewConfig
+from ..data.views import Replay, library_versions
 from ..models.loading import create_pretrained
 from ..models.names import hub_repo_of
 from ..store.keys import KeyIndex
@@ -88,7 +89,7 @@ def create_store(
         settings = store_settings(manifest)
     settings.update({key: getattr(args, key) for key in settings if getattr(args, key) is not None})
     if there is None:
-        replay = Replay(ViewRecipe(**view_arguments(args)), settings['store_seed'])
+        replay = Replay(ViewConfig(**view_arguments(args)), settings['store_seed'])
     refuse_keys(replay, settings['key'])
     try:
         codec = create_codec(settings['codec'], teacher.num_classes, settings['topk'])
@@ -130,7 +131,7 @@ def create_store(
         codec=codec.name,
         key=settings['key'],
         teacher=teacher.describe(settings['teacher_batch_size']),
-        recipe=replay.recipe.to_dict(),
+        recipe=replay.config.to_dict(),
         versions=library_versions(),
         probe=replay.probe() if there is None else there.manifest.probe,
         dataset=fingerprint,

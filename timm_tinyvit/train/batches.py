@@ -61,7 +61,7 @@ class TrainBatches:
             worker_init_fn=quiet_worker)
         self.store = store
         self.num_classes = num_classes
-        self.size = tuple(replay.recipe.input_size[-2:])
+        self.size = tuple(replay.config.input_size[-2:])
         self.batches_per_update = args.grad_accum_steps
         if args.streaming:
             stream = SparseLogitStream(

@@ -24,7 +24,7 @@ from ..base.machine import source_commit
 from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
 from ..config.training import settings
 from ..data.classes import Classes
-from ..data.views import ViewRecipe
+from ..data.view_config import ViewConfig
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.names import hub_repo_of, public_name
 from ..store.base import StoreReader
@@ -224,7 +224,7 @@ def _describe_store(location: str, store: StoreReader, teacher_checkpoint: str |
         'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
         'k': manifest.k, 'codec': manifest.codec,
         'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
-        'is_mixed': ViewRecipe.from_dict(manifest.recipe).is_mixed, 'flags': _store_flags(manifest),
+        'is_mixed': ViewConfig.from_dict(manifest.recipe).is_mixed, 'flags': _store_flags(manifest),
     }
 
 
@@ -239,7 +239,7 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
         return None
     if not {'batch_size', 'dtype'} <= manifest.teacher.keys():
         return None
-    plain = ViewRecipe().to_dict()
+    plain = ViewConfig().to_dict()
     found: dict[str, Any] = {'epochs': manifest.epochs}
     if manifest.recipe['input_size'] != plain['input_size']:
         found['img_size'] = manifest.recipe['input_size'][-1]
