@@ -425,7 +425,7 @@ def flip(shard: Path) -> None:
 @pytest.mark.parametrize('damage, expected', [
     (lambda shard: shard.unlink(), 'lacks 1 shards, the first of epoch 1'),
     (lambda shard: shard.write_bytes(shard.read_bytes()[:-40]), 'is cut short'),
-    (lambda shard: shard.write_bytes(b''), 'is cut short: 0 bytes for 40 records'),
+    (lambda shard: shard.write_bytes(b''), 'is cut short: 0 bytes, expected '),
     (flip, 'is damaged'),
     (lambda shard: shutil.copy(shard.with_name('shard-00000.arrow'), shard), 'a shard of another store, epoch or'),
 ], ids=['missing', 'truncated', 'empty', 'flipped bit', 'swapped'])
