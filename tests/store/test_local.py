@@ -436,10 +436,13 @@ def test_batches_of_several_epochs_check_each_shard_once(tmp_path, monkeypatch):
 
 def test_more_shards_than_a_process_may_map_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr('timm_tinyvit.store.reader.MAX_MAPS', 5)
-    store = make_store(tmp_path / 'store', num_samples=103, shard_size=4)
-    for number, indices in enumerate(np.random.RandomState(0).randint(103, size=(60, 5))):
-        epoch = number // 3 % 2
-        np.testing.assert_array_equal(store.read(epoch, indices), make_records(store.manifest, epoch)[indices])
+    stores = [make_store(tmp_path / name, num_samples=103, shard_size=4) for name in ('first', 'second')]
+    for number, rows in enumerate(np.random.RandomState(0).randint(103, size=(60, 5))):
+        store, epoch = stores[number % 2], number // 3 % 2
+        np.testing.assert_array_equal(store.read(epoch, rows), make_records(store.manifest, epoch)[rows])
+        if Path('/proc/self/maps').exists():
+            # Of all stores together: the limit, and what one batch maps.
+            assert sum(str(tmp_path) in line for line in open('/proc/self/maps')) <= 5 + 5
 
 
 def test_mapped_shards_are_not_open_files(tmp_path):

@@ -154,12 +154,7 @@ class HubCommit:
 
 
 class _Unavailable(Exception):
-    """The Hub cannot be reached, which may pass.
-
-    Args:
-        reason: Why.
-        pause: Seconds that it wants to be left alone.
-    """
+    """The Hub cannot be reached, which may pass, and wants to be left alone for some seconds."""
 
     def __init__(self, reason: str, pause: float):
         super().__init__(reason)

@@ -36,7 +36,7 @@ def open_reader(
         location: str | Path,
         keep_epochs: int | None = None,
         cache_dir: str | Path | None = None,
-) -> StoreReader:
+) -> ShardStore:
     """Open a store for reading, on disk or on the Hub, without a look at its views.
 
     Args:
@@ -170,6 +170,7 @@ class RemoteStore(ShardStore):
 
     def _verify_shard(self, epoch: int, shard: int) -> Iterator[str]:
         try:
+            self._keep(epoch)
             if self._cache.lacking(epoch, [shard]):
                 self._bring(epoch, self._stored(epoch))
         except InputError as error:
