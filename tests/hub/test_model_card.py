@@ -104,7 +104,7 @@ def test_the_card_says_what_the_run_was(run):
     assert recipe['model'] == 'test_vit' and recipe['alpha'] == 0.75 and recipe['model_kwargs'] == ['img_size=32']
     assert '![Losses and accuracy by epoch](metrics.png)' in training
     teacher = Path(json.loads((run / 'run.json').read_text())['flags']['teacher']).name
-    assert f'from the answers of a teacher called `{teacher}`, stored in\n`logits`, and from their labels' in card.text
+    assert f' of a teacher called `{teacher}`, stored in\n`logits`, and from their labels' in card.text
     assert 'and, with weight 0.25, from the labels.' in training
     assert 'Not published: `logits`.\n' in training and 'Folders stand for data' in training
     assert 'The run was stopped' not in card.text
@@ -203,7 +203,7 @@ def test_a_teacher_that_anybody_can_have_is_named_and_each_store_has_its_own(run
     card = run_card(copy, 'best', 'org/student')
     (argv,) = filling_commands(card)
     assert argv[argv.index('--teacher') + 1] == 'a.in1k'
-    assert 'from the answers of [a.in1k](https://huggingface.co/timm/a.in1k), stored in\n`logits`' in card.text
+    assert 'from the predictions of [a.in1k](https://huggingface.co/timm/a.in1k), stored in\n`logits`' in card.text
     record['stores'].append({**record['stores'][0], 'name': 'logits-2'})
     record['recipe'].pop('alpha')
     (copy / 'run.json').write_text(json.dumps(record))

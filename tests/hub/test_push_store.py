@@ -378,7 +378,7 @@ def test_what_cannot_be_made_for_the_last_commit_shows_before_the_first_shard(vi
     store, data = views
     sent = []
     published = SimpleNamespace(
-        repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, manifest=None, look=lambda: None,
+        repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, manifest=None, refresh=lambda: None,
         joined=lambda manifest, epochs: manifest, size=publish_store.PublishedStore.size)
     published.size = lambda manifest, more=None: publish_store.PublishedStore.size(published, manifest, more)
     monkeypatch.setattr(publish_store, 'push_files', lambda repo, files, *_: sent.extend(files))
@@ -395,11 +395,11 @@ def test_a_card_that_was_edited_while_shards_were_sent_keeps_the_edit(views, mon
         repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, manifest=None,
         joined=lambda manifest, epochs: manifest)
 
-    def look():
+    def refresh():
         published.card = '---\nlicense: cc-by-4.0\nextra_gated_prompt: Be good.\n---\n'
         published.files = {name: SimpleNamespace(size=10) for files in pushed for name in files}
 
-    published.look = look
+    published.refresh = refresh
     published.size = lambda manifest, more=None: publish_store.PublishedStore.size(published, manifest, more)
     monkeypatch.setattr(publish_store, 'push_files', lambda repo, files, *_: pushed.append(files) or 'commit')
     monkeypatch.setattr(publish_store, 'mark_published', lambda *_: None)
@@ -415,7 +415,7 @@ def test_what_another_push_has_brought_meanwhile_is_looked_at(views, monkeypatch
     def joined(manifest, epochs):
         raise InputError(f'looked {len(looked)} times')
 
-    published = SimpleNamespace(look=lambda: looked.append(1), joined=joined)
+    published = SimpleNamespace(refresh=lambda: looked.append(1), joined=joined)
     for has_waited in (False, True):
         monkeypatch.setattr(publish_store, '_wait_for', lambda *_, has_waited=has_waited: has_waited)
         with refused(f'looked {int(has_waited)} times'):
@@ -460,7 +460,7 @@ def test_no_path_of_a_teacher_is_published(store, tmp_path, monkeypatch):
     pushed = {}
     published = SimpleNamespace(
         repo_id='org/logits', url='hf://datasets/org/logits', card='', files={}, revision='1', manifest=None,
-        look=lambda: setattr(published, 'revision', '2'), joined=lambda manifest, epochs: manifest,
+        refresh=lambda: setattr(published, 'revision', '2'), joined=lambda manifest, epochs: manifest,
         size=lambda *_: 1000)
     monkeypatch.setattr(publish_store, 'push_files', lambda repo, files, *_: pushed.update(files))
     with_manifest(store, teacher={**manifest.teacher, 'name': 'local-dir:/secret/teacher'})

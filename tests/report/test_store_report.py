@@ -330,7 +330,7 @@ def test_an_epoch_that_has_none_of_the_samples_has_no_figures(make_store):
     assert 'classes' not in header and '-' not in first and second == ['3', '0', *['-'] * 6]
 
 
-def test_the_most_frequent_mistakes_are_counted_by_view(make_store, monkeypatch):
+def test_the_most_frequent_confusions_are_counted_by_view(make_store, monkeypatch):
     monkeypatch.setattr('timm_tinyvit.report.plots.can_plot', lambda: False)
     store, labels = make_store('few classes'), np.arange(50) % 7
     statistics = store_statistics(store, labels)
@@ -369,7 +369,7 @@ def test_the_page_shows_the_replayed_views_with_what_the_teacher_said(filled_sto
     run(filled_store, *DATA, '--html', tmp_path / 'page.html', '--max-samples', '30')
     page = check_self_contained((tmp_path / 'page.html').read_text())
     for heading in ('Some samples', 'The easiest samples', 'The hardest samples',
-                    'The most disputed samples', 'The most frequent mistakes', 'store.json'):
+                    'The most disputed samples', 'The most frequent confusions', 'store.json'):
         assert heading in page.text
     data, store = open_data(filled_store), LogitStore.open(filled_store)
     names = teacher_classes(store.manifest, data)
@@ -488,8 +488,8 @@ def test_plots_show_the_statistics(make_store, labels):
         for line in figure.axes[0].get_lines():
             assert line.get_xdata().tolist() == [0, 1, 2, 3]
             drawn[figure.axes[0].get_ylabel(), line.get_label()] = line.get_ydata()
-    for name, label in (('right', 'top-1'), ('label_prob', 'of the label'), ('confidence', 'of the top class')):
-        found = drawn['accuracy, mean probability (%)', label]
+    for name, label in (('right', 'top-1'), ('label_prob', 'label probability'), ('confidence', 'confidence')):
+        found = drawn['accuracy, confidence (%)', label]
         assert np.array_equal(found, 100 * statistics.by_epoch(name)), name
     assert np.array_equal(drawn['mass covered (%)', 'top 6'], 100 * statistics.mass[:, -1])
     figure, = (figure for figure, _, _ in plots.agreement_plot(statistics))

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
 from ..base.text import counted, readable_bytes
-from ..train.metrics import read_metrics
+from ..train.metrics import read_metrics, suffixed
 from ..train.record import read_run
 
 __all__ = [
@@ -39,7 +39,7 @@ TAG = 'timm_tinyvit'
 CARD, PICTURE = 'README.md', 'metrics.png'
 # What stands for the repo in a card that is made before it is known.
 NO_REPO = 'ORG/NAME'
-# What a card keeps of the one that is there, if its owners have written it there, with the terms of a gated repo.
+# What a card keeps of the one before it, if its owners have written it there, with the terms of a gated repo.
 KEPT_METADATA = ('license', 'license_name', 'license_link', 'language', 'annotations_creators', 'gated')
 GATED_PREFIX = 'extra_gated_'
 # What the Hub's results say in place of a data set's name there.
@@ -161,17 +161,17 @@ def read_weights(run: Path) -> list[Weights]:
     Raises:
         InputError: There is no `metrics.csv`, or it is not readable.
     """
-    rows, found = read_metrics(run), []
-    for ending in ('', '_ema'):
-        evaluated = [row for row in rows if f'eval_top1{ending}' in row]
+    rows, exported = read_metrics(run), []
+    for weights in ('student', 'ema'):
+        columns = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss')}
+        evaluated = [row for row in rows if columns['top1'] in row]
         # Like the run, the first of equals.
-        best = max(evaluated, key=lambda row: row[f'eval_top1{ending}'], default=None)
-        for name, row in ((f'best{ending}', best), (f'last{ending}', rows[-1])):
+        best = max(evaluated, key=lambda row, column=columns['top1']: row[column], default=None)
+        for name, row in ((suffixed('best', weights), best), (suffixed('last', weights), rows[-1])):
             if row is not None and (run / name / 'config.json').is_file():
-                values = {key: row[f'eval_{key}{ending}'] for key in ('top1', 'top5', 'loss')
-                          if f'eval_{key}{ending}' in row}
-                found.append(Weights(name, int(row['epoch']) + 1, **values))
-    return sorted(found, key=lambda weights: -(weights.top1 or 0.))
+                values = {name: row[column] for name, column in columns.items() if column in row}
+                exported.append(Weights(name, int(row['epoch']) + 1, **values))
+    return sorted(exported, key=lambda weights: -(weights.top1 or 0.))
 
 
 def accuracy_results(
@@ -243,10 +243,10 @@ def run_card(
         run: Folder of the run.
         which: The weights: `best`, `last`, `best_ema` or `last_ema`.
         repo: ORG/NAME.
-        license: The licence of the weights, as the Hub spells it, in place of the one there.
+        license: The licence of the weights, as the Hub spells it, in place of the one before.
         notes: Markdown by the publisher, put near the top.
         speed: Speed of inference: `images_per_second`, `batch_size`, `device`, `threads`, `torch`.
-        before: The card that is there; what its owners say of licence and languages is kept.
+        before: The card that it replaces; what its owners say of licence and languages is kept.
 
     Raises:
         InputError: The folder lacks something that a run leaves.
@@ -321,20 +321,20 @@ def recipe_yaml(record: dict[str, Any]) -> str:
 
 def card_metadata(card: str) -> dict[str, Any]:
     """The metadata of any card; empty where they cannot be read."""
-    found = HEAD.match(card)
+    head = HEAD.match(card)
     try:
-        metadata = yaml.safe_load(found[1]) if found else {}
+        metadata = yaml.safe_load(head[1]) if head else {}
     except (RecursionError, ValueError, yaml.YAMLError):  # of impossible dates, a ValueError
         metadata = {}
     return metadata if isinstance(metadata, dict) else {}
 
 
 def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
-    """What a new card takes over from the one that is there, of a model or a data set.
+    """What a new card takes over from the one that it replaces, of a model or a data set.
 
     Args:
-        before: The card that is there, or an empty text.
-        license: Name of a licence, in place of the one there.
+        before: The card that it replaces, or an empty text.
+        license: Name of a licence, in place of the one before.
     """
     kept = {key: value for key, value in card_metadata(before).items() if value and (
         key in KEPT_METADATA or str(key).startswith(GATED_PREFIX))}
@@ -346,8 +346,8 @@ def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
 
 def has_text(card: str) -> bool:
     """Whether a card says anything beside its metadata."""
-    found = HEAD.match(card)
-    return bool(card[found.end() if found else 0:].strip())
+    head = HEAD.match(card)
+    return bool(card[head.end() if head else 0:].strip())
 
 
 def _training_command(record: dict[str, Any]) -> str:

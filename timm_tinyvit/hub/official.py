@@ -59,7 +59,7 @@ class OfficialCheckpoint:
 
 
 def _official_checkpoints() -> list[OfficialCheckpoint]:
-    found = []
+    checkpoints = []
     # Size, then top-1 and top-5 from scratch and from ImageNet-22k.
     for size, scratch, tuned in (
         ('5m', (79.1, 94.8), (80.7, 95.6)),
@@ -67,9 +67,10 @@ def _official_checkpoints() -> list[OfficialCheckpoint]:
         ('21m', (83.1, 96.5), (84.8, 97.3)),
     ):
         name = f'tiny_vit_{size}'
-        steps = ((f'in22k_distill_{name}', 'pretraining on ImageNet-22k from the answers of the teacher, 90 epochs'),
-                 (f'in22k_to_in1k_{name}', 'fine-tuning on ImageNet-1k from the labels, 30 epochs'))
-        found += [
+        steps = (
+            (f'in22k_distill_{name}', 'pretraining on ImageNet-22k from the predictions of the teacher, 90 epochs'),
+            (f'in22k_to_in1k_{name}', 'fine-tuning on ImageNet-1k from the labels, 30 epochs'))
+        checkpoints += [
             OfficialCheckpoint(f'{name}_22k_distill.pth', f'{name}_224.dist_in22k', steps=steps[:1]),
             OfficialCheckpoint(f'{name}_22kto1k_distill.pth', f'{name}_224.dist_in22k_ft_in1k', *tuned, steps,
                                base=f'{name}_224.dist_in22k'),
@@ -77,10 +78,10 @@ def _official_checkpoints() -> list[OfficialCheckpoint]:
                 (f'in1k_{name}', 'training on ImageNet-1k from the labels with Mixup and CutMix, 300 epochs'),))]
     for pixels, before, accuracies in ((384, 224, (86.2, 97.8)), (512, 384, (86.5, 97.9))):
         steps += ((f'in1k_tiny_vit_21m_{pixels}', f'fine-tuning at {pixels} pixels from the labels, 30 epochs'),)
-        found.append(OfficialCheckpoint(
+        checkpoints.append(OfficialCheckpoint(
             f'tiny_vit_21m_22kto1k_{pixels}_distill.pth', f'tiny_vit_21m_{pixels}.dist_in22k_ft_in1k', *accuracies,
             steps, base=f'tiny_vit_21m_{before}.dist_in22k_ft_in1k'))
-    return [*found, OfficialCheckpoint(
+    return [*checkpoints, OfficialCheckpoint(
         'clip_vit_large_patch14_22k.pth', TEACHER, 85.894, 97.566, base='openai/clip-vit-large-patch14')]
 
 

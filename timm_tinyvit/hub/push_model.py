@@ -87,7 +87,7 @@ def publish(
 
     Args:
         folder: What to push, as in `model_files`.
-        repo: ORG/NAME; made unless it is there.
+        repo: ORG/NAME; made unless it exists.
         which: The weights of a run.
         private: Make a new repo a private one.
         license: The licence of the weights, as the Hub spells it.
@@ -138,7 +138,7 @@ def model_files(
         which: The weights of a run: `best`, `last`, `best_ema` or `last_ema`; by default the most accurate ones.
         license: The licence of the weights.
         notes: Markdown for the card.
-        before: The card that is there.
+        before: The card that is replaced.
 
     Raises:
         InputError: The folder is no such folder, or lacks something.
@@ -197,7 +197,7 @@ def _is_ours(card: str) -> bool:
 
 
 def _open_repo(repo: str, private: bool) -> str:
-    """Make a repo unless it is there, and read its card; empty where it has none.
+    """Make a repo unless it exists, and read its card; empty where it has none.
 
     Raises:
         InputError: It cannot be written to, or holds a model of somebody else.

@@ -1,4 +1,4 @@
-"""Publishing a store on the Hub, so that one that is there is whole.
+"""Publishing a store on the Hub, so that one that is published is whole.
 
 Shards go first, in commits of a bounded size, and `store.json` goes last, in one commit with the card, the sample, the
 picture and the keys. Everything is verified before it is sent. Stopped at any moment, the same command sends what is
@@ -42,15 +42,15 @@ MAX_BYTES = 4 << 30
 
 
 class PublishedStore:
-    """A dataset repo that is to hold a store, as it is found.
+    """A dataset repo that is to hold a store, as it is on the Hub.
 
     Args:
-        repo_id: ORG/NAME; made where it is not there.
+        repo_id: ORG/NAME; made where it does not exist.
         private: Whether only its owners see a new one.
 
     Attributes:
         manifest: What is published there; None where nothing is yet.
-        card: The card that is there, or an empty text.
+        card: Its card, or an empty text.
         files: All of its files by their paths.
         revision: The commit that they are of.
 
@@ -65,7 +65,7 @@ class PublishedStore:
         self.card = ''
         self.files: dict[str, RepoFile] = {}
         self.revision = ''
-        self.look()
+        self.refresh()
         known = (CARD, '.gitattributes', '.gitignore', 'LICENSE')
         foreign = [path for path in self.files if path not in known and not SHARD_PATH.fullmatch(path)]
         if self.manifest is None and (foreign or has_text(self.card)):
@@ -76,8 +76,8 @@ class PublishedStore:
     def url(self) -> str:
         return f'hf://datasets/{self.repo_id}'
 
-    def look(self) -> None:
-        """Find out what is there now."""
+    def refresh(self) -> None:
+        """Read what is published now."""
         info = retried(f'look at the dataset repo {self.repo_id}', lambda: HfApi().dataset_info(
             self.repo_id, expand=['sha'], timeout=30.))
         self.revision = info.sha
@@ -95,10 +95,10 @@ class PublishedStore:
             self.manifest = Manifest.from_json(texts[MANIFEST_NAME], f'{self.url}, {MANIFEST_NAME},')
 
     def joined(self, manifest: Manifest, epochs: range) -> Manifest:
-        """The manifest of what is there together with these epochs of a store.
+        """The manifest of what is published together with these epochs of a store.
 
         Raises:
-            InputError: What is there is another store, or leaves a gap.
+            InputError: Another store is published, or it leaves a gap.
         """
         if self.manifest is None:
             return replace(manifest, first_epoch=epochs.start, epochs=len(epochs))
@@ -106,11 +106,11 @@ class PublishedStore:
         if differences:
             raise InputError(f'{self.url} is another store ({"; ".join(differences[:3])}; there and here); give '
                              f'--push-to-hub another name')
-        there = self.manifest.stored_epochs
-        if epochs.start > there.stop or epochs.stop < there.start:
-            raise InputError(f'{self.url} has epochs {there.start}:{there.stop}, and {epochs.start}:{epochs.stop} '
+        stored = self.manifest.stored_epochs
+        if epochs.start > stored.stop or epochs.stop < stored.start:
+            raise InputError(f'{self.url} has epochs {stored.start}:{stored.stop}, and {epochs.start}:{epochs.stop} '
                              f'would leave a gap; push what is between them too')
-        first, stop = min(there.start, epochs.start), max(there.stop, epochs.stop)
+        first, stop = min(stored.start, epochs.start), max(stored.stop, epochs.stop)
         return replace(self.manifest, first_epoch=first, epochs=stop - first)
 
     def size(self, manifest: Manifest, more: Mapping[str, Path] | None = None) -> int:
@@ -121,18 +121,18 @@ class PublishedStore:
             more: Shards that are still to be sent, by their paths in the repo.
 
         Raises:
-            InputError: Not all of them are there.
+            InputError: Some are missing.
         """
         sizes = {path: file.size for path, file in self.files.items()}
         sizes |= {path: file.stat().st_size for path, file in (more or {}).items()}
-        found = {tuple(map(int, match.groups())): size for path, size in sizes.items()
+        sizes = {tuple(map(int, match.groups())): size for path, size in sizes.items()
                  if (match := SHARD_PATH.fullmatch(path))}
         wanted = [(epoch, shard) for epoch in manifest.stored_epochs for shard in range(manifest.num_shards)]
-        absent = [pair for pair in wanted if pair not in found]
+        absent = [pair for pair in wanted if pair not in sizes]
         if absent:
             raise InputError(f'{self.url} lacks {len(absent)} shards, the first of epoch {absent[0][0]}: somebody has '
                              f'removed them; push that epoch again from where it is')
-        return sum(found[pair] for pair in wanted)
+        return sum(sizes[pair] for pair in wanted)
 
 
 def publish_store(
@@ -149,7 +149,7 @@ def publish_store(
         published: Where to.
         epochs: Which epochs of it; all by default.
         data: Its data set, which gives the card accuracy, names and a picture.
-        licence: Name of a licence for the card; by default what the card there says.
+        licence: Name of a licence for the card; by default that of the published card.
 
     Raises:
         InputError: An epoch is not complete, something is damaged, another store is there, or the Hub refuses; what
@@ -160,7 +160,7 @@ def publish_store(
         # From a disk that is read-only it is pushed too.
         with suppress(InputError):
             if _wait_for(leases, store):
-                published.look()
+                published.refresh()
         manifest = published.joined(_public(store.manifest), epochs)
         problems = list(store.verify(progress(epochs, desc='verify', unit='epoch', leave=False)))
         for problem in problems:
@@ -172,7 +172,7 @@ def publish_store(
         # What cannot be made shows before days of sending.
         files, card = _last_files(store, published, manifest, epochs, shards, data, licence), published.card
         if _push_shards(published, shards):
-            published.look()
+            published.refresh()
             published.size(manifest)
             if published.card != card:
                 files = _last_files(store, published, manifest, epochs, shards, data, licence)
@@ -180,8 +180,8 @@ def publish_store(
             published.repo_id, files, f'Store of {counted(manifest.epochs, "epoch")}, {manifest.num_samples:,} samples',
             'dataset')
         if commit is None:
-            # Somebody else may have pushed all of it since the last look.
-            published.look()
+            # Somebody else may have pushed all of it since the last refresh.
+            published.refresh()
         size = published.size(manifest)
         with suppress(InputError):
             mark_published(store, f'{published.url}@{commit or published.revision}', manifest.stored_epochs)
@@ -199,7 +199,7 @@ def check_complete(store: LogitStore, epochs: range | None) -> range:
     chosen = stored if epochs is None else epochs
     if not len(chosen) or chosen.start not in stored or chosen[-1] not in stored:
         raise InputError(f'epochs {chosen.start}:{chosen.stop} are to be pushed, but the store {store.path} has '
-                         f'{stored.start}:{stored.stop}; mend --epochs')
+                         f'{stored.start}:{stored.stop}; fix --epochs')
     missing = store.missing(chosen)
     if missing:
         complete = missing[0][0]

@@ -130,13 +130,13 @@ def dataset_card(
     Args:
         manifest: The manifest that is published with it.
         repo_id: Where it is published, ORG/NAME.
-        size: Bytes of all shards there.
+        size: Bytes of all shards on the Hub.
         sample: The table that is published.
         statistics: Of `card_statistics`.
         data: The data set, for its name.
         has_picture: Whether there is a picture of views.
-        before: The card that is there; what its owners say of licence and languages is kept.
-        licence: Name of a licence, in place of the one there.
+        before: The card that it replaces; what its owners say of licence and languages is kept.
+        licence: Name of a licence, in place of the one before.
     """
     views = manifest.num_samples * manifest.epochs
     teacher = dict(name='unknown', weights='', dtype='', device='', input_size=[]) | manifest.teacher
@@ -157,10 +157,10 @@ def dataset_card(
     summary = statistics.summary()
     figures = {
         'Top-1 accuracy': summary['accuracy'],
-        'Accuracy of the class that most of its views have': summary['majority_accuracy'],
-        'Probability of its first choice': summary['confidence'],
-        'Mass of the classes that are kept': list(summary['mass'].values())[-1],
-        'Same first choice in two epochs': None if statistics.is_mixed else summary['agreement'],
+        'Top-1 accuracy of the majority vote of the epochs': summary['majority_accuracy'],
+        'Mean confidence': summary['confidence'],
+        'Probability mass of the stored classes': list(summary['mass'].values())[-1],
+        'Agreement of the predictions in two epochs': None if statistics.is_mixed else summary['agreement'],
     }
     return render_card(
         'store_card.md', card_data, manifest=manifest, teacher=teacher, teacher_repo=hub_repo_of(str(teacher['name'])),
@@ -178,11 +178,11 @@ def with_license(card: str, licence: str) -> str:
     """A card with this licence in its head, and all else as it is."""
     if card_metadata(card).get('license') == licence:
         return card
-    found = DatasetCard(card, ignore_metadata_errors=True)
+    changed = DatasetCard(card, ignore_metadata_errors=True)
     for key in ('license_name', 'license_link'):
-        found.data.pop(key)
-    found.data['license'] = licence
-    return str(found)
+        changed.data.pop(key)
+    changed.data['license'] = licence
+    return str(changed)
 
 
 def _size_category(count: int) -> str:

@@ -230,6 +230,6 @@ def _note(kind: str, statistics: StoreStatistics, place: int) -> str:
     if kind not in ('easiest', 'hardest'):
         return ''
     if statistics.has_labels:
-        whose = 'both labels' if statistics.is_mixed else 'the label'
-        return f'{percent(statistics.by_sample("label_prob")[place], 1)} for {whose}'
+        labels = 'both labels' if statistics.is_mixed else 'the label'
+        return f'{percent(statistics.by_sample("label_prob")[place], 1)} for {labels}'
     return f'entropy {statistics.by_sample("entropy")[place]:.3f} nats'

@@ -107,15 +107,15 @@ def store_plots(statistics: StoreStatistics) -> Iterator[Plot]:
     def lines(values: Mapping[str, np.ndarray], scale: float = 100) -> list[Line]:
         return [(label, statistics.epochs, scale * column, {}) for label, column in values.items()]
 
-    shares = {'of the top class': statistics.by_epoch('confidence')}
+    shares = {'confidence': statistics.by_epoch('confidence')}
     if statistics.has_labels:
-        label = 'of both labels' if statistics.is_mixed else 'of the label'
+        label = 'probability of both labels' if statistics.is_mixed else 'label probability'
         shares = {'top-1': statistics.by_epoch('right'), label: statistics.by_epoch('label_prob'), **shares}
     sizes = statistics.mass_sizes
     chosen = sorted({0, len(sizes) // 3, 2 * len(sizes) // 3, len(sizes) - 1})
     mass = {f'top {sizes[place]}': statistics.mass[:, place] for place in chosen}
     for ylabel, drawn, alt in (
-        ('accuracy, mean probability (%)', lines(shares), 'accuracy and probabilities by epoch'),
+        ('accuracy, confidence (%)', lines(shares), 'accuracy and probabilities by epoch'),
         ('entropy (nats)', lines({'': statistics.by_epoch('entropy')}, 1), 'entropy of the targets by epoch'),
         ('mass covered (%)', lines(mass), 'mass that the most probable classes cover by epoch'),
     ):
@@ -127,7 +127,7 @@ def store_plots(statistics: StoreStatistics) -> Iterator[Plot]:
 def histogram_plots(statistics: StoreStatistics) -> Iterator[Plot]:
     """How the views of a store, or its samples, are distributed."""
     for values, label, what in (
-            (100 * statistics.confidence, 'probability of the top class (%)', 'views'),
+            (100 * statistics.confidence, 'confidence (%)', 'views'),
             (statistics.entropy, 'entropy (nats)', 'views'),
             (statistics.disagreement, 'disagreement between epochs (nats)', 'samples')):
         values = values[np.isfinite(values)]
@@ -156,7 +156,7 @@ def agreement_plot(statistics: StoreStatistics) -> Iterator[Plot]:
     axes.set_xticks(range(len(epochs)), epochs)
     axes.set_yticks(range(len(epochs)), epochs)
     partners = ' Each epoch mixes a sample with another partner.' if statistics.is_mixed else ''
-    yield figure, 'agreement between epochs', f'Samples with the same top class in two epochs, in percent.{partners}'
+    yield figure, 'agreement between epochs', f'Samples with the same prediction in two epochs, in percent.{partners}'
 
 
 def reliability_plot(models: Mapping[str, Reliability], caption: str = '') -> Iterator[Plot]:

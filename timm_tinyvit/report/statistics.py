@@ -1,4 +1,4 @@
-"""What a store says of its teacher: how sure it is, how often right, and whether it is of one mind about an image.
+"""Statistics of a store: confidence, accuracy and calibration of its teacher, and their agreement between epochs.
 
 One pass reads the same samples in some of the epochs, so that what it takes is bounded for stores of any size. It goes
 epoch after epoch, as a store on the Hub wants to be read. Probabilities are those that a student learns from: the mass
@@ -28,7 +28,7 @@ MAX_SAMPLES = 100_000
 MAX_EPOCHS = 10
 READ_SAMPLES = 4096
 READ_ENTRIES = 1 << 19
-# Classes that are held at a time to compare what is said of a sample in all epochs: 100 MB.
+# Classes that are held at a time to compare the targets of a sample in all epochs: 100 MB.
 KEPT_ENTRIES = 1 << 23
 COMPARED_ENTRIES = 1 << 20
 MASS_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -36,7 +36,7 @@ MASS_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What was found in E epochs of N samples; in every array [E, N] NaN, or -1, stands for a view that is not stored.
+    """Statistics of E epochs of N samples; in every array [E, N] NaN, or -1, stands for a view that is not stored.
 
     Attributes:
         epochs: The epochs [E].
@@ -71,7 +71,7 @@ class StoreStatistics:
 
     @property
     def num_views(self) -> np.ndarray:
-        """Views that were looked at in each epoch [E]."""
+        """Views that were read in each epoch [E]."""
         return (self.top >= 0).sum(axis=1)
 
     @property
@@ -124,7 +124,7 @@ class StoreStatistics:
                 self.top[scored][:, None], self.confidence[scored][:, None], labels, np.log(self.label_prob[scored]))
 
     def summary(self) -> dict[str, Any]:
-        """The figures as plain JSON values; None where there is nothing to say."""
+        """The figures as plain JSON values; None for those that are not known."""
         winner, share = self.majority()
         predictions = self.predictions
         scored = (self.labels >= 0) & (winner >= 0)
@@ -155,12 +155,12 @@ class StoreStatistics:
 
 
 def filled_shards(store: StoreReader, epochs: Sequence[int]) -> dict[int, np.ndarray]:
-    """The shards, int64 [n] in ascending order, that are there of each of these epochs that has any."""
+    """The shards, int64 [n] in ascending order, that are filled of each of these epochs that has any."""
     missing: dict[int, list[int]] = {epoch: [] for epoch in epochs}
     for epoch, shard in store.missing(epochs):
         missing[epoch].append(shard)
-    there = {epoch: np.setdiff1d(np.arange(store.manifest.num_shards), shards) for epoch, shards in missing.items()}
-    return {epoch: shards for epoch, shards in there.items() if len(shards)}
+    filled = {epoch: np.setdiff1d(np.arange(store.manifest.num_shards), shards) for epoch, shards in missing.items()}
+    return {epoch: shards for epoch, shards in filled.items() if len(shards)}
 
 
 def store_statistics(
@@ -172,29 +172,29 @@ def store_statistics(
         max_epochs: int = MAX_EPOCHS,
         advance: Callable[[int], None] = lambda views: None,
 ) -> StoreStatistics | None:
-    """Look at the same samples, evenly spaced, in epochs that are evenly spaced.
+    """The statistics of the same samples, evenly spaced, in epochs that are evenly spaced.
 
     Args:
         store: The store; what is not filled yet is left out.
         labels: Labels of all its rows, int64 [num_samples]; -1 where there is none.
         rows: The rows to choose samples from, int64 in ascending order; all by default.
         epochs: The epochs to choose from; all by default.
-        max_samples: Samples to look at, at most.
-        max_epochs: Epochs to look at, at most.
+        max_samples: Samples to read, at most.
+        max_epochs: Epochs to read, at most.
         advance: Is told of views that were read.
 
     Returns:
-        What was found, or None where no shard of these epochs and rows is there.
+        The statistics, or None where no shard of these epochs and rows is filled.
 
     Raises:
         InputError: A shard or a record is damaged.
     """
     manifest = store.manifest
-    there = filled_shards(store, manifest.stored_epochs if epochs is None else epochs)
-    if not there:
+    filled = filled_shards(store, manifest.stored_epochs if epochs is None else epochs)
+    if not filled:
         return None
-    chosen = [list(there)[place] for place in evenly(len(there), max_epochs)]
-    shards = np.unique(np.concatenate([there[epoch] for epoch in chosen]))
+    chosen = [list(filled)[place] for place in evenly(len(filled), max_epochs)]
+    shards = np.unique(np.concatenate([filled[epoch] for epoch in chosen]))
     rows = _sample_rows(store, shards, rows, max_samples)
     if not len(rows):
         return None
@@ -212,7 +212,7 @@ def store_statistics(
     kept_shares = np.full(kept_ids.shape[:2], np.nan, dtype=np.float32)
 
     for place, epoch in enumerate(chosen):
-        columns = np.flatnonzero(np.isin(rows // manifest.shard_size, there[epoch]))
+        columns = np.flatnonzero(np.isin(rows // manifest.shard_size, filled[epoch]))
         sums = np.zeros(len(sizes))
         for part in _parts(columns, max(1, min(READ_SAMPLES, READ_ENTRIES // k))):
             targets = store.codec.decode(read_records(store, np.full(len(part), epoch), rows[part]))
@@ -247,8 +247,8 @@ def label_probability(targets: SparseTargets, labels: np.ndarray) -> np.ndarray:
     """What targets give to the class of the label, float64 [B], for labels, int64 [B]; NaN for label -1."""
     probs, share = _probabilities(targets)
     match = targets.ids == torch.from_numpy(labels)[:, None]
-    found = torch.where(match.any(dim=1), (probs * match).sum(dim=1), share)
-    return np.where(labels >= 0, found.numpy(), np.nan)
+    label_probs = torch.where(match.any(dim=1), (probs * match).sum(dim=1), share)
+    return np.where(labels >= 0, label_probs.numpy(), np.nan)
 
 
 def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_classes: int) -> np.ndarray:
@@ -266,7 +266,7 @@ def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_cla
         The divergence [P]; NaN where there are fewer than two targets.
     """
     num_targets, num_samples, k = ids.shape
-    found = np.full(num_samples, np.nan)
+    divergence = np.full(num_samples, np.nan)
     for part in _parts(np.arange(num_samples), max(1, COMPARED_ENTRIES // max(1, num_targets * k))):
         present = np.isfinite(shares[:, part])
         count = present.sum(axis=0)
@@ -287,8 +287,8 @@ def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_cla
         mean = np.maximum(np.add.reduceat(beyond.ravel(), starts) + common[samples], 0)
         entropy = np.bincount(samples, _entropy(mean) * is_class, len(part))
         entropy += (num_classes - np.bincount(samples, is_class, len(part))) * _entropy(common)
-        found[part] = np.where(count > 1, np.maximum(entropy - (weights * each).sum(axis=0), 0), np.nan)
-    return found
+        divergence[part] = np.where(count > 1, np.maximum(entropy - (weights * each).sum(axis=0), 0), np.nan)
+    return divergence
 
 
 def _probabilities(targets: SparseTargets) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,10 +308,9 @@ def _entropy(probs: Any) -> Any:
 
 def _label_probability(targets: SparseTargets, names: list[np.ndarray]) -> np.ndarray:
     """Probability of one label, or of two that may be the same, [B]."""
-    found = label_probability(targets, names[0])
-    for other in names[1:]:
-        found = found + np.where(other == names[0], 0, label_probability(targets, other))
-    return found
+    first, *others = names
+    return label_probability(targets, first) + sum(
+        np.where(other == first, 0, label_probability(targets, other)) for other in others)
 
 
 def _sample_rows(store: StoreReader, shards: np.ndarray, rows: np.ndarray | None, count: int) -> np.ndarray:

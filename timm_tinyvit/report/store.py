@@ -1,4 +1,4 @@
-"""What there is to know of a store, as text, as JSON and as a page.
+"""The report of a store, as text, as JSON and as a page: how it was made, how much is filled, and its statistics.
 
 The page goes without pictures where the data set is not at hand or this machine makes other views, and without plots
 where matplotlib is not installed; it says so.
@@ -46,8 +46,8 @@ KINDS = {
     'varied': ('Some samples', 'Images, and the views of them that the teacher saw and a student sees.'),
     'easiest': ('The easiest samples', 'Of as many classes as there is room for, by their {measure}.'),
     'hardest': ('The hardest samples', 'By their {measure}.{hint}'),
-    'disputed': ('The most disputed samples', 'What the teacher says of them changes most from view to view: the '
-                                              'KL divergence from their mean target is the largest.'),
+    'disputed': ('The most disputed samples', 'The predictions of the teacher change most from view to view: '
+                                              'the KL divergence from their mean target is the largest.'),
 }
 
 
@@ -64,15 +64,15 @@ def report_store(
         target_key: str | None = None,
         key: str | None = None,
 ) -> str:
-    """All there is to know of a store, as text or JSON; the page and the picture that are asked for are written.
+    """The report of a store, as text or JSON; the page and the picture that are asked for are written.
 
     Args:
         path: Folder of the store, or where it is on the Hub.
         html: File of the page.
         gallery: File of a PNG with views of several epochs; needs the data set.
         as_json: Give JSON instead of lines for people.
-        epochs: Epochs to look at; by default all, of a store on the Hub three, as each is downloaded.
-        max_samples: Samples to look at, at most; 100,000 by default.
+        epochs: Epochs to choose from; by default all, of a store on the Hub three, as each is downloaded.
+        max_samples: Samples to read, at most; 100,000 by default.
         dataset: The data set of the store, for labels and views.
         train_split: Its split, `train` by default.
         input_key: Its image column.
@@ -92,7 +92,7 @@ def report_store(
     epochs = stored if epochs is None else epochs
     if not set(epochs) <= set(stored):
         raise InputError(f'the store {store.path} is meant to hold epochs {stored.start}:{stored.stop}, but '
-                         f'{epochs.start}:{epochs.stop} are asked for; mend --epochs')
+                         f'{epochs.start}:{epochs.stop} are asked for; fix --epochs')
     data, notes = labelled_views(store, dataset, train_split, input_key, target_key, key), []
     if data is None:
         notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
@@ -134,22 +134,22 @@ def report_store(
 
 def shards_on_disk(store: StoreReader) -> str:
     """Which part of the store is on disk."""
-    manifest, there = store.manifest, store_size(store)
-    return (f'{there["shards"]} of {there["all_shards"]} ({manifest.shard_size:,} samples each), '
-            f'{there["complete_epochs"]} of {manifest.epochs} epochs complete')
+    size, manifest = store_size(store), store.manifest
+    return (f'{size["shards"]} of {size["all_shards"]} ({manifest.shard_size:,} samples each), '
+            f'{size["complete_epochs"]} of {manifest.epochs} epochs complete')
 
 
 def store_size(store: StoreReader) -> dict[str, Any]:
-    """How much of a store is there, and the bytes that it takes; of a complete store they are an estimate."""
+    """How much of a store is filled, and the bytes that it takes; of a complete store they are an estimate."""
     manifest = store.manifest
-    there = filled_shards(store, manifest.stored_epochs)
-    views = sum(manifest.shard_rows(shard) for shards in there.values() for shard in shards.tolist())
+    filled = filled_shards(store, manifest.stored_epochs)
+    views = sum(manifest.shard_rows(shard) for shards in filled.values() for shard in shards.tolist())
     all_views, size = manifest.epochs * manifest.num_samples, store.size()
     per_view = size / views if views else manifest.record_width
     return {
-        'shards': sum(map(len, there.values())),
+        'shards': sum(map(len, filled.values())),
         'all_shards': manifest.epochs * manifest.num_shards,
-        'complete_epochs': sum(len(shards) == manifest.num_shards for shards in there.values()),
+        'complete_epochs': sum(len(shards) == manifest.num_shards for shards in filled.values()),
         'views': views,
         'all_views': all_views,
         'bytes': size,
@@ -189,38 +189,38 @@ def store_facts(store: StoreReader) -> dict[str, str]:
 
 def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str]:
     """The statistics of a store in words."""
-    found, manifest = statistics.summary(), store.manifest
-    looked = (f'{len(statistics.epochs)} of {manifest.epochs} epochs, {len(statistics.rows):,} of '
-              f'{manifest.num_samples:,} samples, {found["views"]:,} views')
-    figures = {'looked at': looked}
+    summary, manifest = statistics.summary(), store.manifest
+    figures = {
+        'read': f'{len(statistics.epochs)} of {manifest.epochs} epochs, {len(statistics.rows):,} of '
+                f'{manifest.num_samples:,} samples, {summary["views"]:,} views'}
     accuracy = 100 * statistics.by_epoch('right')
     if np.isfinite(accuracy).any():
         views = 'mixed views, by either label,' if statistics.is_mixed else 'views'
         scored = accuracy[np.isfinite(accuracy)]
         figures['teacher accuracy'] = (
-            f'{percent(found["accuracy"])} top-1 on the {views} of {counted(len(scored), "epoch")}, '
+            f'{percent(summary["accuracy"])} top-1 on the {views} of {counted(len(scored), "epoch")}, '
             f'{scored.min():.2f} to {scored.max():.2f}')
-        if found['majority_accuracy'] is not None and len(scored) > 1:
-            figures['by majority'] = f'{percent(found["majority_accuracy"])} top-1 where the epochs vote'
-    figures['confidence'] = f'{percent(found["confidence"])} for the top class in the mean'
-    if found['calibration_error'] is not None:
+        if summary['majority_accuracy'] is not None and len(scored) > 1:
+            figures['majority vote'] = f'{percent(summary["majority_accuracy"])} top-1 where the epochs vote'
+    figures['confidence'] = f'{percent(summary["confidence"])} in the mean'
+    if summary['calibration_error'] is not None:
         figures['calibration'] = (
-            f'expected calibration error {percent(found["calibration_error"])} ({NUM_BINS} bins)')
-    if found['label_probability'] is not None:
+            f'expected calibration error {percent(summary["calibration_error"])} ({NUM_BINS} bins)')
+    if summary['label_probability'] is not None:
         both = 'both labels' if statistics.is_mixed else 'the label'
-        figures['label'] = f'{percent(found["label_probability"])} for {both} in the mean'
-    figures['entropy'] = f'{found["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}'
-    figures['mass covered'] = ', '.join(f'{percent(share)} by {size}' for size, share in found['mass'].items())
-    if found['agreement'] is not None:
+        figures['label'] = f'{percent(summary["label_probability"])} for {both} in the mean'
+    figures['entropy'] = f'{summary["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}'
+    figures['mass covered'] = ', '.join(f'{percent(share)} by {size}' for size, share in summary['mass'].items())
+    if summary['agreement'] is not None:
         partners = ', whose partners differ' if statistics.is_mixed else ''
-        pairs, majority, all_epochs = (100 * found[name] for name in ('agreement', 'majority', 'unanimous'))
+        pairs, majority, all_epochs = (100 * summary[name] for name in ('agreement', 'majority', 'unanimous'))
         figures['agreement'] = (
-            f'the same top class in {pairs:.2f}% of all pairs of epochs{partners}; {majority:.2f}% of the views of a '
+            f'the same prediction in {pairs:.2f}% of all pairs of epochs{partners}; {majority:.2f}% of the views of a '
             f'sample have its most frequent one, and {all_epochs:.2f}% of the samples have one in all epochs')
-    if found['disagreement'] is not None:
+    if summary['disagreement'] is not None:
         figures['disagreement'] = (
-            f'{found["disagreement"]:.3f} nats of KL divergence from the mean target of a sample to that of an epoch, '
-            f'{found["compared_samples"]:,} samples compared'
+            f'{summary["disagreement"]:.3f} nats of KL divergence from the mean target of a sample to that of an '
+            f'epoch, {summary["compared_samples"]:,} samples compared'
             + (', with other partners in each epoch' if statistics.is_mixed else ''))
     return figures
 
@@ -239,11 +239,11 @@ def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
 
 
 def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> str:
-    """All that is known of a store, as lines.
+    """The report of a store as lines.
 
     Args:
         store: The store.
-        statistics: What was found in it; None where nothing is filled.
+        statistics: Of the store; None where nothing is filled.
         notes: What else to say.
     """
     facts = store_facts(store)
@@ -257,7 +257,7 @@ def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: S
 
 
 def plain_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The same as plain JSON values: the manifest, how much is there, and the statistics or None."""
+    """The same as plain JSON values: the manifest, how much is filled, and the statistics or None."""
     return {
         'store': str(store.path), 'manifest': asdict(store.manifest), 'size': store_size(store),
         'statistics': statistics and statistics.summary(), 'notes': list(notes)}
@@ -270,11 +270,11 @@ def store_page(
         shown: dict[str, list[ShownSample]],
         notes: Sequence[str] = (),
 ) -> Page:
-    """All that is known of a store as a page.
+    """The report of a store as a page.
 
     Args:
         store: The store.
-        statistics: What was found in it.
+        statistics: Of the store.
         names: Names of the classes.
         shown: Samples by kind, see `choose_samples`; empty where there are no pictures.
         notes: What else to say.
@@ -289,7 +289,7 @@ def store_page(
         page.warning(_sentence(note))
     page.heading('The store')
     page.facts(facts)
-    page.heading('The teacher')
+    page.heading('Statistics')
     page.facts(figures_of(statistics, store))
     add_plots(page, histogram_plots(statistics))
     predictions = statistics.predictions
@@ -305,7 +305,7 @@ def store_page(
     measure, hint = ('mean entropy of the targets', '')
     if statistics.has_labels:
         measure, hint = ('mean probability of both labels', '') if statistics.is_mixed else (
-            'mean probability of the label', ' Wrong labels are found here.')
+            'mean probability of the label', ' Wrong labels are summary here.')
     for kind, (heading, text) in KINDS.items():
         if shown.get(kind):
             page.heading(heading)
@@ -314,9 +314,9 @@ def store_page(
                 page.pictures(sample.pictures, sample.title, width=110)
     confusions = [] if predictions is None else confused_pairs(predictions, NUM_CONFUSIONS)
     if confusions:
-        page.heading('The most frequent mistakes')
-        page.table(['label', 'top class', 'views'], [
-            [names[label], names[taken], f'{count:,}'] for label, taken, count in confusions])
+        page.heading('The most frequent confusions')
+        page.table(['label', 'predicted as', 'views'], [
+            [names[label], names[other], f'{count:,}'] for label, other, count in confusions])
     page.heading('The manifest')
     page.details('store.json', store.manifest.to_json())
     return page
