@@ -276,7 +276,7 @@ def test_a_card_links_what_is_on_the_hub(run, tmp_path):
     rows = (copy / 'metrics.csv').read_text().splitlines()
     (copy / 'metrics.csv').write_text('\n'.join(rows[:2]) + '\n')
     card = run_card(copy, 'best', 'org/student')
-    assert 'is looked at on the 1,000 of ImageNet-1k' in section(card, 'Accuracy')
+    assert 'is evaluated on the 1,000 of ImageNet-1k' in section(card, 'Accuracy')
     assert card.data.eval_results[0].dataset_type == 'ILSVRC/imagenet-1k'
     assert '--dataset ILSVRC/imagenet-1k' in section(card, 'Accuracy') and 'not on the Hub' not in card.text
     assert 'the median of 1 epoch;' in section(card, 'Speed')
