@@ -237,7 +237,9 @@ def _remove(path: Path, content: bytes) -> bool:
         if not is_same:
             with suppress(OSError):
                 os.link(temporary, path)
-        os.unlink(temporary)
+        return is_same
     except OSError:
         return False
-    return is_same
+    finally:  # also where a signal ends the process just now
+        with suppress(OSError):
+            os.unlink(temporary)
