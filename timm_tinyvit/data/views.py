@@ -9,11 +9,9 @@ before it trains on wrong targets.
 """
 
 import hashlib
-import io
 import platform
 import random
 import struct
-import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -23,14 +21,15 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL import features as pillow_features
 from timm.data import FastCollateMixup, create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose
 
 from ..base.errors import InputError
-from .decoding import TensorCrop, as_tensor, decode_jpeg
+from .decoding import TensorCrop, as_tensor, decode_image, decode_jpeg, keep_a_pixel
 from .pairing import Pairing
 from .view_config import ViewConfig
 
@@ -40,21 +39,6 @@ __all__ = [
 
 NUM_PROBE_VIEWS = 64
 PROBE_JPEG = Path(__file__).with_name('probe.jpg')
-
-
-def decode_image(data: bytes | str | Path) -> Image.Image:
-    """An encoded image, or the file of one, as the RGB image that the transforms see, turned upright by its EXIF tag.
-
-    Raises:
-        Exception: Pillow cannot decode it; mostly OSError, but what its readers raise is not bounded.
-    """
-    with warnings.catch_warnings():
-        # Files with odd EXIF blocks or palettes are decoded all the same.
-        warnings.simplefilter('ignore')
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 @contextmanager
@@ -128,9 +112,10 @@ class Replay:
         except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise InputError(f'timm cannot make the transform of this view config: {error!r}; check --aa, --scale, '
                              f'--ratio, --train-interpolation and the like')
-        if config.decoder == 'torch':
-            first, *others = self._transform.transforms
-            self._transform = Compose([TensorCrop(first), *others])
+        first, *others = self._transform.transforms
+        if isinstance(first, RandomResizedCropAndInterpolation):
+            first = keep_a_pixel(first)
+            self._transform = Compose([TensorCrop(first) if config.decoder == 'torch' else first, *others])
         self._erase: Callable | None = None
         if config.re_prob > 0 and not config.no_aug:
             self._erase = RandomErasing(

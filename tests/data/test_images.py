@@ -1,0 +1,181 @@
+"""Reading of single images: what is read, how each mode becomes RGB, what is refused, as docs/data.md says."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_tinyvit.data import decoding
+from timm_tinyvit.data.dataset import decode_source
+from timm_tinyvit.data.view_config import ViewRecipe
+from timm_tinyvit.data.views import Replay, decode_image
+
+RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
+
+
+def encoded(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def tiff(values, bits, photometric=1, file_format='<H'):
+    """An uncompressed grey TIFF of a row of values, packed as they are given, [W] with so many bits each."""
+    if bits == 12:
+        text = ''.join(f'{value:012b}' for value in values)
+        data = int(text, 2).to_bytes(len(text) // 8, 'big')
+    else:
+        data = struct.pack(f'{file_format[0]}{len(values)}{file_format[1]}', *values)
+    order = file_format[0]
+    tags = [(256, len(values)), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8 + 2 + 9 * 12 + 4),
+            (277, 1), (278, 1), (279, len(data))]
+    head = (b'II' if order == '<' else b'MM') + struct.pack(f'{order}HI', 42, 8) + struct.pack(f'{order}H', len(tags))
+    for tag, value in tags:
+        wide = tag in (273, 279)
+        head += struct.pack(f'{order}HHI', tag, 4 if wide else 3, 1) + (
+            struct.pack(f'{order}I', value) if wide else struct.pack(f'{order}HH', value, 0))
+    return head + struct.pack(f'{order}I', 0) + data
+
+
+def photo(orientation, *entries, size=(48, 32)):
+    """A JPEG with a hand-made EXIF block: the orientation, and entries of (tag, type, count, bytes)."""
+    base = encoded(Image.linear_gradient('L').resize(size).convert('RGB'), 'JPEG')
+    entries = sorted([(0x112, 3, 1, struct.pack('<H', orientation)), *entries])
+    place, body, more = 8 + 2 + 12 * len(entries) + 4, b'', b''
+    for tag, kind, count, raw in entries:
+        value = raw.ljust(4, b'\0')
+        if len(raw) > 4:
+            value, more = struct.pack('<I', place + len(more)), more + raw
+        body += struct.pack('<HHI', tag, kind, count) + value
+    block = b'Exif\0\0II*\0' + struct.pack('<IH', 8, len(entries)) + body + struct.pack('<I', 0) + more
+    return base[:2] + b'\xff\xe1' + struct.pack('>H', len(block) + 2) + block + base[2:]
+
+
+@pytest.mark.parametrize('file_format', ['PNG', 'TIFF', 'PPM', 'JPEG2000'])
+def test_16_bit_grey_keeps_its_high_byte_as_16_bit_rgb_does(file_format):
+    rgb = np.asarray(decode_image(encoded(Image.fromarray(RAMP), file_format)))
+    assert np.array_equal(rgb, np.repeat((RAMP >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize('data, expected', [
+    (tiff([0, 256, 32768, 65535], 16), [0, 1, 128, 255]),
+    (tiff([0, 256, 32768, 65535], 16, file_format='>H'), [0, 1, 128, 255]),
+    (tiff([0, 256, 32768, 65535], 16, photometric=0), [255, 254, 127, 0]),
+    (tiff([0, 16, 2048, 4095], 12), [0, 1, 128, 255]),
+    (b'P5 4 1 1023\n' + struct.pack('>4H', 0, 4, 512, 1023), [0, 1, 128, 255]),
+    (b'P2 4 1 65535\n0 256 32768 65535\n', [0, 1, 128, 255]),
+    (b'P5 4 1 15\n' + bytes([0, 5, 10, 15]), [0, 85, 170, 255]),
+], ids=['TIFF', 'big-endian TIFF', 'TIFF that counts from white', '12 bits', '10 bits', 'text', '4 bits'])
+def test_grey_of_any_depth_becomes_8_bits(data, expected):
+    assert np.asarray(decode_image(data))[0, :, 1].tolist() == expected
+
+
+@pytest.mark.parametrize('values, words', [
+    (RAMP.astype(np.int32), ('32-bit integers', '8 or 16 bits')),
+    (RAMP.astype(np.float32) / 65535, ('real numbers', '8 or 16 bits')),
+    ((RAMP.astype(np.int32) - 30000).astype(np.int32), ('32-bit integers',))])
+def test_pixels_of_no_known_range_are_refused(values, words, refused):
+    with refused('sample 7', *words):
+        decode_source({'bytes': encoded(Image.fromarray(values), 'TIFF'), 'path': None}, 7)
+
+
+@pytest.mark.parametrize('mode, file_format', [
+    ('1', 'PNG'), ('L', 'JPEG'), ('P', 'GIF'), ('LA', 'PNG'), ('PA', 'TIFF'), ('RGBA', 'WEBP'), ('CMYK', 'JPEG'),
+    ('RGB', 'BMP'), ('RGB', 'AVIF'), ('RGB', 'JPEG2000'), ('RGBA', 'TGA'), ('RGBA', 'ICO'), ('RGB', 'SGI')])
+def test_every_other_mode_becomes_rgb_as_pillow_makes_it(mode, file_format):
+    picture = Image.linear_gradient('L').resize((32, 32)).convert('RGB' if mode == 'PA' else mode)
+    picture = picture.convert('PA') if mode == 'PA' else picture
+    data = encoded(picture, file_format)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.convert('RGB'))
+    assert np.array_equal(np.asarray(decode_image(data)), expected) and expected.std() > 50
+
+
+def test_transparency_is_dropped_and_leaves_the_colour_below_it():
+    image = Image.new('RGBA', (2, 1), (10, 200, 30, 0))
+    assert np.asarray(decode_image(encoded(image, 'PNG'))).tolist() == [[[10, 200, 30]] * 2]
+
+
+@pytest.mark.parametrize('decoder', ['pillow', 'torch'])
+@pytest.mark.parametrize('entries', [
+    (), ((0x829a, 10, 1, struct.pack('<ii', -1, 0)),), ((0x9286, 7, 9, b'UNICODE\0\xff'),),
+    ((0x8769, 4, 1, struct.pack('<I', 8)),), ((0x131, 2, 1 << 30, struct.pack('<Q', 0)),)],
+    ids=['alone', 'a time of -1/0', 'a bad comment', 'a block within itself', 'a text beyond its end'])
+def test_a_photo_on_its_side_is_turned_whatever_else_its_exif_block_holds(entries, decoder):
+    decode = Replay(ViewRecipe(input_size=(3, 32, 32), decoder=decoder), 0).decode
+    for orientation, expected in ((6, (32, 48)), (1, (48, 32)), (0, (48, 32)), (9, (48, 32))):
+        image = decode(photo(orientation, *entries))
+        size = tuple(image.shape[:0:-1]) if isinstance(image, torch.Tensor) else image.size
+        assert size == expected, orientation
+
+
+def test_an_exif_block_that_cannot_be_read_says_nothing():
+    data = photo(6).replace(b'II*\0', b'??*\0', 1)
+    assert decode_image(data).size == (48, 32)
+
+
+def test_a_file_that_would_start_a_program_is_refused(tmp_path, monkeypatch, refused):
+    marker, program = tmp_path / 'started', tmp_path / 'gs'
+    program.write_text(f'#!/bin/sh\ntouch {marker}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n'
+    for decoder in ('pillow', 'torch'):
+        with refused('sample 3', 'no image of a kind that is read', 'JPEG, PNG'):
+            decode_source(dict(bytes=eps, path=None), 3, Replay(ViewRecipe(decoder=decoder), 0).decode)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize('data', [
+    b'SIMPLE  =                    T'.ljust(2880), b'%!PS', b'\xd7\xcd\xc6\x9a' + bytes(40), b'<svg/>', b'\0' * 64],
+    ids=['FITS', 'PostScript', 'WMF', 'SVG', 'zeros'])
+def test_other_kinds_are_refused_by_the_names_of_those_that_are_read(data, refused):
+    with refused('no image of a kind that is read'):
+        decode_source(dict(bytes=data, path=None), 0)
+
+
+def png_with_text(length):
+    def chunk(name, data):
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+    data = encoded(Image.new('RGB', (4, 4), (9, 8, 7)), 'PNG')
+    end = data.rindex(b'IEND') - 4
+    return data[:end] + chunk(b'zTXt', b'Comment\0\0' + zlib.compress(b'x' * length)) + data[end:]
+
+
+def test_text_of_some_megabytes_in_a_png_does_not_matter_and_a_bomb_of_it_is_refused(refused):
+    assert decode_image(png_with_text(2 << 20)).getpixel((0, 0)) == (9, 8, 7)
+    with refused('sample 0', 'too large'):
+        decode_source(dict(bytes=png_with_text(65 << 20), path=None), 0)
+
+
+def test_images_of_more_than_179_megapixels_can_be_allowed(monkeypatch, refused):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)
+    data = encoded(Image.new('1', (20_000, 9_000)), 'PNG')
+    with refused('sample 0', '180000000 pixels', decoding.MAX_PIXELS):
+        decode_source(dict(bytes=data, path=None), 0)
+    monkeypatch.setenv(decoding.MAX_PIXELS, '200000000')
+    assert decoding.identify(data).size == (20_000, 9_000)
+    monkeypatch.setenv(decoding.MAX_PIXELS, 'many')
+    with refused('sample 0', decoding.MAX_PIXELS, 'many', 'a number'):
+        decode_source(dict(bytes=data, path=None), 0)
+
+
+@pytest.mark.parametrize('decoder', ['pillow', 'torch'])
+@pytest.mark.parametrize('size', [(1, 1), (2, 1), (1, 2), (2, 2), (1, 900)])
+def test_a_view_of_one_or_two_pixels_is_a_view_of_them(size, decoder):
+    replay = Replay(ViewRecipe(input_size=(3, 16, 16), decoder=decoder, color_jitter=0.), 1)
+    image = replay.decode(encoded(Image.new('RGB', size, (200, 30, 60)), 'PNG'))
+    for view in replay.views([image] * 200, [(0, index) for index in range(200)]):
+        assert view.shape == (3, 16, 16) and (view == torch.tensor([200, 30, 60])[:, None, None]).all()
+
+
+def test_the_endings_of_files_are_those_that_pillow_knows_of_the_kinds_that_are_read():
+    endings = decoding.image_endings()
+    assert {'.jpg', '.jpeg', '.png', '.webp', '.avif', '.tif', '.mpo'} < endings
+    assert not endings & {'.eps', '.ps', '.wmf', '.fits', '.h5', '.mpg', '.txt'}
