@@ -21,7 +21,7 @@ from ..store.base import StoreReader
 from ..store.keys import KeyIndex, hash_keys
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
-from .sources import column, find_column, find_key, labels_of
+from .sources import column, encoded_image, find_column, find_key, image_root, labels_of
 from .views import Replay, decode_image
 
 __all__ = ['ImageDataset', 'SparseLogitDataset', 'collate', 'decode_source', 'read_records', 'refuse_keys']
@@ -56,6 +56,7 @@ class ImageDataset(Dataset):
     ):
         self.image_key = find_column(dataset, image_key, is_image=True)
         self.label_key = find_column(dataset, label_key, is_image=False)
+        self.root = image_root(dataset)
         # The arrow format hands out the stored bytes and no decoded image, whatever format was set.
         self.dataset = dataset.with_format('arrow')
         self.transform = transform
@@ -78,30 +79,38 @@ class ImageDataset(Dataset):
         """
         sources = column(table, self.image_key).to_pylist()
         decode = getattr(self.transform, 'decode', decode_image)
-        images = [decode_source(source, index, decode) for source, index in zip(sources, indices, strict=True)]
+        images = [decode_source(source, index, decode, self.root)
+                  for source, index in zip(sources, indices, strict=True)]
         return images, labels_of(table, self.label_key).tolist()
 
 
-def decode_source(source: dict[str, Any] | None, name: Any, decode: Callable = decode_image) -> Image.Image:
+def decode_source(
+        source: dict[str, Any] | bytes | None,
+        name: Any,
+        decode: Callable = decode_image,
+        root: str | None = None,
+) -> Image.Image:
     """An image as it is stored, as the RGB image that the transforms see.
 
     Args:
-        source: Its `bytes`, or its `path`.
+        source: Its bytes, or a structure of its `bytes` and `path`.
         name: What to call the sample where it cannot be decoded.
-        decode: From bytes or a path to the image.
+        decode: From bytes to the image.
+        root: The folder below which the path must be; None for anywhere.
 
     Raises:
         InputError: It cannot be decoded.
     """
     try:
-        if not source or (source['bytes'] is None and source['path'] is None):
+        content = encoded_image(source, root)
+        if not content:
             raise OSError('it is empty')
-        return decode(source['bytes'] if source['bytes'] is not None else source['path'])
+        return decode(content)
     except Exception as error:
         # Pillow's readers of damaged files raise what happens to them: RuntimeError, struct.error, TypeError.
-        path = f' ({source["path"]})' if source and source['path'] else ''
+        path = source.get('path') if isinstance(source, dict) else None
         raise InputError(
-            f'the image of sample {name}{path} cannot be decoded: {error}; mend or remove it, '
+            f'the image of sample {name}{f" ({path})" if path else ""} cannot be decoded: {error}; fix or remove it, '
             f'and make the store again if it was removed')
 
 

@@ -12,18 +12,19 @@ from typing import Any
 from collections.abc import Iterator
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
 
 from ..base.errors import InputError
 from ..store.base import StoreReader
 from ..store.keys import KeyIndex, hash_keys
-from .sources import Source, column, find_column, find_key, labels_of, select_columns
+from .sources import (
+    Source, column, encoded_image, find_column, find_key, image_root, labels_of, select_columns,
+)
 
 __all__ = [
-    'check_fingerprint', 'check_image', 'check_keys', 'dataset_fingerprint', 'encoded_image', 'iterate_keys',
-    'key_fingerprint', 'keyed_fingerprint', 'stored_samples',
+    'check_fingerprint', 'check_image', 'check_keys', 'dataset_fingerprint', 'iterate_keys', 'key_fingerprint',
+    'keyed_fingerprint', 'stored_samples',
 ]
 
 NUM_FINGERPRINT_ROWS = 256
@@ -76,7 +77,7 @@ def keyed_fingerprint(dataset: Source, key: str, image_key: str | None = None) -
         InputError: There is no such column, a key is missing, or two samples have the same.
     """
     image_key = find_column(dataset, image_key, is_image=True)
-    is_stream = isinstance(dataset, datasets.IterableDataset)
+    is_stream, root = isinstance(dataset, datasets.IterableDataset), image_root(dataset)
     parts, samples = [], {}
     for hashes, table in iterate_keys(dataset, key, *([image_key] if is_stream else [])):
         parts.append(hashes)
@@ -84,7 +85,7 @@ def keyed_fingerprint(dataset: Source, key: str, image_key: str | None = None) -
             # A stream is not read once more for its images.
             bound = max(samples) if len(samples) == NUM_FINGERPRINT_ROWS else (1 << 64) - 1
             for place in np.flatnonzero(hashes <= bound).tolist():
-                samples[int(hashes[place])] = _digest(encoded_image(column(table, image_key)[place].as_py()))
+                samples[int(hashes[place])] = _digest(encoded_image(column(table, image_key)[place].as_py(), root))
             samples = {number: samples[number] for number in sorted(samples)[:NUM_FINGERPRINT_ROWS]}
     hashes = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
     order = np.argsort(hashes)
@@ -175,27 +176,13 @@ def iterate_keys(dataset: Source, key: str, *others: str) -> Iterator[tuple[np.n
         first += len(table)
 
 
-def encoded_image(source: dict[str, Any] | None) -> bytes:
-    """The encoded bytes of a stored image, empty where there is none.
-
-    Raises:
-        OSError: Its file cannot be read.
-    """
-    if not source:
-        return b''
-    if source['bytes'] is None and source['path'] is not None:
-        with fsspec.open(source['path'], 'rb') as file:
-            return file.read()
-    return source['bytes'] or b''
-
-
 def _encoded_images(dataset: datasets.Dataset, image_key: str, rows: list[int]) -> Iterator[bytes]:
     if not rows:
         return
-    sources = column(select_columns(dataset, image_key)[rows], image_key).to_pylist()
+    sources, root = column(select_columns(dataset, image_key)[rows], image_key).to_pylist(), image_root(dataset)
     for row, source in zip(rows, sources):
         try:
-            yield encoded_image(source)
+            yield encoded_image(source, root)
         except OSError as error:
             raise InputError(f'the image of sample {row} ({source["path"]}) cannot be read: '
                              f'{error.strerror or error}')

@@ -1,33 +1,48 @@
 """Where images come from: splits of Hugging Face data sets, on disk or streamed, and what their columns hold.
 
-A source is a Hub name, a folder of parquet files, of images or of webdataset's tar files, or a folder of
-`save_to_disk`. Columns are found by their usual names or named by flags; a dot names an entry of a column of
-structures, as in `json.label`.
+A source is a Hub name, a folder of images in one folder per class, of parquet files or of webdataset's tar files, or a
+folder of `save_to_disk`. docs/data.md has on one page what is read of each, and what is refused or left out. Columns
+are found by their usual names or named by flags; a dot names an entry of a column of structures, as in `json.label`.
 """
 
+import glob
+import os
 import re
+import stat
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
+from urllib.request import url2pathname
 from collections.abc import Container
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from huggingface_hub.constants import HF_HUB_CACHE
 
+from ..base.console import warn
 from ..base.errors import InputError
+from .folders import FILE_KINDS, check_whole, open_folder
+from .tars import TarSamples
 
 __all__ = [
-    'class_names', 'column', 'find_column', 'find_key', 'labels_of', 'load_split', 'read_labels', 'select_columns',
+    'class_names', 'column', 'encoded_image', 'find_column', 'find_key', 'image_root', 'labels_of', 'load_split',
+    'no_labels', 'read_labels', 'select_columns',
 ]
 
 IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp', 'jpeg')
 LABEL_KEYS = ('label', 'labels', 'cls', 'fine_label', 'target', 'json.label', 'json.cls')
 
-# Kinds of files whose splits do not depend on each other, as the numbers of classes do in folders of images.
-FILE_KINDS = ('arrow', 'parquet', 'webdataset')
 # The splits that `train[:10%]+validation` is made of.
 SPLIT_NAMES = re.compile(r'(?:^|\+)\s*(\w[\w.-]*)')
+# What `datasets` says before it says what is wrong.
+NO_REASON = 'An error occurred while generating the dataset'
+KIND_WORDS = {'string': 'words', 'bool': 'truth values', 'float': 'real numbers', 'list': 'lists', 'null': 'nothing'}
+# Addresses that the rows of a data set may name, whoever made it.
+REMOTE = ('hf://', 'https://')
 
 Source = datasets.Dataset | datasets.IterableDataset
 
@@ -36,9 +51,9 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
     """Load one split of a data set.
 
     Args:
-        name: A Hub name, with or without timm's `hfds/` before it; a folder of parquet files, of webdataset's tar
-            files, or of images in one folder per class, with splits by file or folder name; or a folder written by
-            `save_to_disk`.
+        name: A Hub name, with or without timm's `hfds/` before it; a folder of images in one folder per class, of
+            parquet files or of webdataset's tar files; or a folder written by `save_to_disk`. Where a data set has
+            several configurations, the name of one after a colon: `ORG/NAME:CONFIGURATION`.
         split: Name of the split, slices as in `train[:1000]` included; by default `train` in training, and otherwise
             the first of `validation` and `test` that is there.
         is_training: Which default.
@@ -48,50 +63,73 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         A map-style data set, whose `split` is this one, or with `streaming` an iterable one.
 
     Raises:
-        InputError: There is no such data set or split.
+        InputError: There is no such data set or split, a file of it is cut short, or splits cannot be told from
+            classes.
     """
+    where, config = f'the data set {name}', None
+    if ':' in name and not Path(name).expanduser().exists():
+        name, _, config = name.rpartition(':')
     local = Path(name).expanduser()
-    where = f'the data set {name}'
     name = name.removeprefix('hfds/')
+    notes: dict[str, list[str]] = {}
     try:
         if (local / 'dataset_dict.json').is_file() or (local / 'state.json').is_file():
+            for path in local.glob('**/*.arrow'):
+                check_whole(str(path))
             found = datasets.load_from_disk(str(local))
             splits = dict(found) if isinstance(found, datasets.DatasetDict) else {'train': found}
             if streaming:
                 splits = {key: rows.to_iterable_dataset() for key, rows in splits.items()}
         elif local.is_dir():
-            splits = _load(str(local), split, is_training, streaming)
+            folder = open_folder(local.resolve(), config)
+            splits, notes = folder.splits or _load(folder.builder, split, is_training, streaming), folder.notes
         elif local.exists():
             raise InputError(f'{name} is a file; give a folder of parquet files or images, or a Hub name')
         elif name.startswith(('.', '/', '~')):
             raise InputError(f'there is no folder {name}; give a folder of parquet files or images, or a Hub name')
         else:
             where = f'there is no folder {name} here, and the data set of that name on the Hub'
-            splits = _load(name, split, is_training, streaming)
-    except InputError:
-        raise
+            splits = _load(datasets.load_dataset_builder(name, config), split, is_training, streaming)
     except Exception as error:
         # The loaders raise whatever their backend raises; all of it is about the name that was given.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _reason(error)
+        if 'onfig name' in reason or 'BuilderConfig' in reason:
+            reason += f'; name one after a colon, as in {name}:CONFIGURATION'
         raise InputError(f'{where} cannot be loaded: {reason}')
     split = _usual_split(splits, is_training) if split is None else split
     flag = f'--{"train" if is_training else "val"}-split'
-    if streaming:
-        if split not in splits:
-            raise InputError(f'the data set {name} has no split {split} to stream, only {", ".join(splits)}; name one '
-                             f'of them with {flag}, without a slice')
-        return splits[split]
+    if streaming and split not in splits:
+        raise InputError(f'the data set {name} has no split {split} to stream, only {", ".join(splits)}; name one of '
+                         f'them with {flag}, without a slice')
     try:
         # The library's own reading of `train[:10%]`, `train[100:]+validation` and the like.
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({key: len(rows) for key, rows in splits.items()})
+        parts = [] if streaming else datasets.ReadInstruction.from_spec(split).to_absolute(
+            {key: len(rows) for key, rows in splits.items()})
     except (AssertionError, ValueError):
         raise InputError(f'the data set {name} has no split {split}, only {", ".join(splits)}; name one with {flag}')
+    for key in {part.splitname: None for part in parts} or [split]:
+        for line in notes.get(key, ()):
+            warn(line)
     chosen = [
         rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
         for part in parts for rows in [splits[part.splitname]]
     ]
     # Tables know the split that they once were, or none.
-    return datasets.concatenate_datasets(chosen, split=datasets.NamedSplit(split))
+    rows = splits[split] if streaming else datasets.concatenate_datasets(chosen, split=datasets.NamedSplit(split))
+    # Whatever is derived from the rows keeps where they are at home, below which alone they may name files.
+    rows.info.homepage = (local.resolve() if local.is_dir() else Path(HF_HUB_CACHE)).as_uri()
+    return rows
+
+
+def _reason(error: BaseException) -> str:
+    """What a loader says is wrong, in one line; what it hides behind a general line, its cause says."""
+    if isinstance(error, InputError):
+        raise error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = lines[1:] if lines[:1] == [NO_REASON] else lines
+    if not lines and error.__cause__ is not None or isinstance(error.__cause__, InputError):
+        return _reason(error.__cause__)
+    return shorten(' '.join(lines), 350) or type(error).__name__
 
 
 def _usual_split(names: Container[str], is_training: bool) -> str:
@@ -99,21 +137,28 @@ def _usual_split(names: Container[str], is_training: bool) -> str:
     return next((name for name in usual if name in names), usual[0])
 
 
-def _load(path: str, split: str | None, is_training: bool, streaming: bool) -> dict[str, Source]:
+def _load(
+        builder: datasets.DatasetBuilder,
+        split: str | None,
+        is_training: bool,
+        streaming: bool,
+) -> dict[str, Source]:
     """The splits of a data set; of one that nothing is prepared of yet, for evaluation, those alone that are asked for.
 
     The library prepares all splits at once: of ImageNet-1k 150 GB, for the 7 of its validation.
     """
-    if not (is_training or streaming):
-        builder = datasets.load_dataset_builder(path)
-        kind, files = type(builder).__module__.rpartition('.')[2], builder.config.data_files
-        if kind in FILE_KINDS and files and not Path(builder.cache_dir).exists():
-            wanted = SPLIT_NAMES.findall(_usual_split(files, is_training) if split is None else split)
-            if wanted and set(wanted) < set(files):
-                chosen = {name: list(files[name]) for name in wanted}
-                return datasets.load_dataset(kind, data_files=chosen, features=builder.info.features)
-    # One call knows the splits and keeps the cache of the files.
-    return datasets.load_dataset(path, streaming=streaming)
+    kind, files = type(builder).__module__.rpartition('.')[2], builder.config.data_files
+    if not (is_training or streaming) and kind in FILE_KINDS and files and not Path(builder.cache_dir).exists():
+        wanted = SPLIT_NAMES.findall(_usual_split(files, is_training) if split is None else split)
+        if wanted and set(wanted) < set(files):
+            chosen = {name: list(map(glob.escape, files[name])) for name in wanted}
+            builder = datasets.load_dataset_builder(kind, data_files=chosen, features=builder.info.features)
+    if isinstance(builder, WebDataset):
+        builder = TarSamples.of(builder)
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    return builder.as_dataset()
 
 
 def find_column(dataset: Source, key: str | None, is_image: bool) -> str | None:
@@ -124,25 +169,39 @@ def find_column(dataset: Source, key: str | None, is_image: bool) -> str | None:
     """
     flag, usual = ('--input-key', IMAGE_KEYS) if is_image else ('--target-key', LABEL_KEYS)
     features = _features(dataset)
+    names = shorten(', '.join(dataset.column_names), 200)
     if key is not None and key not in features:
-        raise InputError(f'the data set has no column {key!r}, only {", ".join(dataset.column_names)}; mend {flag}')
+        raise InputError(f'the data set has no column {key!r}, only {names}; fix {flag}')
     if not is_image:
         if key is not None and not _holds_labels(features[key]):
-            raise InputError(f'column {key!r} holds {features[key]}, not class numbers; name another with {flag}')
+            raise InputError(f'{_describe(key, features[key])}, not class numbers; {_remedy(key, features[key])}, or '
+                             f'name another with {flag}')
         # A usual name for text or for several labels is no label column.
         labels = [name for name in usual if name in features and _holds_labels(features[name])]
         return key or next(iter(labels), None)
     key = key or next((name for name in usual if name in features), None)
     if key is None:
-        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        # Bytes alone may be anything.
+        images = [name for name in dataset.column_names if _holds_images(features[name])
+                  and not isinstance(features[name], datasets.Value)]
         if len(images) != 1:
-            raise InputError(
-                f'the data set has no image column under a usual name, only {", ".join(dataset.column_names)}; '
-                f'name it with --input-key')
+            raise InputError(f'the data set has no image column under a usual name, only {names}; name it with '
+                             f'--input-key')
         key = images[0]
-    if not isinstance(features[key], datasets.Image):
-        raise InputError(f'column {key!r} holds {features[key]}, not images; name another with --input-key')
+    if not _holds_images(features[key]):
+        raise InputError(f'{_describe(key, features[key])}, not images; make images of it with `dataset.cast_column('
+                         f'{key!r}, datasets.Image())` (docs/data.md), or name another with --input-key')
     return key
+
+
+def no_labels(dataset: Source) -> str:
+    """Why a data set has no label column, and what to do, in words."""
+    features = _features(dataset)
+    there = next((name for name in LABEL_KEYS if name in features), None)
+    if there is not None:
+        return f'{_describe(there, features[there])}, not class numbers; {_remedy(there, features[there])}'
+    return (f'there is no label column, only {shorten(", ".join(dataset.column_names), 200)}; name it with '
+            f'--target-key; in a folder of images every file must lie in SPLIT/CLASS/')
 
 
 def find_key(dataset: Source, key: str) -> str:
@@ -211,6 +270,70 @@ def _holds_labels(feature: Any) -> bool:
         isinstance(feature, datasets.Value) and feature.dtype.removeprefix('u').startswith('int'))
 
 
+def _holds_images(feature: Any) -> bool:
+    """Whether it is made for images, or holds their bytes as pandas and polars write them."""
+    if isinstance(feature, dict):
+        return set(feature) in ({'bytes'}, {'bytes', 'path'}) and _holds_images(feature['bytes'])
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, datasets.Value) and feature.dtype in ('binary', 'large_binary'))
+
+
+def _describe(name: str, feature: Any) -> str:
+    kind = feature.dtype if isinstance(feature, datasets.Value) else 'list' if isinstance(
+        feature, (list, datasets.List)) else ''
+    plain = next((words for start, words in KIND_WORDS.items() if kind.removeprefix('large_').startswith(start)), None)
+    return f'column {name!r} holds {f"{plain} ({kind})" if plain else shorten(str(feature), 100)}'
+
+
+def _remedy(name: str, feature: Any) -> str:
+    """How labels of another kind become class numbers."""
+    kind = feature.dtype if isinstance(feature, datasets.Value) else ''
+    if kind.startswith('float'):
+        return f'cast it with `dataset.cast_column({name!r}, datasets.Value("int64"))` (docs/data.md)'
+    if kind == 'bool' or kind.endswith('string'):
+        return (f'number it with `dataset.class_encode_column({name!r})`, or digits with `cast_column({name!r}, '
+                f'datasets.Value("int64"))` (docs/data.md)')
+    return 'every image needs one class number'
+
+
 def read_labels(dataset: datasets.Dataset, label_key: str) -> np.ndarray:
     """All labels of a data set, int64 [N]; -1 where there is none."""
     return labels_of(select_columns(dataset, label_key)[:], label_key)
+
+
+def image_root(dataset: Source) -> str | None:
+    """The folder below which alone the rows of a data set may name files; None for one that `load_split` did not load.
+    """
+    home = dataset.info.homepage
+    return url2pathname(home.removeprefix('file://')) if home.startswith('file://') else None
+
+
+def encoded_image(source: dict[str, Any] | bytes | None, root: str | None = None) -> bytes:
+    """The encoded bytes of a stored image, empty where there is none.
+
+    Args:
+        source: A value of an image column.
+        root: The folder below which its path must be; None for anywhere.
+
+    Raises:
+        OSError: Its file cannot be read, is none (but a pipe or device, say), or lies elsewhere.
+    """
+    if not isinstance(source, dict):
+        return source or b''
+    data, path = source.get('bytes'), source.get('path')
+    if data is not None or path is None:
+        return data or b''
+    # Of a chain as zip://1.png::/data/1.zip, the last link is where it comes from.
+    is_address = '://' in path
+    place = path.rpartition('::')[2] if is_address else path
+    if '://' in place:
+        if root is not None and not place.startswith(REMOTE):
+            raise OSError(f'its address does not begin with {" or ".join(REMOTE)}')
+    else:
+        roots = (root, HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+        if root is not None and not any(Path(os.path.abspath(place)).is_relative_to(folder) for folder in roots):
+            raise OSError('it lies outside the folder of the data set; put its bytes into the data (docs/data.md)')
+        if not stat.S_ISREG(os.stat(place).st_mode):
+            raise OSError('it is no regular file')
+    with fsspec.open(path, 'rb') if is_address else open(path, 'rb') as file:
+        return file.read()

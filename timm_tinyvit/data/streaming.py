@@ -25,8 +25,8 @@ from ..store.keys import hash_keys
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
 from .dataset import EpochRow, collate, decode_source, read_records
-from .fingerprint import check_image, encoded_image, stored_samples
-from .sources import column, find_column, find_key, labels_of, select_columns
+from .fingerprint import check_image, stored_samples
+from .sources import column, encoded_image, find_column, find_key, image_root, labels_of, select_columns
 from .views import Replay
 
 __all__ = ['SparseLogitStream', 'StreamLoader', 'StreamedRows']
@@ -77,7 +77,7 @@ class SparseLogitStream(IterableDataset):
                              f'leave --streaming out, or make the store with --key')
         self.replay = replay
         self.store = store
-        self.image_key = find_column(stream, image_key, is_image=True)
+        self.image_key, self.root = find_column(stream, image_key, is_image=True), image_root(stream)
         self.label_key = find_column(stream, label_key, is_image=False)
         self.key = find_key(stream, key or (store.manifest.key if store else ''))
         self.store_epochs = store_epochs
@@ -207,7 +207,7 @@ class StreamedRows(Dataset):
         self.replay = replay
         self.store = store
         self.checked = stored_samples(store)
-        self.image_key = find_column(stream, image_key, is_image=True)
+        self.image_key, self.root = find_column(stream, image_key, is_image=True), image_root(stream)
         self.key = find_key(stream, store.manifest.key)
         self.stream = select_columns(stream, self.image_key, self.key)
 
@@ -261,10 +261,11 @@ def _image(
 ) -> Image.Image | torch.Tensor:
     """A decoded image from wherever its path leads, compared with what the store remembers of it."""
     try:
-        content = encoded_image(source)
+        content = encoded_image(source, data.root)
     except OSError as error:
         raise InputError(f'the image with key {name!r} ({source["path"]}) cannot be read: {error}')
     digest = data.checked.get(index % (1 << 64))
     if digest is not None:
         check_image(data.store, name, content, digest)
-    return decode_source({'bytes': content, 'path': (source or {}).get('path')}, repr(name), data.replay.decode)
+    path = source.get('path') if isinstance(source, dict) else None
+    return decode_source({'bytes': content, 'path': path}, repr(name), data.replay.decode)

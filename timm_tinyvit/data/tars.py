@@ -1,0 +1,78 @@
+"""Tar files of webdataset: samples whose image has another ending than the first one's are read all the same."""
+
+from itertools import islice
+from typing import Any
+from collections.abc import Iterator
+
+import datasets
+import pyarrow as pa
+from datasets.features.features import cast_to_python_objects
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+from ..base.errors import InputError
+from .folders import check_whole
+
+__all__ = ['TarSamples']
+
+
+class TarSamples(WebDataset):
+    """The webdataset loader of `datasets`, for samples that differ in their endings.
+
+    A sample's one image is in the column of the first sample's, whatever its ending. What another sample has not is
+    empty; one without an image is refused.
+    """
+
+    @classmethod
+    def of(cls, builder: WebDataset) -> 'TarSamples':
+        """A builder of the same files."""
+        return cls(
+            dataset_name=builder.dataset_name, config_id=builder.config_id, hash=f'{builder.hash}-one-image',
+            base_path=builder.base_path, token=builder.token, repo_id=builder.repo_id,
+            data_files=builder.config.data_files, features=builder.info.features)
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        files = dl_manager.download(self.config.data_files)
+        for path in (path for paths in files.values() for path in paths if '://' not in path):
+            check_whole(path)
+        if not self.info.features:
+            path = next(iter(files.values()))[0]
+            pipeline = self._get_pipeline_from_tar(path, dl_manager.iter_archive(path))
+            samples = list(islice(pipeline, self.NUM_EXAMPLES_FOR_FEATURES_INFERENCE))
+            if not samples:
+                raise InputError(f'the tar file {path} holds no samples; expected members as 001.jpg and 001.cls')
+            tables = [pa.Table.from_pylist(cast_to_python_objects([sample], only_1d_for_numpy=True))
+                      for sample in samples]
+            found = datasets.Features.from_arrow_schema(pa.concat_tables(tables, promote_options='default').schema)
+            # Of the images of the first sample that has some.
+            images = next(filter(None, (list(filter(self._is_image, sample)) for sample in samples)), [])
+            self.info.features = datasets.Features({
+                name: datasets.Image() if name in images else feature for name, feature in found.items()
+                if name in images or not self._is_image(name)})
+        return super()._split_generators(dl_manager)
+
+    def _generate_examples(self, tar_paths: list[str], tar_iterators: list[Any]) -> Iterator[tuple[Any, dict]]:
+        columns = self.info.features
+        images = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
+        try:
+            for key, sample in super()._generate_examples(tar_paths, tar_iterators):
+                if images and all(sample[name] is None for name in images):
+                    sample[images[0]] = self._other_image(sample, images[0])
+                yield key, {name: sample[name] for name in columns}
+        except (GeneratorExit, InputError):
+            raise
+        except Exception as error:
+            # Damaged archives, and members that are not what their endings say.
+            raise InputError(f'a tar file cannot be read: {error}; it is one of {", ".join(map(str, tar_paths[:3]))}')
+
+    def _other_image(self, sample: dict[str, Any], wanted: str) -> dict[str, Any]:
+        """The one image of a sample that has none under the endings of the others."""
+        there = [name for name, value in sample.items() if value is not None and not name.startswith('__')]
+        images = list(filter(self._is_image, there))
+        if len(images) != 1:
+            raise InputError(f'the sample {sample["__key__"]} of {sample["__url__"]} has no {wanted}, only '
+                             f'{", ".join(there) or "other members"}; every sample needs one image')
+        return {'path': f'{sample["__key__"]}.{images[0]}', 'bytes': sample[images[0]]}
+
+    @classmethod
+    def _is_image(cls, name: str) -> bool:
+        return name.rpartition('.')[2].lower() in cls.IMAGE_EXTENSIONS
