@@ -85,7 +85,8 @@ def keyed_fingerprint(dataset: Source, key: str, image_key: str | None = None) -
             # A stream is not read once more for its images.
             bound = max(samples) if len(samples) == NUM_FINGERPRINT_ROWS else (1 << 64) - 1
             for place in np.flatnonzero(hashes <= bound).tolist():
-                samples[int(hashes[place])] = _digest(encoded_image(column(table, image_key)[place].as_py(), root))
+                source = column(table, image_key)[place].as_py()
+                samples[int(hashes[place])] = _digest(_read_image(source, column(table, key)[place].as_py(), root))
             samples = {number: samples[number] for number in sorted(samples)[:NUM_FINGERPRINT_ROWS]}
     hashes = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
     order = np.argsort(hashes)
@@ -181,11 +182,14 @@ def _encoded_images(dataset: datasets.Dataset, image_key: str, rows: list[int]) 
         return
     sources, root = column(select_columns(dataset, image_key)[rows], image_key).to_pylist(), image_root(dataset)
     for row, source in zip(rows, sources):
-        try:
-            yield encoded_image(source, root)
-        except OSError as error:
-            raise InputError(f'the image of sample {row} ({source["path"]}) cannot be read: '
-                             f'{error.strerror or error}')
+        yield _read_image(source, row, root)
+
+
+def _read_image(source: dict[str, Any] | bytes | None, name: Any, root: str | None) -> bytes:
+    try:
+        return encoded_image(source, root)
+    except OSError as error:
+        raise InputError(f'the image of sample {name!r} ({source["path"]}) cannot be read: {error.strerror or error}')
 
 
 def _key_at(dataset: Source, key: str, row: int) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.table import CastError
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..base.console import warn
@@ -125,6 +126,8 @@ def _reason(error: BaseException) -> str:
     """What a loader says is wrong, in one line; what it hides behind a general line, its cause says."""
     if isinstance(error, InputError):
         raise error
+    if isinstance(error, CastError) and set(error.table_column_names) != set(error.requested_column_names):
+        return f'its files must have the same columns, but {error.details()}'
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = lines[1:] if lines[:1] == [NO_REASON] else lines
     if not lines and error.__cause__ is not None or isinstance(error.__cause__, InputError):

@@ -37,7 +37,7 @@ class TarSamples(WebDataset):
         if not self.info.features:
             path = next(iter(files.values()))[0]
             pipeline = self._get_pipeline_from_tar(path, dl_manager.iter_archive(path))
-            samples = list(islice(pipeline, self.NUM_EXAMPLES_FOR_FEATURES_INFERENCE))
+            samples = list(islice(_in_a_sentence(pipeline, [path]), self.NUM_EXAMPLES_FOR_FEATURES_INFERENCE))
             if not samples:
                 raise InputError(f'the tar file {path} holds no samples; expected members as 001.jpg and 001.cls')
             tables = [pa.Table.from_pylist(cast_to_python_objects([sample], only_1d_for_numpy=True))
@@ -53,16 +53,10 @@ class TarSamples(WebDataset):
     def _generate_examples(self, tar_paths: list[str], tar_iterators: list[Any]) -> Iterator[tuple[Any, dict]]:
         columns = self.info.features
         images = [name for name, feature in columns.items() if isinstance(feature, datasets.Image)]
-        try:
-            for key, sample in super()._generate_examples(tar_paths, tar_iterators):
-                if images and all(sample[name] is None for name in images):
-                    sample[images[0]] = self._other_image(sample, images[0])
-                yield key, {name: sample[name] for name in columns}
-        except (GeneratorExit, InputError):
-            raise
-        except Exception as error:
-            # Damaged archives, and members that are not what their endings say.
-            raise InputError(f'a tar file cannot be read: {error}; it is one of {", ".join(map(str, tar_paths[:3]))}')
+        for key, sample in _in_a_sentence(super()._generate_examples(tar_paths, tar_iterators), tar_paths):
+            if images and all(sample[name] is None for name in images):
+                sample[images[0]] = self._other_image(sample, images[0])
+            yield key, {name: sample[name] for name in columns}
 
     def _other_image(self, sample: dict[str, Any], wanted: str) -> dict[str, Any]:
         """The one image of a sample that has none under the endings of the others."""
@@ -76,3 +70,12 @@ class TarSamples(WebDataset):
     @classmethod
     def _is_image(cls, name: str) -> bool:
         return name.rpartition('.')[2].lower() in cls.IMAGE_EXTENSIONS
+
+
+def _in_a_sentence(samples: Iterator[Any], paths: list[str]) -> Iterator[Any]:
+    """The samples; damaged archives, and members that are not what their endings say, raise `InputError`."""
+    try:
+        yield from samples
+    except Exception as error:
+        names = f'one of {paths[0]} to {paths[-1]}' if len(paths) > 1 else paths[0]
+        raise InputError(f'the tar file {names} cannot be read: {error}; make or copy it again')
