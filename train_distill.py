@@ -25,10 +25,11 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import timm_tinyvit  # noqa: F401  registers the models
-from timm_tinyvit.base.console import best_effort, colored, log, progress, result, speak
+from timm_tinyvit.base.console import best_effort, colored, info, print_result, progress, setup_console
 from timm_tinyvit.base.errors import Diverged, InputError, Terminated, reports_input_errors
 from timm_tinyvit.base.launch import (
-    StepFlags, create_accelerator, make_deterministic, start_trackers, stop_requests, stop_with_launcher, total,
+    StepFlags, all_reduce_sum, catch_stop_signals, create_accelerator, make_deterministic, start_trackers,
+    stop_with_launcher,
 )
 from timm_tinyvit.config.arguments import STORE_DEFAULTS, check_store_flags, view_arguments
 from timm_tinyvit.config.training import check_launch, settings
@@ -88,7 +89,7 @@ def open_or_fill(
             known = num_epochs
             if LogitStore.exists(args.logits[0]):
                 known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
-            store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, log)
+            store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, info)
             if accelerator.is_main_process:
                 store.remove_leftovers()
         needed = store.manifest.stored_epochs[:num_epochs]
@@ -96,7 +97,7 @@ def open_or_fill(
         accelerator.wait_for_everyone()
     else:
         store, replay = open_stores(
-            args.logits, view_arguments(args), accelerator, log, args.keep_epochs, args.store_cache)
+            args.logits, view_arguments(args), accelerator, info, args.keep_epochs, args.store_cache)
         check_store_flags(store, args)
     missing = store.missing(store.manifest.stored_epochs[:num_epochs])
     if missing:
@@ -105,8 +106,8 @@ def open_or_fill(
             f'--teacher to fill them, or fill it to the end with timm-tinyvit fill, and where it is on the Hub push it '
             f'with timm-tinyvit store push')
     if store.manifest.epochs < num_epochs:
-        log(f'the store has {store.manifest.epochs} epochs for {num_epochs}: epoch e uses e modulo '
-            f'{store.manifest.epochs}')
+        info(f'the store has {store.manifest.epochs} epochs for {num_epochs}: epoch e uses e modulo '
+             f'{store.manifest.epochs}')
     return store, replay
 
 
@@ -226,7 +227,7 @@ def check_flags(flags: StepFlags, state: TrainState, is_last: bool = False) -> b
         is_stopping |= stopping > 0
         if not_finite or is_stuck:
             # On a CPU the weights are still those before this step; running means may have gone with the batch.
-            if not total(state.accelerator, not is_finite(state.task.student))[0]:
+            if not all_reduce_sum(state.accelerator, not is_finite(state.task.student))[0]:
                 state.save()
             kept = 'keeps the checkpoint before it' if any(state.folder.glob('checkpoint-*.pt')) else \
                 'has no checkpoint, as the weights are not finite either'
@@ -258,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(args.output) / (args.experiment or args.model.replace('/', '_').replace(':', '_'))
     accelerator = create_accelerator(args.amp_dtype, args.log, folder)
     show, num_epochs = accelerator.is_main_process, args.epochs + args.cooldown_epochs
-    speak(show, args.quiet)
+    setup_console(show, args.quiet)
     check_launch(args, accelerator)
     create_run_folder(folder, show)
 
@@ -278,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Student, and what it learns from.
     set_seed(args.seed)
-    student = create_student(args, classes.num, data.size, log)
+    student = create_student(args, classes.num, data.size, info)
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     evaluator = Evaluator(args, student, data.size, val_set, classes, accelerator, folder)
@@ -295,13 +296,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     first_epoch = state.epoch
     if show:
         record_run(args, state, data, val_set, classes)
-    log(f'{args.model}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters, views '
-        f'{data.size[0]}x{data.size[1]}, {data.num_samples:,} images, {data.updates_per_epoch} steps of '
-        f'{data.images_per_update} an epoch, {accelerator.num_processes} process(es) on {accelerator.device.type}, '
-        f'learning from {"labels" if store is None else f"the store {store.path}"}'
-        f'{" and labels" if store is not None and args.alpha < 1 else ""}')
+    info(f'{args.model}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters, views '
+         f'{data.size[0]}x{data.size[1]}, {data.num_samples:,} images, {data.updates_per_epoch} steps of '
+         f'{data.images_per_update} an epoch, {accelerator.num_processes} process(es) on {accelerator.device.type}, '
+         f'learning from {"labels" if store is None else f"the store {store.path}"}'
+         f'{" and labels" if store is not None and args.alpha < 1 else ""}')
 
-    with stop_requests() as stop, reporting(folder, accelerator) as report:
+    with catch_stop_signals() as stop, reporting(folder, accelerator) as report:
         for epoch in range(first_epoch, num_epochs):
             row = train_epoch(args, task, data, state, stop)
             is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs
@@ -318,14 +319,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 plot_metrics(folder / METRICS, folder / 'metrics.png')
             accelerator.log(row, step=state.epoch * data.updates_per_epoch)
             state.save()
-            log(epoch_line(row, state.best['student'], num_epochs))
+            info(epoch_line(row, state.best['student'], num_epochs))
             if is_due:
                 report()
-            if total(accelerator, stop() is not None)[0]:
+            if all_reduce_sum(accelerator, stop() is not None)[0]:
                 raise stop() or Terminated
         if store is not None and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
             compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
-    result(f'{colored("finished:", "bold")} {folder}, best top-1 {state.best["student"]:.2f}%')
+    print_result(f'{colored("finished:", "bold")} {folder}, best top-1 {state.best["student"]:.2f}%')
     accelerator.end_training()
     if args.push_to_hub and show:
         push_finished_run(folder, args)

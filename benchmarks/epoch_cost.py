@@ -57,7 +57,7 @@ from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay, library_versions
-from timm_tinyvit.models.loading import ModelInput, set_image_size
+from timm_tinyvit.models.loading import Normalize, set_image_size
 from timm_tinyvit.store.local import LogitStore, Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
@@ -156,7 +156,7 @@ class Bench:
         set_image_size(self.student, (args.img_size, args.img_size))
         self.student.to(self.device)
         config = self.student.pretrained_cfg
-        self.prepare = ModelInput(config['mean'], config['std']).to(self.device)
+        self.normalize = Normalize(config['mean'], config['std']).to(self.device)
         self.optimizer = create_optimizer_v2(self.student, 'adamw', lr=1e-4, weight_decay=0.05)
         self.losses = {'labels': self.from_labels, 'control': self.from_labels, 'store': self.from_store}
         for name in args.teachers:
@@ -189,7 +189,7 @@ class Bench:
         for _ in range(self.args.steps):
             batch, spent = next(self.batches[name])
             loading += spent
-            views = self.prepare(batch['view'].to(self.device, non_blocking=True))
+            views = self.normalize(batch['view'].to(self.device, non_blocking=True))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
                 loss = self.losses[name](views, batch)
             self.optimizer.zero_grad()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
 from . import __version__, register_models
-from .base.console import log, result, speak
+from .base.console import info, print_result, setup_console
 from .base.errors import InputError, reports_input_errors
 from .config import commands, training
 from .config.arguments import ArgumentParser
@@ -40,8 +40,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
     stop_with_launcher()
     accelerator = create_accelerator(args.amp_dtype)
-    speak(accelerator.is_main_process, args.quiet)
-    result(', '.join(f'{name} {value:.3f}' for name, value in evaluate_checkpoint(args, accelerator).items()))
+    setup_console(accelerator.is_main_process, args.quiet)
+    print_result(', '.join(f'{name} {value:.3f}' for name, value in evaluate_checkpoint(args, accelerator).items()))
     accelerator.end_training()
 
 
@@ -50,7 +50,7 @@ def describe(args: argparse.Namespace) -> None:
     from .report.store import describe_store
 
     store = _open(args)
-    result(describe_store(store, _labelled_views(args, store)))
+    print_result(describe_store(store, _labelled_views(args, store)))
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -71,14 +71,14 @@ def check(args: argparse.Namespace) -> None:
 
     dataset = load_split(args.dataset, args.train_split, is_training=True)
     teacher = create_teacher(args, create_accelerator().device)
-    store, replay = open_store(args.store, {}, log, args.keep_epochs, args.store_cache)
+    store, replay = open_store(args.store, {}, info, args.keep_epochs, args.store_cache)
     data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
     if teacher.weights != store.manifest.teacher['weights']:
         raise InputError(
             f'{args.teacher} is not the teacher of the store {args.store}: it was made with '
             f'{store.manifest.teacher["name"]} of other weights; give --teacher that one')
     found = check_store(store, teacher, data)
-    result(
+    print_result(
         f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '
         f'{100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
         f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most, with the rounding of the '
@@ -117,7 +117,7 @@ def estimate(args: argparse.Namespace) -> None:
     from .teacher.estimate import estimate_store
 
     num_samples = args.num_samples or len(load_split(args.dataset, args.train_split, is_training=True))
-    result(estimate_store(
+    print_result(estimate_store(
         num_samples, args.teacher_num_classes, len(args.epochs), args.topk, args.codec, args.views_per_second,
         args.processes, args.keep_epochs))
 
@@ -148,11 +148,11 @@ def report(args: argparse.Namespace) -> None:
         if given := [f'--{name.replace("_", "-")}' for name in of_store if getattr(args, name) not in (None, False)]:
             raise InputError(f'the run {args.path} has no use for what is for stores alone; leave '
                              f'{" and ".join(given)} out')
-        result(str(write_run_report(args.path, args.html)))
+        print_result(str(write_run_report(args.path, args.html)))
     else:
         from .report.store import report_store
 
-        result(report_store(
+        print_result(report_store(
             args.path, args.html, args.gallery, args.json, args.epochs, args.max_samples, args.dataset,
             args.train_split, args.input_key, args.target_key, args.key))
 
@@ -161,14 +161,14 @@ def compare(args: argparse.Namespace) -> None:
     """Compare runs: metrics, settings that differ, and predictions sample by sample."""
     from .report.compare import compare_runs
 
-    result(str(compare_runs(args.runs, args.html)))
+    print_result(str(compare_runs(args.runs, args.html)))
 
 
 def publish_model(args: argparse.Namespace) -> None:
     """Publish the model of a run, or a converted checkpoint, with its card on the Hub."""
     from .hub.push_model import publish
 
-    result(publish(
+    print_result(publish(
         args.folder, args.repo, args.which, args.private, args.license, args.notes or '', args.dry_run))
 
 
@@ -176,14 +176,14 @@ def convert_model(args: argparse.Namespace) -> None:
     """Convert an official checkpoint into a folder that timm loads."""
     from .hub.convert import convert_checkpoint
 
-    result(convert_checkpoint(args.checkpoint, args.model, args.output))
+    print_result(convert_checkpoint(args.checkpoint, args.model, args.output))
 
 
 def export_model(args: argparse.Namespace) -> None:
     """Export a model to ONNX, torch.export or AOTInductor."""
     from .hub.export import export_pretrained
 
-    result(export_pretrained(
+    print_result(export_pretrained(
         args.model, args.format, args.output, args.checkpoint, args.num_classes, args.img_size))
 
 
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Training parses them again, as a program of its own.
     args.argv = argv[1:]
     if hasattr(args, 'quiet'):
-        speak(os.environ.get('RANK', '0') == '0', args.quiet)
+        setup_console(os.environ.get('RANK', '0') == '0', args.quiet)
     register_models()
     args.run(args)
 
@@ -257,4 +257,4 @@ def _labelled_views(args: argparse.Namespace, store: 'LogitStore') -> 'LabelledV
 def _say_filled(store: 'LogitStore') -> None:
     from .report.store import shards_on_disk
 
-    result(f'shards           {shards_on_disk(store)}')
+    print_result(f'shards           {shards_on_disk(store)}')

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from . import register_models
-from .base.console import log, result, speak
+from .base.console import info, print_result, setup_console
 from .base.errors import reports_input_errors
 from .config.arguments import ArgumentParser
 from .config.commands import add_fill_arguments
@@ -31,7 +31,7 @@ def fill(args: argparse.Namespace) -> None:
 
     stop_with_launcher()
     accelerator = create_accelerator()
-    speak(accelerator.is_main_process, args.quiet)
+    setup_console(accelerator.is_main_process, args.quiet)
     with accelerator.main_process_first():
         dataset = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
     teacher = create_teacher(args, accelerator.device)
@@ -47,13 +47,13 @@ def fill(args: argparse.Namespace) -> None:
     epochs = range(max(args.epochs.start, store.manifest.first_epoch), args.epochs.stop)
     fill_store(store, teacher, views_to_fill(args, store, replay, dataset), epochs, args.shards, args.workers)
     if accelerator.is_main_process:
-        result(f'shards           {shards_on_disk(store)}')
+        print_result(f'shards           {shards_on_disk(store)}')
         if args.push_to_hub:
             data = None
             if args.streaming:
-                log(f'the card has no picture and no accuracy, for which samples from anywhere in the data are needed; '
-                    f'for them: timm-tinyvit store push {args.logits} --repo {args.push_to_hub} --dataset '
-                    f'{args.dataset}')
+                info(f'the card has no picture and no accuracy, for which samples from anywhere in the data are '
+                     f'needed; for them: timm-tinyvit store push {args.logits} --repo {args.push_to_hub} --dataset '
+                     f'{args.dataset}')
             else:
                 data = labelled_views(
                     store, args.dataset, args.train_split, args.input_key, args.target_key, args.key)

@@ -25,7 +25,7 @@ from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.models.loading import ModelInput
+from timm_tinyvit.models.loading import Normalize
 from timm_tinyvit import cli
 from timm_tinyvit.report import compare as run_comparison, plots, run as run_report
 from timm_tinyvit.report.compare import compare_runs, mcnemar
@@ -34,7 +34,7 @@ from timm_tinyvit.report.run_folder import TrainedRun, without_user
 from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.train.metrics import suffixed
 from timm_tinyvit.train.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
-from timm_tinyvit.train.teacher_comparison import StoredViews, look_at_stored_views
+from timm_tinyvit.train.teacher_comparison import StoredViews, compare_views
 import train_distill
 from support.runs import write_record
 
@@ -195,8 +195,8 @@ def test_views_of_an_image_in_a_batch_are_of_several_stored_epochs(runs, run):
     data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
     batch = collate(data.__getitems__([(0, index) for index in range(4)]))
     model = timm.create_model(f'local-dir:{run}/last', pretrained=True)
-    found = [look_at_stored_views(
-        model, ModelInput(*[(0.5, 0.5, 0.5)] * 2), [batch], store, Accelerator(cpu=True), epoch,
+    found = [compare_views(
+        model, Normalize(*[(0.5, 0.5, 0.5)] * 2), [batch], store, Accelerator(cpu=True), epoch,
         views_per_image=views).stored_epochs for epoch, views in ((3, 2), (3, 1), (0, 1))]
     assert found == [[0, 1], [1], [0]]
 
@@ -211,16 +211,16 @@ def test_views_are_looked_at_until_they_are_enough(runs, run, monkeypatch):
     teacher = sum(store.codec.decode(record).densify() for record in records) / 2
     batch = {**batches[0], 'record': torch.cat(records, dim=1)}
     model = timm.create_model(f'local-dir:{run}/last', pretrained=True)
-    prepare = ModelInput(*[(0.5, 0.5, 0.5)] * 2)
-    arguments = model, prepare, [batch] * 3, Ensemble([store, store]), Accelerator(cpu=True), 0
-    found = look_at_stored_views(*arguments)
+    normalize = Normalize(*[(0.5, 0.5, 0.5)] * 2)
+    arguments = model, normalize, [batch] * 3, Ensemble([store, store]), Accelerator(cpu=True), 0
+    found = compare_views(*arguments)
     assert len(found.student) == len(found.teacher) == len(found.divergence) == 32
     np.testing.assert_allclose(found.teacher.probs[:, 0], teacher.amax(1).repeat(2), rtol=1e-4)
     with torch.no_grad():
-        student = model(prepare(batch['view'])).log_softmax(1)
+        student = model(normalize(batch['view'])).log_softmax(1)
     divergence = (teacher * (teacher.log() - student)).sum(1)
     np.testing.assert_allclose(found.divergence, divergence.repeat(2), rtol=1e-3, atol=1e-5)
-    assert look_at_stored_views(*arguments, stopped=lambda: True) is None
+    assert compare_views(*arguments, stopped=lambda: True) is None
 
 
 @pytest.mark.parametrize('labels, label_classes, kept', [
@@ -232,8 +232,8 @@ def test_a_view_without_a_label_of_the_teachers_is_not_scored(runs, run, labels,
     data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
     batch = {**collate(data.__getitems__([(0, index) for index in range(16)])), 'label': torch.full((16,), 2), **labels}
     model = timm.create_model(f'local-dir:{run}/last', pretrained=True)
-    found = look_at_stored_views(
-        model, ModelInput(*[(0.5, 0.5, 0.5)] * 2), [batch], store, Accelerator(cpu=True), 0, label_classes)
+    found = compare_views(
+        model, Normalize(*[(0.5, 0.5, 0.5)] * 2), [batch], store, Accelerator(cpu=True), 0, label_classes)
     assert np.flatnonzero(found.student.labels >= 0).tolist() == list(kept)
     assert len(found.student.labelled()) == len(found.teacher.labelled()) == len(kept) and len(found.divergence) == 16
     found.write(run / 'stored_views.npz')

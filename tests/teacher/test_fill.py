@@ -26,7 +26,7 @@ import torch
 from timm_tinyvit import save_logits
 from timm_tinyvit.base import files as aside_module
 from timm_tinyvit.base.errors import reports_input_errors
-from timm_tinyvit.base.launch import quiet_worker
+from timm_tinyvit.base.launch import init_worker
 from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import is_dead
 from timm_tinyvit.data.dataset import SparseLogitDataset
@@ -502,7 +502,7 @@ def hand_over(output):
     """A loader worker with one file to hand over; those who ask for it go before they have it, or ask for another."""
     with open(output, 'wb') as file:
         os.dup2(file.fileno(), 2)
-    quiet_worker(0)
+    init_worker(0)
     read, write = os.pipe()
     handle = resource_sharer.DupFd(read)
     address, key = handle._id

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.models.loading import ModelInput, create_pretrained
+from timm_tinyvit.models.loading import Normalize, create_pretrained
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.teacher.teacher import Teacher
 
@@ -15,14 +15,14 @@ def test_views_are_normalised_as_timm_normalises():
     views = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     expected = (views / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert torch.allclose(ModelInput(mean, std)(views), expected, atol=1e-6)
+    assert torch.allclose(Normalize(mean, std)(views), expected, atol=1e-6)
 
 
 def test_views_of_another_size_are_resized_and_others_are_not():
     views = torch.full((1, 3, 8, 8), 51, dtype=torch.uint8)
-    resized = ModelInput((0., 0., 0.), (1., 1., 1.), (12, 16))(views)
+    resized = Normalize((0., 0., 0.), (1., 1., 1.), (12, 16))(views)
     assert resized.shape == (1, 3, 12, 16) and torch.allclose(resized, torch.tensor(0.2))
-    assert ModelInput((0., 0., 0.), (1., 1., 1.), (8, 8))(views).shape == (1, 3, 8, 8)
+    assert Normalize((0., 0., 0.), (1., 1., 1.), (8, 8))(views).shape == (1, 3, 8, 8)
 
 
 def test_the_weights_hash_tells_weights_apart_and_nothing_else(tmp_path):

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import auto, std
 
-__all__ = ['best_effort', 'colored', 'log', 'progress', 'result', 'speak', 'warn']
+__all__ = ['best_effort', 'colored', 'info', 'print_result', 'progress', 'setup_console', 'warning']
 
 LINE_SECONDS = 30.
 LINE_FORMAT = '{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}'
@@ -26,7 +26,7 @@ _speaks = os.environ.get('RANK', '0') == '0'
 _is_quiet = False
 
 
-def speak(is_first: bool, quiet: bool = False) -> None:
+def setup_console(is_first: bool, quiet: bool = False) -> None:
     """Settle who speaks, at the start of a program, as soon as it knows its rank.
 
     Args:
@@ -47,13 +47,13 @@ def speak(is_first: bool, quiet: bool = False) -> None:
         disable_progress_bars()
 
 
-def log(line: str) -> None:
+def info(line: str) -> None:
     """A line of information."""
     if not _is_quiet:
-        result(line)
+        print_result(line)
 
 
-def result(line: str) -> None:
+def print_result(line: str) -> None:
     """A line that `--quiet` leaves too."""
     if _speaks:
         auto.tqdm.write(line)
@@ -61,7 +61,7 @@ def result(line: str) -> None:
         sys.stdout.flush()
 
 
-def warn(line: str) -> None:
+def warning(line: str) -> None:
     """A line on what goes wrong without ending the program, on stderr."""
     if _speaks:
         auto.tqdm.write(f'{colored("warning:", "yellow", sys.stderr)} {line}', file=sys.stderr)
@@ -135,4 +135,4 @@ def best_effort(what: str) -> Iterator[None]:
     except Exception as error:
         # From full disks to whatever a plotting library makes of odd figures.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warn(f'{what} cannot be made: {reason}; the training goes on')
+        warning(f'{what} cannot be made: {reason}; the training goes on')

@@ -305,7 +305,7 @@ class _Push:
             if add:
                 raise InputError(
                     f'the Hub made the commit {commit.oid} without {_listed(add)}; the .gitignore of '
-                    f'{self.repo["repo_id"]} seems to name them, mend it and push again')
+                    f'{self.repo["repo_id"]} seems to name them, fix it and push again')
             return commit.oid
         raise self.conflict('others commit to it all the time')
 
@@ -471,9 +471,9 @@ def reason_of(error: BaseException) -> str | None:
     if isinstance(error, json.JSONDecodeError):
         return f'{constants.ENDPOINT} does not answer as a Hub does; check HF_ENDPOINT, or run the same command again'
     if isinstance(error, OSError) and error.strerror:
-        return f'{error.strerror}: {error.filename}; mend that, and run the same command again'
+        return f'{error.strerror}: {error.filename}; fix that, and run the same command again'
     if isinstance(error, (EntryNotFoundError, OSError, RuntimeError, ValueError)):
-        return f'{_line(error)}; mend that, and run the same command again'
+        return f'{_line(error)}; fix that, and run the same command again'
     return None
 
 
@@ -501,7 +501,7 @@ def _reason_of_status(error: HfHubHTTPError) -> str:
         return f'the Hub limits how often you may ask; run the same command again in {max(wait, 60):g} seconds'
     if status >= 500:
         return f'the Hub is in trouble (HTTP {status}); run the same command again later'
-    return f'the Hub refuses it with HTTP {status}{_said(said)}; mend that, and run the same command again'
+    return f'the Hub refuses it with HTTP {status}{_said(said)}; fix that, and run the same command again'
 
 
 def _said(message: str) -> str:

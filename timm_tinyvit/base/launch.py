@@ -20,12 +20,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from .console import warn
+from .console import warning
 from .errors import InputError, Terminated
 
 __all__ = [
-    'StepFlags', 'create_accelerator', 'device_name', 'make_deterministic', 'quiet_worker', 'start_trackers',
-    'stop_requests', 'stop_with_launcher', 'total',
+    'StepFlags', 'all_reduce_sum', 'catch_stop_signals', 'create_accelerator', 'device_name', 'init_worker',
+    'make_deterministic', 'start_trackers', 'stop_with_launcher',
 ]
 
 # A launcher kills half a minute after it has asked to stop.
@@ -69,10 +69,10 @@ def create_accelerator(
             raise InputError(f'the tracker {tracker} is not installed; pip install {tracker}')
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if precision not in ('no', PRECISIONS[amp_dtype]):
-        warn(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '
-             f'--teacher-amp-dtype of a teacher, that says what is computed in half precision')
+        warning(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '
+                f'--teacher-amp-dtype of a teacher, that says what is computed in half precision')
     if amp_dtype == 'float16' and not torch.accelerator.is_available():
-        warn('--amp-dtype float16 needs a GPU: on this CPU all is computed in float32')
+        warning('--amp-dtype float16 needs a GPU: on this CPU all is computed in float32')
     plugin = _fsdp_plugin()
     # Without `cpu` accelerate makes no process group on a machine that has no accelerator: every process would take
     # itself for the only one.
@@ -101,8 +101,8 @@ def _warn_of_idle_cores(num_processes: int) -> None:
     threads = torch.get_num_threads()
     if 'ACCELERATE_MIXED_PRECISION' in os.environ and threads * num_processes < cores:
         alone = ', or start timm-tinyvit without a launcher' if num_processes == 1 else ''
-        warn(f'{threads * num_processes} of {cores} CPU cores are used; give accelerate launch '
-             f'--num_cpu_threads_per_process {cores // num_processes}{alone}')
+        warning(f'{threads * num_processes} of {cores} CPU cores are used; give accelerate launch '
+                f'--num_cpu_threads_per_process {cores // num_processes}{alone}')
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
@@ -168,7 +168,7 @@ def stop_with_launcher(seconds: float = 1.) -> None:
     threading.Thread(target=watch, name='launcher watch', daemon=True).start()
 
 
-def quiet_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """For a DataLoader's `worker_init_fn`: leave what to do at Ctrl-C and SIGTERM to the process that it works for.
 
     A signal to the whole group would otherwise end the workers first, with a traceback of each, while the process that
@@ -197,7 +197,7 @@ def quiet_worker(worker: int) -> None:
 
 
 @contextmanager
-def stop_requests() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
+def catch_stop_signals() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
     """Inside, Ctrl-C and SIGTERM are noted and not raised, so that what has begun can be finished.
 
     Yields:
@@ -222,7 +222,7 @@ def stop_requests() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
             signal.signal(number, handler)
 
 
-def total(accelerator: Accelerator, *values: float) -> list[float]:
+def all_reduce_sum(accelerator: Accelerator, *values: float) -> list[float]:
     """The sum of each value over all processes, the same on all of them."""
     if accelerator.num_processes == 1:
         return list(values)

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
-from ..base.console import warn
+from ..base.console import warning
 from ..base.errors import InputError
 from .arguments import (
     ArgumentParser, KeyValues, add_data_arguments, add_image_arguments, add_keep_arguments, add_push_arguments,
@@ -35,7 +35,7 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
         ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None), ('keep_epochs', None),
         ('store_cache', None)) if getattr(args, name) != usual]
     if idle and not args.logits:
-        warn(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
+        warning(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
     return args
 
 

@@ -24,7 +24,9 @@ from .pairing import Pairing
 from .sources import column, encoded_image, find_column, find_key, image_root, labels_of
 from .views import Replay, decode_image
 
-__all__ = ['ImageDataset', 'SparseLogitDataset', 'collate', 'decode_source', 'read_records', 'refuse_keys']
+__all__ = [
+    'ImageDataset', 'SparseLogitDataset', 'check_no_mixing_with_keys', 'collate', 'decode_source', 'read_records',
+]
 
 # What a sampler yields: (epoch, row), a row of the data set in an epoch of the store.
 EpochRow = tuple[int, int]
@@ -159,7 +161,7 @@ class SparseLogitDataset(ImageDataset):
         self.key_index: KeyIndex | None = None
         if key and store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position; leave --key out')
-        refuse_keys(replay, self.key)
+        check_no_mixing_with_keys(replay, self.key)
         self.pairing = Pairing(replay.seed, len(dataset)) if replay.config.is_mixed else None
         if self.key:
             find_key(dataset, self.key)
@@ -214,7 +216,7 @@ class SparseLogitDataset(ImageDataset):
         return samples
 
 
-def refuse_keys(replay: Replay, key: str | None) -> None:
+def check_no_mixing_with_keys(replay: Replay, key: str | None) -> None:
     """Refuse keys where views are mixed: pairs are known by position, and in a part of the samples some are torn.
 
     Raises:

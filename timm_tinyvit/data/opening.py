@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from ..base.console import log
+from ..base.console import info
 from ..base.errors import InputError
 from ..base.hub_client import is_hub_url
 from ..store.base import StoreReader
@@ -22,7 +22,7 @@ __all__ = ['open_store', 'open_stores']
 def open_store(
         location: str | Path,
         given_view: Mapping[str, Any] | None = None,
-        log: Callable[[str], None] = log,
+        log: Callable[[str], None] = info,
         keep_epochs: int | None = None,
         cache_dir: str | None = None,
 ) -> tuple[StoreReader, Replay]:
@@ -67,7 +67,7 @@ def open_stores(
         locations: Sequence[str],
         given_view: Mapping[str, Any],
         accelerator: Accelerator,
-        log: Callable[[str], None] = log,
+        log: Callable[[str], None] = info,
         keep_epochs: int | None = None,
         cache_dir: str | None = None,
 ) -> tuple[StoreReader, Replay]:

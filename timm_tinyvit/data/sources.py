@@ -24,7 +24,7 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.table import CastError
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from ..base.console import warn
+from ..base.console import warning
 from ..base.errors import InputError
 from .folders import FILE_KINDS, check_whole, open_folder
 from .tars import TarSamples
@@ -110,7 +110,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         raise InputError(f'the data set {name} has no split {split}, only {", ".join(splits)}; name one with {flag}')
     for key in {part.splitname: None for part in parts} or [split]:
         for line in notes.get(key, ()):
-            warn(line)
+            warning(line)
     chosen = [
         rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
         for part in parts for rows in [splits[part.splitname]]

@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 
-from ..base.console import result
+from ..base.console import print_result
 from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
@@ -65,7 +65,7 @@ def push_finished_run(folder: Path, args: argparse.Namespace) -> None:
         InputError: It did not work out; the message says how to do it again.
     """
     try:
-        result(publish(folder, args.push_to_hub, private=args.hub_private, license=args.hub_license))
+        print_result(publish(folder, args.push_to_hub, private=args.hub_private, license=args.hub_license))
     except InputError as error:
         again = f'timm-tinyvit publish {folder} --repo {args.push_to_hub}'
         again += f' --license {args.hub_license}' if args.hub_license else ''

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from ..base.console import log, progress, result, warn
+from ..base.console import info, print_result, progress, warning
 from ..base.errors import InputError
 from ..base.hub_client import create_repo, push_files, retried
 from ..base.leases import Leases
@@ -164,7 +164,7 @@ def publish_store(
         manifest = published.joined(_public(store.manifest), epochs)
         problems = list(store.verify(progress(epochs, desc='verify', unit='epoch', leave=False)))
         for problem in problems:
-            warn(problem)
+            warning(problem)
         if problems:
             raise InputError(f'{store.path} has {len(problems)} problem(s), one on each line above; nothing was pushed')
         shards = {path.relative_to(store.path).as_posix(): path for epoch in epochs
@@ -186,7 +186,7 @@ def publish_store(
         with suppress(InputError):
             mark_published(store, f'{published.url}@{commit or published.revision}', manifest.stored_epochs)
     where = f'{published.url}: {counted(manifest.epochs, "epoch")}, {readable_bytes(size)}'
-    result(f'pushed to {where}, commit {commit}' if commit else f'{where}, is there already, nothing was pushed')
+    print_result(f'pushed to {where}, commit {commit}' if commit else f'{where}, is there already, nothing was pushed')
 
 
 def check_complete(store: LogitStore, epochs: range | None) -> range:
@@ -216,7 +216,7 @@ def _wait_for(leases: Leases, store: LogitStore) -> bool:
     has_waited = False
     while not leases.acquire(store.path / PUBLISHED):
         if not has_waited:
-            log(f'{store.path} is being pushed by another process; waiting for its end')
+            info(f'{store.path} is being pushed by another process; waiting for its end')
             has_waited = True
         time.sleep(1)
     return has_waited
@@ -277,7 +277,7 @@ def _last_files(
         if data is not None:
             files[PICTURE] = draw_views(data, statistics)
         else:
-            log('the card has no accuracy and no new picture: give --dataset for them')
+            info('the card has no accuracy and no new picture: give --dataset for them')
         files[CARD] = dataset_card(
             manifest, published.repo_id, size, sample, statistics, data,
             PICTURE in files or PICTURE in published.files, published.card, licence).encode()

@@ -6,7 +6,7 @@
 from ..base.lazy import lazy_names
 
 _PUBLIC = {
-    'ModelInput': 'loading', 'TinyVit': 'tiny_vit', 'create_pretrained': 'loading', 'export_model': 'saving',
+    'Normalize': 'loading', 'TinyVit': 'tiny_vit', 'create_pretrained': 'loading', 'export_model': 'saving',
     'load_weights': 'loading',
 }
 __all__ = list(_PUBLIC)

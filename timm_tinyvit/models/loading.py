@@ -16,12 +16,12 @@ from ..base.errors import InputError
 from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
 __all__ = [
-    'ModelInput', 'config_beside', 'create_pretrained', 'is_22k_to_1k', 'load_weights', 'look_at_zeros',
+    'Normalize', 'config_beside', 'create_pretrained', 'is_22k_to_1k', 'load_weights', 'look_at_zeros',
     'num_classes_of', 'read_weights', 'set_image_size',
 ]
 
 
-class ModelInput(nn.Module):
+class Normalize(nn.Module):
     """Views, uint8 [B, 3, H, W], as a model wants them, made on its device: resized if need be, and normalised.
 
     Args:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..base.text import percent, short_percent
 from ..data.dataset import decode_source
 from ..data.sources import column, labels_of
-from ..train.predictions import in_turn
+from ..train.predictions import round_robin
 from .labels import LabelledViews
 from .page import Bar, Picture
 from .statistics import StoreStatistics, label_probability
@@ -71,7 +71,7 @@ def choose_samples(statistics: StoreStatistics) -> dict[str, np.ndarray]:
     classes = statistics.labels if statistics.has_labels else statistics.majority()[0]
     mixed = np.random.Generator(np.random.PCG64(0)).permutation(len(classes))
     return {
-        'varied': in_turn(mixed, classes)[:NUM_VARIED], 'easiest': in_turn(order, classes)[:NUM_CHOSEN],
+        'varied': round_robin(mixed, classes)[:NUM_VARIED], 'easiest': round_robin(order, classes)[:NUM_CHOSEN],
         'hardest': order[::-1][:NUM_CHOSEN], 'disputed': statistics.compared[disputed[:NUM_CHOSEN]]}
 
 

@@ -15,9 +15,9 @@ from multiprocessing.sharedctypes import Synchronized
 from typing import NamedTuple
 from collections.abc import Callable
 
-from ..base.console import progress, warn
+from ..base.console import progress, warning
 from ..base.errors import InputError
-from ..base.launch import quiet_worker
+from ..base.launch import init_worker
 from .cache import HeldEpochs, HubCache
 
 __all__ = ['NUM_DOWNLOADS', 'Fetcher']
@@ -95,7 +95,7 @@ class Fetcher:
                     self.has_failed = True
                     raise InputError(value)
                 if kind == 'late':
-                    warn(f'epoch {epochs[0]} of {self.cache.source} is late: {value}; still trying')
+                    warning(f'epoch {epochs[0]} of {self.cache.source} is late: {value}; still trying')
                 self.is_ready = kind == 'ready'
         return True
 
@@ -132,7 +132,7 @@ def _end(process: multiprocessing.Process, connection: Connection, owner: int) -
 
 def _serve(cache: HubCache, parents: Connection, connection: Connection, fetched: Synchronized) -> None:
     """What a fetcher does: carry out the last command until the next one comes."""
-    quiet_worker(0)
+    init_worker(0)
     # What it leaves behind when it is stopped, others clear up.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parents.close()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..base.console import progress, result
+from ..base.console import print_result, progress
 from ..base.errors import InputError
 from ..data.dataset import SparseLogitDataset, collate
 from ..store.base import StoreReader
@@ -74,11 +74,11 @@ def verify_store(store: StoreReader, epochs: Sequence[int] | None = None) -> Non
     if len(epochs) and not (epochs[0] in stored and epochs[-1] in stored):
         raise InputError(
             f'epochs {epochs[0]}:{epochs[-1] + 1} are to be verified, but the store {store.path} has '
-            f'{stored.start}:{stored.stop}; mend --epochs')
+            f'{stored.start}:{stored.stop}; fix --epochs')
     num_problems = 0
     for problem in store.verify(progress(epochs, desc='verify', unit='epoch', leave=False)):
-        result(problem)
+        print_result(problem)
         num_problems += 1
     if num_problems:
         raise InputError(f'{store.path} has {num_problems} problem(s), one on each line above')
-    result(f'{store.path}: {len(epochs) * store.manifest.num_shards} shards, every byte as it was written')
+    print_result(f'{store.path}: {len(epochs) * store.manifest.num_shards} shards, every byte as it was written')

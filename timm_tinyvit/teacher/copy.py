@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import datasets
 import numpy as np
 
-from ..base.console import log, progress
+from ..base.console import info, progress
 from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..data.fingerprint import (
@@ -82,7 +82,7 @@ def copy_range(
                          f'copy')
     if not 0 <= samples.start < samples.stop <= manifest.num_samples:
         raise InputError(f'samples {samples.start}:{samples.stop} were asked for, but {store.path} has only samples '
-                         f'0:{manifest.num_samples}; mend --samples')
+                         f'0:{manifest.num_samples}; fix --samples')
     if ViewConfig.from_dict(manifest.recipe).is_mixed:
         raise InputError(f'the views of {store.path} are mixed in pairs from the whole data set, so that a range of '
                          f'samples lacks partners; leave --samples out to copy whole epochs')
@@ -132,7 +132,7 @@ def copy_keys(
     return copy
 
 
-def merge_stores(path: str | Path, sources: Sequence[ShardStore], log: Callable[[str], None] = log) -> LogitStore:
+def merge_stores(path: str | Path, sources: Sequence[ShardStore], log: Callable[[str], None] = info) -> LogitStore:
     """Put stores together into one, which may be there already.
 
     Stores of the same views and the same samples give the shards that they have, of whatever epochs. Stores with keys
@@ -195,7 +195,7 @@ def _check_epochs(store: ShardStore, epochs: range) -> None:
     known = store.manifest.stored_epochs
     if not epochs or epochs.start < known.start or epochs.stop > known.stop:
         raise InputError(f'epochs {epochs.start}:{epochs.stop} were asked for, but {store.path} is meant to hold '
-                         f'{known.start}:{known.stop}; mend --epochs')
+                         f'{known.start}:{known.stop}; fix --epochs')
 
 
 def _create(

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import datasets
 import torch
 
-from ..base.console import log, warn
+from ..base.console import info, warning
 from ..base.errors import InputError
 from ..config.arguments import STORE_DEFAULTS, amp_dtype, store_settings, view_arguments
-from ..data.dataset import SparseLogitDataset, refuse_keys
+from ..data.dataset import SparseLogitDataset, check_no_mixing_with_keys
 from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from ..data.opening import open_store
 from ..data.sources import Source, class_names, find_column
@@ -53,8 +53,8 @@ def warn_of_other_numbers(teacher: Teacher, dataset: Source, target_key: str | N
              if name in numbers and (place >= len(there) or there[place] != name)]
     if moved:
         name, place = moved[0]
-        warn(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
-             f'{numbers[name]} and {place}; accuracies and --alpha below 1 would compare different classes')
+        warning(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
+                f'{numbers[name]} and {place}; accuracies and --alpha below 1 would compare different classes')
 
 
 def create_store(
@@ -63,7 +63,7 @@ def create_store(
         teacher: Teacher,
         dataset: Source,
         epochs: int,
-        log: Callable[[str], None] = log,
+        log: Callable[[str], None] = info,
 ) -> tuple[LogitStore, Replay]:
     """Make the store that the flags describe, or open the one that is there if it is made the same way.
 
@@ -90,7 +90,7 @@ def create_store(
     settings.update({key: getattr(args, key) for key in settings if getattr(args, key) is not None})
     if there is None:
         replay = Replay(ViewConfig(**view_arguments(args)), settings['store_seed'])
-    refuse_keys(replay, settings['key'])
+    check_no_mixing_with_keys(replay, settings['key'])
     try:
         codec = create_codec(settings['codec'], teacher.num_classes, settings['topk'])
     except ValueError as error:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from ..base.errors import InputError
 from ..base.files import remove_leftovers
-from ..base.launch import quiet_worker
+from ..base.launch import init_worker
 from ..base.leases import Leases
 from ..data.dataset import EpochRow, SparseLogitDataset, collate
 from ..data.streaming import StreamedRows
@@ -136,7 +136,7 @@ def choose_shards(manifest: Manifest, shards: range | None, path: str | Path) ->
     if not chosen:
         raise InputError(
             f'shards {shards.start}:{shards.stop} were asked for, but an epoch of {path} has only shards '
-            f'0:{manifest.num_shards}; mend --shards')
+            f'0:{manifest.num_shards}; fix --shards')
     return chosen
 
 
@@ -185,7 +185,7 @@ def fill_store(
         batches = _LeasedBatches(store, epochs, chosen, leases, wait)
         sampler = data.sampler(batches) if isinstance(data, StreamedRows) else batches
         loader = DataLoader(
-            data, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=quiet_worker,
+            data, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=init_worker,
             persistent_workers=num_workers > 0, pin_memory=teacher.device.type == 'cuda')
         while batches.unfinished:
             stream = iter(loader)

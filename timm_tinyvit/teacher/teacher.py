@@ -8,7 +8,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from ..models.loading import ModelInput
+from ..models.loading import Normalize
 
 __all__ = ['Teacher']
 
@@ -43,7 +43,7 @@ class Teacher:
         self.mean, self.std = tuple(config['mean']), tuple(config['std'])
         self.size = tuple(size or config['input_size'][-2:])
         self.weights = _hash_weights(model)
-        self._input = ModelInput(self.mean, self.std, self.size).to(self.device)
+        self._input = Normalize(self.mean, self.std, self.size).to(self.device)
         self._model = model.to(self.device).eval().requires_grad_(False)
         if compile:
             self._model = torch.compile(self._model)

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from ..base.errors import InputError, Terminated
-from ..base.launch import quiet_worker
+from ..base.launch import init_worker
 from ..data.classes import check_label_values
 from ..data.dataset import SparseLogitDataset, collate
 from ..data.sampler import EpochBatchSampler
@@ -58,7 +58,7 @@ class TrainBatches:
         options = dict(
             num_workers=args.workers, collate_fn=collate, generator=torch.Generator(),
             persistent_workers=args.workers > 0, pin_memory=accelerator.device.type == 'cuda',
-            worker_init_fn=quiet_worker)
+            worker_init_fn=init_worker)
         self.store = store
         self.num_classes = num_classes
         self.size = tuple(replay.config.input_size[-2:])

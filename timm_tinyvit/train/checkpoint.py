@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, set_seed
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from ..base.console import log, warn
+from ..base.console import info, warning
 from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..data.fingerprint import dataset_fingerprint
@@ -153,13 +153,13 @@ class TrainState:
         self.epoch, self.best, self.history = checkpoint['epoch'], checkpoint['best'], checkpoint['history']
         self.update = checkpoint['samples'] // images_per_update
         is_finished = self.epoch == self.args.epochs + self.args.cooldown_epochs
-        log(f'{self.folder} is finished: nothing is left to train' if is_finished else
-            f'resuming {self.folder} at epoch {self.epoch}, step {self.update}')
+        info(f'{self.folder} is finished: nothing is left to train' if is_finished else
+             f'resuming {self.folder} at epoch {self.epoch}, step {self.update}')
         if changes := what_changes(checkpoint, world_size, images_per_update, self.accelerator.is_fsdp2):
-            warn(changes)
+            warning(changes)
         if self.args.streaming and (checkpoint['world_size'], checkpoint['workers']) != (world_size, self.args.workers):
-            warn('a stream is shared out over another number of processes or --workers than before: the order of '
-                 'images is another one, and some are seen twice or not at all in this epoch')
+            warning('a stream is shared out over another number of processes or --workers than before: the order of '
+                    'images is another one, and some are seen twice or not at all in this epoch')
         if checkpoint['world_size'] == world_size:
             scheduler.load_state_dict(checkpoint['scheduler'])
             self.sums = checkpoint['sums'][rank].to(device)

@@ -18,14 +18,14 @@ from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from ..base.console import best_effort, progress, warn
+from ..base.console import best_effort, progress, warning
 from ..base.errors import InputError
-from ..base.launch import quiet_worker
+from ..base.launch import init_worker
 from ..data.classes import Classes, check_labels, class_mismatch, is_imagenet1k
 from ..data.dataset import ImageDataset, collate
 from ..data.sources import find_column, load_split
 from ..models.imagenet22k import NUM_CLASSES_22K, logits_22k_to_1k
-from ..models.loading import ModelInput, config_beside
+from ..models.loading import Normalize, config_beside
 from ..models.saving import export_model
 from .metrics import suffixed
 from .predictions import Recorder, keep_evaluation
@@ -75,7 +75,7 @@ def eval_loader(
     data = ImageDataset(dataset, transform, args.input_key, args.target_key)
     return DataLoader(
         Subset(data, range(rank, len(data), world_size)), batch_size=args.validation_batch_size or args.batch_size,
-        num_workers=args.workers, collate_fn=collate, generator=torch.Generator(), worker_init_fn=quiet_worker)
+        num_workers=args.workers, collate_fn=collate, generator=torch.Generator(), worker_init_fn=init_worker)
 
 
 class Evaluator:
@@ -102,7 +102,7 @@ class Evaluator:
             folder: Path,
     ):
         self.config = eval_config(args, student, size)
-        self.normalize = ModelInput(self.config['mean'], self.config['std']).to(accelerator.device)
+        self.normalize = Normalize(self.config['mean'], self.config['std']).to(accelerator.device)
         self.loader = eval_loader(val_set, self.config, args, accelerator.process_index, accelerator.num_processes)
         self.classes = classes
         self.accelerator = accelerator
@@ -152,7 +152,7 @@ class Evaluator:
 @torch.inference_mode()
 def evaluate(
         model: nn.Module,
-        prepare: ModelInput,
+        normalize: Normalize,
         loader: DataLoader,
         accelerator: Accelerator,
         to_imagenet1k: bool = False,
@@ -163,7 +163,7 @@ def evaluate(
 
     Args:
         model: The bare model: ranks may have different numbers of batches, and DDP's forward would wait for all.
-        prepare: Normalises uint8 views on the device.
+        normalize: Normalises uint8 views on the device.
         loader: This rank's part of the split.
         accelerator: Sums over the ranks.
         to_imagenet1k: The labels are those of ImageNet-1k, whatever the classifier.
@@ -184,7 +184,7 @@ def evaluate(
             break
         labels = batch['label'].to(accelerator.device)
         with accelerator.autocast():
-            logits = model(prepare(batch['view'].to(accelerator.device)))
+            logits = model(normalize(batch['view'].to(accelerator.device)))
         logits = logits.float()
         if to_imagenet1k and logits.shape[1] == NUM_CLASSES_22K:
             logits = logits_22k_to_1k(logits)
@@ -216,12 +216,12 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     label_key = find_column(dataset, args.target_key, is_image=False)
     check_labels(dataset, label_key, model.num_classes, '--val-split')
     if mismatch := class_mismatch(dataset, label_key, model.num_classes):
-        warn(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
+        warning(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
     # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
     config = eval_config(args, model, size, use_test_size=not beside)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
-    prepare = ModelInput(config['mean'], config['std']).to(accelerator.device)
-    return evaluate(model, prepare, loader, accelerator, is_imagenet1k(dataset, label_key))
+    normalize = Normalize(config['mean'], config['std']).to(accelerator.device)
+    return evaluate(model, normalize, loader, accelerator, is_imagenet1k(dataset, label_key))
 
 
 def _images_of(file: Path | None) -> dict[str, Any]:
@@ -233,4 +233,4 @@ def _images_of(file: Path | None) -> dict[str, Any]:
         names = ('input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
         return {name: config[name] for name in names if name in config}
     except (KeyError, TypeError, ValueError):
-        raise InputError(f'{file} is not the config.json of a timm model; mend or remove it')
+        raise InputError(f'{file} is not the config.json of a timm model; fix or remove it')

@@ -15,7 +15,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
 from torch import nn
 
-from ..base.console import warn
+from ..base.console import warning
 from ..base.errors import InputError
 from .sharding import whole
 
@@ -76,11 +76,11 @@ def create_schedule(
         raise InputError(f'the schedule {args.sched} has no cooldown; leave --cooldown-epochs out')
     for name in ('warmup_lr', 'min_lr'):
         if rates[name] > rates['lr']:
-            warn(f'--{name.replace("_", "-")} is {rates[name]:g} and above the learning rate of {rates["lr"]:g}; lower '
-                 f'it')
+            warning(f'--{name.replace("_", "-")} is {rates[name]:g} and above the learning rate of {rates["lr"]:g}; '
+                    f'lower it')
     if args.warmup_epochs >= args.epochs:
-        warn(f'all of {args.epochs} epochs are warm-up: the learning rate never reaches its peak; lower '
-             f'--warmup-epochs')
+        warning(f'all of {args.epochs} epochs are warm-up: the learning rate never reaches its peak; lower '
+                f'--warmup-epochs')
     return schedule
 
 

@@ -27,7 +27,7 @@ from .calibration import Reliability, calibration
 
 __all__ = [
     'Evaluation', 'Predictions', 'Recorder', 'class_accuracy', 'confused_pairs', 'confusion', 'keep_evaluation',
-    'in_turn', 'read_arrays', 'samples_to_show', 'worst_classes', 'write_arrays',
+    'read_arrays', 'round_robin', 'samples_to_show', 'worst_classes', 'write_arrays',
 ]
 
 NUM_KEPT = 5
@@ -194,7 +194,7 @@ def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, nu
     write_arrays(path, about, shown=shown, views=views.numpy(), **vars(predictions))
 
 
-def in_turn(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def round_robin(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """The same places, int64 [n]: first the first one of each class, in their order, then the second ones."""
     turns, seen = [], Counter()
     for name in classes[places].tolist():
@@ -211,7 +211,7 @@ def samples_to_show(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
     """
     order = np.argsort(-predictions.confidence, kind='stable')
     right, wrong = order[predictions.right[order]], order[~predictions.right[order]]
-    right = in_turn(right, predictions.labels)[:NUM_SHOWN]
+    right = round_robin(right, predictions.labels)[:NUM_SHOWN]
     return right[np.argsort(-predictions.confidence[right], kind='stable')], wrong[:NUM_SHOWN]
 
 

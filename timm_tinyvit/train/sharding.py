@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from ..base.console import log
+from ..base.console import info
 from ..base.errors import InputError
 
 __all__ = [
@@ -95,7 +95,7 @@ def prepare_student(
         raise InputError(f'the student cannot be sharded ({str(error).rstrip(".")}); correct the settings of FSDP (the '
                          f'classes of its blocks: {", ".join(blocks) or "none"}), or launch it with --multi_gpu')
     units = sum(isinstance(module, FSDPModule) for module in student.modules())
-    log(f'the student is sharded over {accelerator.num_processes} process(es), in {units} unit(s)')
+    info(f'the student is sharded over {accelerator.num_processes} process(es), in {units} unit(s)')
 
     def whole_model(model: nn.Module) -> nn.Module:
         result = deepcopy(template).to(accelerator.device)

@@ -14,7 +14,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from ..data.pairing import mixed_cross_entropy
-from ..models.loading import ModelInput
+from ..models.loading import Normalize
 from ..targets.sparse import ensemble_loss
 from .sharding import ModelEma, prepare_student
 from .student import freeze_batch_norm
@@ -50,7 +50,7 @@ class SparseLogitTask(TrainingTask):
             self,
             student: nn.Module,
             codec: Any | None = None,
-            normalize: ModelInput | None = None,
+            normalize: Normalize | None = None,
             alpha: float = 1.,
             temperature: float = 1.,
             label_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..base.console import best_effort, progress
 from ..data.classes import Classes
-from ..models.loading import ModelInput
+from ..models.loading import Normalize
 from ..store.base import StoreReader
 from ..store.manifest import stored_epoch
 from ..targets.sparse import SparseTargets
@@ -27,7 +27,7 @@ from .metrics import suffixed
 from .predictions import Predictions, Recorder, read_arrays, write_arrays
 from .task import SparseLogitTask
 
-__all__ = ['StoredViews', 'compare_with_teacher', 'look_at_stored_views']
+__all__ = ['StoredViews', 'compare_views', 'compare_with_teacher']
 
 NUM_VIEWS = 1000
 SECONDS = 60.
@@ -104,7 +104,7 @@ def compare_with_teacher(
     batches = data.epoch(epoch, stop=stop)
     if state.accelerator.is_main_process:
         with best_effort('the comparison with the teacher'):
-            views = look_at_stored_views(
+            views = compare_views(
                 model, task.normalize, batches, state.store, state.accelerator, epoch, classes.num_labels,
                 lambda: bool(stop()), suffixed('', weights), args.views_per_image)
             if views is not None:
@@ -113,9 +113,9 @@ def compare_with_teacher(
 
 
 @torch.inference_mode()
-def look_at_stored_views(
+def compare_views(
         model: nn.Module,
-        prepare: ModelInput,
+        normalize: Normalize,
         batches: Iterable[dict[str, torch.Tensor]],
         store: StoreReader,
         accelerator: Accelerator,
@@ -129,7 +129,7 @@ def look_at_stored_views(
 
     Args:
         model: The bare student.
-        prepare: Normalises uint8 views on the device.
+        normalize: Normalises uint8 views on the device.
         batches: Training batches with records; as many are taken as are looked at.
         store: Decodes the records.
         accelerator: Knows the device and the precision.
@@ -155,7 +155,7 @@ def look_at_stored_views(
             labels = torch.full_like(labels, -1)
         labels = labels.masked_fill(labels >= store.manifest.num_classes, -1)
         with accelerator.autocast():
-            logits = model(prepare(batch['view'].to(device)))
+            logits = model(normalize(batch['view'].to(device)))
         targets = store.codec.decode(batch['record'].to(device))
         targets = [targets] if isinstance(targets, SparseTargets) else targets
         probs = sum(part.densify() for part in targets) / len(targets)  # [B, C]
