@@ -18,7 +18,7 @@ import pytest
 
 import train_distill
 from timm_tinyvit import cli, save_logits
-from timm_tinyvit.base import console as terminal
+from timm_tinyvit.base import console
 
 DATA = train_distill.Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist'
 
@@ -26,11 +26,11 @@ DATA = train_distill.Path(__file__).resolve().parents[2] / 'examples' / 'fashion
 @pytest.fixture(autouse=True)
 def speaking():
     """Each test begins as a program that speaks, and leaves nothing behind."""
-    terminal.speak(is_first=True)
+    console.setup_console(is_first=True)
     with warnings.catch_warnings():
         yield
     logging.disable(logging.NOTSET)
-    terminal.speak(is_first=True)
+    console.setup_console(is_first=True)
 
 
 def test_who_stops_reading_ends_a_program_in_peace(tmp_path):
@@ -75,19 +75,19 @@ def screen():
 def now(monkeypatch):
     """A clock that is set by hand."""
     clock = types.SimpleNamespace(seconds=1000.)
-    monkeypatch.setattr(terminal, 'monotonic', lambda: clock.seconds)
+    monkeypatch.setattr(console, 'monotonic', lambda: clock.seconds)
     return clock
 
 
 def test_in_a_file_a_bar_is_a_line_every_half_a_minute(capsys, now):
-    bar = terminal.progress(range(1200), desc='epoch 1/2', unit='step', leave=False)
+    bar = console.progress(range(1200), desc='epoch 1/2', unit='step', leave=False)
     bar._time = lambda: now.seconds
     bar.start_t = bar.last_print_t = now.seconds
     for step in bar:
         now.seconds += 0.1
         if step % 10 == 0:
             bar.set_postfix(loss=step)  # which draws a bar on a terminal
-            terminal.log(f'step {step}') if step == 500 else None
+            console.info(f'step {step}') if step == 500 else None
     said = capsys.readouterr()
     lines = said.err.splitlines()
     assert said.out == 'step 500\n' and 3 <= len(lines) <= 4
@@ -98,50 +98,50 @@ def test_in_a_file_a_bar_is_a_line_every_half_a_minute(capsys, now):
 
 def test_in_a_file_short_loops_say_nothing_and_a_bar_that_stays_its_end(capsys, now):
     for leave in (False, True):
-        with terminal.progress(total=50, desc='teacher', unit='view', leave=leave) as bar:
+        with console.progress(total=50, desc='teacher', unit='view', leave=leave) as bar:
             bar.update(50)
     assert [line.split(',')[:2] for line in capsys.readouterr().err.splitlines()] == [['teacher: 100%', ' 50 of 50']]
-    terminal.progress(total=50, initial=50, desc='teacher').close()
+    console.progress(total=50, initial=50, desc='teacher').close()
     assert capsys.readouterr().err == ''
 
 
 def test_on_a_terminal_a_bar_is_drawn_over_itself_and_lines_stand_above_it():
     with screen() as read:
-        for number in terminal.progress(range(3), desc='epoch', mininterval=0):
-            terminal.log('a line') if number == 1 else None
+        for number in console.progress(range(3), desc='epoch', mininterval=0):
+            console.info('a line') if number == 1 else None
         said = read()
     assert said.count('\r') > 3 and '100%' in said and '█' in said and 'a line\r\n' in said
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch):
     with screen() as read:
-        assert terminal.colored('best', 'green') == '\x1b[32mbest\x1b[0m'
-        terminal.warn('hot')
+        assert console.colored('best', 'green') == '\x1b[32mbest\x1b[0m'
+        console.warning('hot')
         assert '\x1b[33mwarning:\x1b[0m hot' in read()
-        assert terminal.colored('best', 'green', io.StringIO()) == 'best'
+        assert console.colored('best', 'green', io.StringIO()) == 'best'
         with monkeypatch.context() as patch:
             patch.setattr(sys, 'stderr', io.StringIO())
-            terminal.warn('hot')
+            console.warning('hot')
             assert sys.stderr.getvalue() == 'warning: hot\n'
         for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
             with monkeypatch.context() as patch:
                 patch.setenv(name, value)
-                assert terminal.colored('best', 'green') == 'best'
+                assert console.colored('best', 'green') == 'best'
 
 
 def test_a_process_that_is_not_the_first_says_nothing():
     with screen() as read:
         for is_first in (True, False):
-            terminal.speak(is_first)
-            for say in (terminal.log, terminal.result, terminal.warn, logging.getLogger('timm').warning):
+            console.setup_console(is_first)
+            for say in (console.info, console.print_result, console.warning, logging.getLogger('timm').warning):
                 say('something')
-            for _ in terminal.progress(range(3)):
+            for _ in console.progress(range(3)):
                 pass
             assert bool(read()) == is_first
     assert datasets.are_progress_bars_disabled()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        terminal.speak(is_first=False)
+        console.setup_console(is_first=False)
         warnings.warn('of a library', stacklevel=1)
     assert not caught
 
@@ -149,13 +149,13 @@ def test_a_process_that_is_not_the_first_says_nothing():
 def test_a_notebook_draws_though_its_streams_are_no_terminal(monkeypatch, capsys):
     kernel = types.SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, 'IPython', types.SimpleNamespace(get_ipython=lambda: kernel))
-    for _ in terminal.progress(range(3), desc='epoch'):
+    for _ in console.progress(range(3), desc='epoch'):
         pass
     assert '\r' in capsys.readouterr().err
-    # IPython in a terminal, or imported by a script, is none.
+    # IPython in a console, or imported by a script, is none.
     for shell in (None, types.SimpleNamespace()):
         monkeypatch.setitem(sys.modules, 'IPython', types.SimpleNamespace(get_ipython=lambda: shell))  # noqa: B023
-        for _ in terminal.progress(range(3), desc='epoch'):
+        for _ in console.progress(range(3), desc='epoch'):
             pass
     assert capsys.readouterr().err.count('\r') == 0
 

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from timm_tinyvit import cli, save_logits
-from timm_tinyvit.base import console as terminal
+from timm_tinyvit.base import console
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import load_split
