@@ -151,13 +151,13 @@ def with_a_broken_value(official, path):
 
 BROKEN = {
     'missing': (lambda official, path: None, ['no file']),
-    'empty': (lambda official, path: path.write_bytes(b''), ['cannot be read']),
-    'text': (lambda official, path: path.write_text('Not Found'), ['cannot be read']),
-    'truncated': (truncated, ['cannot be read', 'cut short']),
-    'code': (lambda official, path: torch.save({'model': official, 'trap': Trap()}, path), ['never done']),
-    'pickle': (lambda official, path: path.write_bytes(pickle.dumps(Trap())), ['cannot be read']),
-    'list': (lambda official, path: torch.save([1, 2], path), ['no state dict']),
-    'numbers': (lambda official, path: torch.save({'model': {'a': 1}}, path), ['no state dict']),
+    'empty': (lambda official, path: path.write_bytes(b''), ['no weights that can be read']),
+    'text': (lambda official, path: path.write_text('Not Found'), ['no weights that can be read']),
+    'truncated': (truncated, ['no weights that can be read']),
+    'code': (lambda official, path: torch.save({'model': official, 'trap': Trap()}, path), ['loads with weights_only']),
+    'pickle': (lambda official, path: path.write_bytes(pickle.dumps(Trap())), ['loads with weights_only']),
+    'list': (lambda official, path: torch.save([1, 2], path), ['no weights that can be read']),
+    'numbers': (lambda official, path: torch.save({'model': {'a': 1}}, path), ['give a state dict']),
     'another model': (lambda official, path: torch.save({'fc.weight': torch.ones(2)}, path), ['has no patch_embed']),
     'missing tensor': (without_a_tensor, ['has no head.norm.bias']),
     'further tensor': (with_a_tensor_more, ['has extra besides']),
@@ -205,4 +205,4 @@ def test_the_command_fails_without_a_traceback(tmp_path, one_sentence):
     (tmp_path / 'checkpoint.pth').write_text('Not Found')
     result = run(tmp_path / 'checkpoint.pth', '--model', 'tiny_vit_5m_224', '--output', tmp_path / 'out')
     assert result.returncode != 0 and not (tmp_path / 'out').exists()
-    one_sentence(result.stderr.strip(), 'cannot be read')
+    one_sentence(result.stderr.strip(), 'no weights that can be read')

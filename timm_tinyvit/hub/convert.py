@@ -10,9 +10,7 @@ behind.
 """
 
 import os
-import pickle
 import shutil
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..models import clip_teacher, tiny_vit
 from ..models.imagenet22k import NUM_CLASSES_22K
+from ..models.loading import read_weights
 from ..models.saving import export_model
 from .model_card import CARD, NO_REPO
 from .official import converted_card, find_checkpoint
@@ -44,31 +43,6 @@ CROPS = {
     384: (dict(crop_pct=1.0, crop_mode='squash'), 'the whole image squashed to 384x384'),
     512: (dict(crop_pct=1.0, crop_mode='squash'), 'the whole image squashed to 512x512'),
 }
-
-
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, loaded without executing anything in it.
-
-    Raises:
-        InputError: The file is missing, cut short, not a checkpoint, or asks for code to be executed.
-    """
-    if not path.is_file():
-        raise InputError(f'there is no file {path}, expected a .pth checkpoint of the official TinyViT code')
-    try:
-        # checkpoints of a training run carry its settings in a class that is but a dict
-        with torch.serialization.safe_globals([(OrderedDict, 'yacs.config.CfgNode')]), warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # on the protocol of what will be refused anyway
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().split('\n')[0][:120] or type(error).__name__
-        raise InputError(
-            f'{path} cannot be read as a checkpoint of weights: it is cut short, no PyTorch file, or asks for code to '
-            f'be executed, which is never done ({reason})')
-    weights = checkpoint.get('model', checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(
-            isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
-        raise InputError(f'{path} holds no state dict, expected one, bare or under the key "model"')
-    return weights
 
 
 def _first_difference(weights: dict[str, torch.Tensor], model: nn.Module) -> str | None:
@@ -142,7 +116,9 @@ def convert_checkpoint(checkpoint: Path, name: str, output: Path) -> str:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f'{output} is there already; name a folder that is new or empty')
-    weights = load_weights(checkpoint)
+    # Checkpoints of a training run carry its settings in a class that is but a dict.
+    with torch.serialization.safe_globals([(OrderedDict, 'yacs.config.CfgNode')]):
+        weights = read_weights(str(checkpoint))
     try:
         model, weights = _fit_teacher(weights) if name == TEACHER else _fit_tiny_vit(weights, name)
     except InputError as error:
