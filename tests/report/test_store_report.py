@@ -219,7 +219,7 @@ def test_a_sample_is_evenly_spaced_over_what_is_filled_and_reads_no_more(make_st
 def test_comparing_samples_in_parts_changes_nothing(make_store, monkeypatch):
     store = make_store('most classes')
     whole = store_statistics(store)
-    monkeypatch.setattr('timm_tinyvit.report.statistics.COMPARED_ENTRIES', 4 * 6 * 7)
+    monkeypatch.setattr('timm_tinyvit.report.statistics.DENSE_ENTRIES', 4 * 7 * 7)
     monkeypatch.setattr('timm_tinyvit.report.statistics.READ_SAMPLES', 9)
     parts = store_statistics(store)
     assert np.array_equal(whole.disagreement, parts.disagreement) and np.allclose(whole.mass, parts.mass, rtol=1e-12)

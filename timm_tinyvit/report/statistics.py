@@ -28,9 +28,10 @@ MAX_SAMPLES = 100_000
 MAX_EPOCHS = 10
 READ_SAMPLES = 4096
 READ_ENTRIES = 1 << 19
-# Classes that are held at a time to compare the targets of a sample in all epochs: 100 MB.
+# What is held to compare the targets of a sample in all epochs, 100 MB; of these targets in all, and at a time, dense.
 KEPT_ENTRIES = 1 << 23
-COMPARED_ENTRIES = 1 << 20
+COMPARED_ENTRIES = 1 << 28
+DENSE_ENTRIES = 1 << 22
 MASS_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -103,12 +104,9 @@ class StoreStatistics:
             The class that is most often the most probable one, int64 [N], the lowest of several; and the share of the
             epochs that say so [N], NaN where a sample has fewer than two views.
         """
-        ordered = np.sort(self.top, axis=0)
-        best, winner, run = np.zeros(len(self.rows), dtype=np.int64), ordered[0].copy(), 0
-        for place, classes in enumerate(ordered):
-            run = np.where(classes == ordered[max(place - 1, 0)], run, 0) + (classes >= 0)
-            winner = np.where(run > best, classes, winner)
-            best = np.maximum(best, run)
+        counts = np.stack([(self.top == classes).sum(axis=0) * (classes >= 0) for classes in self.top])  # [E, N]
+        best = counts.max(axis=0)
+        winner = np.where(counts == best, self.top, np.iinfo(np.int64).max).min(axis=0)
         views = (self.top >= 0).sum(axis=0)
         return winner, np.where(views > 1, best / np.maximum(views, 1), np.nan)
 
@@ -206,7 +204,8 @@ def store_statistics(
     top = np.full(shape, -1)
     confidence, entropy, label_prob, right = (np.full(shape, np.nan, dtype=np.float32) for _ in range(4))
     mass = np.full((len(chosen), len(sizes)), np.nan)
-    compared = evenly(len(rows), KEPT_ENTRIES // (len(chosen) * k)) if len(chosen) > 1 else np.arange(0)
+    num_compared = min(KEPT_ENTRIES // k, COMPARED_ENTRIES // manifest.num_classes) // len(chosen)
+    compared = evenly(len(rows), num_compared) if len(chosen) > 1 else np.arange(0)
     kept_ids = np.full((len(chosen), len(compared), k), -1, dtype=np.int32)
     kept_probs = np.zeros(kept_ids.shape, dtype=np.float32)
     kept_shares = np.full(kept_ids.shape[:2], np.nan, dtype=np.float32)
@@ -220,7 +219,8 @@ def store_statistics(
             ordered, order = probs.sort(dim=1, descending=True)
             top[place, part] = targets.ids.gather(1, order[:, :1])[:, 0]
             confidence[place, part] = ordered[:, 0]
-            entropy[place, part] = _entropy(probs).sum(dim=1) + (manifest.num_classes - k) * _entropy(share)
+            entr = torch.special.entr
+            entropy[place, part] = entr(probs).sum(dim=1) + (manifest.num_classes - k) * entr(share)
             sums += ordered.cumsum(dim=1)[:, [size - 1 for size in sizes]].sum(dim=0).numpy()
             if labels is not None:
                 names = [labels[rows[part]]]
@@ -265,29 +265,16 @@ def disagreement(ids: np.ndarray, probs: np.ndarray, shares: np.ndarray, num_cla
     Returns:
         The divergence [P]; NaN where there are fewer than two targets.
     """
-    num_targets, num_samples, k = ids.shape
+    num_targets, num_samples, _ = ids.shape
     divergence = np.full(num_samples, np.nan)
-    for part in _parts(np.arange(num_samples), max(1, COMPARED_ENTRIES // max(1, num_targets * k))):
-        present = np.isfinite(shares[:, part])
-        count = present.sum(axis=0)
-        weights = present / np.maximum(count, 1)  # [E, P]
-        share = np.nan_to_num(shares[:, part].astype(np.float64))
-        each = _entropy(probs[:, part].astype(np.float64)).sum(axis=2) + (num_classes - k) * _entropy(share)
-        # What a listed class has beyond the share that it would have if no target listed it, summed over the targets.
-        common = (weights * share).sum(axis=0)  # [P]
-        beyond = weights[..., None] * (probs[:, part] - share[..., None])
-        names = ids[:, part].transpose(1, 0, 2).reshape(len(part), -1)
-        order = names.argsort(axis=1)
-        names = np.take_along_axis(names, order, axis=1)
-        beyond = np.take_along_axis(beyond.transpose(1, 0, 2).reshape(len(part), -1), order, axis=1)
-        first = np.ones_like(names, dtype=bool)
-        first[:, 1:] = names[:, 1:] != names[:, :-1]
-        starts = np.flatnonzero(first)
-        samples, is_class = starts // names.shape[1], names.ravel()[starts] >= 0
-        mean = np.maximum(np.add.reduceat(beyond.ravel(), starts) + common[samples], 0)
-        entropy = np.bincount(samples, _entropy(mean) * is_class, len(part))
-        entropy += (num_classes - np.bincount(samples, is_class, len(part))) * _entropy(common)
-        divergence[part] = np.where(count > 1, np.maximum(entropy - (weights * each).sum(axis=0), 0), np.nan)
+    for part in _parts(np.arange(num_samples), max(1, DENSE_ENTRIES // max(1, num_targets * num_classes))):
+        count = torch.from_numpy(np.isfinite(shares[:, part]).sum(axis=0))
+        share = torch.from_numpy(np.nan_to_num(shares[:, part]))[..., None].expand(-1, -1, num_classes)
+        dense = share.scatter(2, torch.from_numpy(ids[:, part]).long().clamp(min=0), torch.from_numpy(probs[:, part]))
+        mean = dense.sum(dim=0) / count.clamp(min=1)[:, None]  # [p, C]
+        entropies = [torch.special.entr(part).sum(dim=-1, dtype=torch.float64) for part in (mean, dense)]
+        gap = (entropies[0] - entropies[1].sum(dim=0) / count.clamp(min=1)).clamp(min=0)
+        divergence[part] = torch.where(count > 1, gap, torch.nan).numpy()
     return divergence
 
 
@@ -297,13 +284,6 @@ def _probabilities(targets: SparseTargets) -> tuple[torch.Tensor, torch.Tensor]:
     if targets.log_rest is None:
         return probs, torch.zeros(len(targets), dtype=torch.float64)
     return probs, targets.log_rest.double().exp() / (targets.num_classes - targets.k)
-
-
-def _entropy(probs: Any) -> Any:
-    """-p log p of each probability, in an array or a tensor."""
-    if isinstance(probs, torch.Tensor):
-        return torch.special.entr(probs)
-    return -probs * np.log(np.where(probs > 0, probs, 1))
 
 
 def _label_probability(targets: SparseTargets, names: list[np.ndarray]) -> np.ndarray:

@@ -227,15 +227,16 @@ def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str
 
 def table_of(statistics: StoreStatistics) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the statistics by epoch."""
-    sizes = statistics.mass_sizes
-    shown = [0, *([len(sizes) // 2] if len(sizes) > 2 else []), *([len(sizes) - 1] if len(sizes) > 1 else [])]
-    columns = {'epoch': statistics.epochs, 'views': [f'{views:,}' for views in statistics.num_views]}
+    sizes = list(map(str, statistics.mass_sizes))
+    sizes = list(dict.fromkeys((sizes[0], sizes[len(sizes) // 2], sizes[-1])))
+    header, rows = ['epoch', 'views', 'entropy', *(f'top {size} mass' for size in sizes)], []
     if statistics.has_labels:
-        columns['top-1'] = map(percent, statistics.by_epoch('right'))
-        columns['both labels' if statistics.is_mixed else 'label'] = map(percent, statistics.by_epoch('label_prob'))
-    columns['entropy'] = [decimal(value, 3) for value in statistics.by_epoch('entropy')]
-    columns |= {f'top {sizes[place]} mass': map(percent, statistics.mass[:, place]) for place in shown}
-    return list(columns), [[str(cell) for cell in row] for row in zip(*columns.values())]
+        header[2:2] = ['top-1', 'both labels' if statistics.is_mixed else 'label']
+    for epoch in statistics.summary()['epochs']:
+        shares = [percent(epoch[name]) for name in ('accuracy', 'label_probability') if statistics.has_labels]
+        rows.append([str(epoch['epoch']), f'{epoch["views"]:,}', *shares, decimal(epoch['entropy'], 3),
+                     *(percent(epoch['mass'][size]) for size in sizes)])
+    return header, rows
 
 
 def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> str:
