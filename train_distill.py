@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_set = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
         val_set = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
     if args.push_to_hub and show:
-        prepare_push(args)
+        prepare_push(args.push_to_hub, args.hub_private, args.hub_license)
 
     # Teacher and store.
     store, replay = open_or_fill(args, accelerator, train_set)
@@ -329,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_result(f'{colored("finished:", "bold")} {folder}, best top-1 {state.best["student"]:.2f}%')
     accelerator.end_training()
     if args.push_to_hub and show:
-        push_finished_run(folder, args)
+        push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)
 
 
 if __name__ == '__main__':

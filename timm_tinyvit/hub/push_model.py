@@ -7,7 +7,6 @@ pretrained=True)` makes the model anywhere. Pushed again unchanged it makes no s
 depends on when and where that happens. The card is written anew each time; `--notes` adds words of your own.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -45,33 +44,31 @@ WEIGHTS = (
 FILES = (CARD, *MODEL, METRICS, PICTURE, 'recipe.yaml')
 
 
-def prepare_push(args: argparse.Namespace) -> None:
+def prepare_push(repo: str, private: bool = False, license: str | None = None) -> None:
     """Make the repo before a long run, and know that its model can be pushed.
 
     Raises:
         InputError: It cannot.
     """
     try:
-        check_license(args.hub_license)
-        _open_repo(args.push_to_hub, args.hub_private)
+        check_license(license)
+        _open_repo(repo, private)
     except InputError as error:
         raise InputError(f'{error}; or leave --push-to-hub out, and push the run later with timm-tinyvit publish')
 
 
-def push_finished_run(folder: Path, args: argparse.Namespace) -> None:
+def push_finished_run(folder: Path, repo: str, private: bool = False, license: str | None = None) -> None:
     """Push the best model of a run that has ended.
 
     Raises:
         InputError: It did not work out; the message says how to do it again.
     """
     try:
-        print_result(publish(folder, args.push_to_hub, private=args.hub_private, license=args.hub_license))
+        print_result(publish(folder, repo, private=private, license=license))
     except InputError as error:
-        again = f'timm-tinyvit publish {folder} --repo {args.push_to_hub}'
-        again += f' --license {args.hub_license}' if args.hub_license else ''
-        again += ' --private' if args.hub_private else ''
+        again = f'timm-tinyvit publish {folder} --repo {repo}' + (f' --license {license}' if license else '')
         raise InputError(f'the run is finished and its models are in {folder}, but nothing was pushed: {error}; to '
-                         f'push them: {again}')
+                         f'push them: {again}{" --private" if private else ""}')
 
 
 def publish(
