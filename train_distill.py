@@ -71,6 +71,7 @@ def open_or_fill(
         args: argparse.Namespace,
         accelerator: Accelerator,
         train_set: Any,
+        val_set: Any,
 ) -> tuple[StoreReader | None, Replay]:
     """The filled store or stores of `--logits`, and how views are made: the store says so, without one the flags do.
 
@@ -85,6 +86,8 @@ def open_or_fill(
     num_epochs = args.epochs + args.cooldown_epochs
     if args.teacher:
         teacher = create_teacher(args, accelerator.device)
+        # A teacher of other classes is refused before it works for days.
+        resolve_classes(args, train_set, val_set, teacher)
         with accelerator.main_process_first():
             known = num_epochs
             if LogitStore.exists(args.logits[0]):
@@ -271,9 +274,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prepare_push(args.push_to_hub, args.hub_private, args.hub_license)
 
     # Teacher and store.
-    store, replay = open_or_fill(args, accelerator, train_set)
+    store, replay = open_or_fill(args, accelerator, train_set, val_set)
     state = TrainState(folder, args, fixed_settings(args, train_set, store), store, accelerator)
-    classes = resolve_classes(args, train_set, val_set, store)
+    classes, val_set = resolve_classes(args, train_set, val_set, store)
     data = TrainBatches(args, train_set, replay, store, classes.num, accelerator)
     start_trackers(accelerator, args, folder)
 

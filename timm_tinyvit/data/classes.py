@@ -1,19 +1,32 @@
-"""What the classes of a data set, a store and a model are, and whether they agree."""
+"""What the classes of a data set, a store, a teacher and a checkpoint are, and whether they agree.
+
+Here alone this is decided: by name where both sides have names, and else by number. The order is that of the store,
+which is its teacher's, or without one that of the training data; labels of data in another order get its numbers.
+"""
 
 import argparse
+import json
 from dataclasses import dataclass
+from typing import Any
+from collections.abc import Sequence
 
 import datasets
 import numpy as np
 
+from ..base.console import warning
 from ..base.errors import InputError
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
+from ..models.loading import config_beside
 from ..store.base import StoreReader
-from .sources import class_names, find_column, read_labels
+from .sources import Source, class_names, find_column, no_labels, read_labels
 
 __all__ = [
-    'Classes', 'check_label_values', 'check_labels', 'class_mismatch', 'is_imagenet1k', 'resolve_classes',
+    'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'is_imagenet1k',
+    'match_classes', 'match_names', 'renumbered', 'resolve_classes', 'valid_names',
 ]
+
+# A manifest is a text of bounded length.
+MAX_NAMES_LENGTH = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Classes:
 
     Attributes:
         num: How many.
-        names: Their names, where the data know them.
+        names: Their names, where the store or the data know them.
         num_labels: Classes of the training labels, where the data name them.
         to_imagenet1k: The validation labels are those of ImageNet-1k, whatever the classifier.
     """
@@ -34,39 +47,161 @@ class Classes:
 
 def resolve_classes(
         args: argparse.Namespace,
-        train_set: datasets.Dataset | datasets.IterableDataset,
+        train_set: Source,
         val_set: datasets.Dataset,
-        store: StoreReader | None,
-) -> Classes:
+        taught_by: StoreReader | Any | None,
+) -> tuple[Classes, datasets.Dataset]:
     """The classes of a training: those of `--num-classes`, or the store's, or the data's.
 
     Args:
         args: The flags of the trainer.
         train_set: The training split.
         val_set: The validation split.
-        store: What the student learns from, None for labels alone.
+        taught_by: The store that the student learns from, or the teacher that is about to fill it; None for labels
+            alone.
+
+    Returns:
+        The classes, and the validation split with their numbers.
 
     Raises:
         InputError: They are not known, or store, training and validation labels do not agree with them.
     """
     label_key = find_column(train_set, args.target_key, is_image=False)
     label_names = class_names(train_set, label_key) if label_key else None
-    num = args.num_classes or (store.manifest.num_classes if store else len(label_names or ()))
+    taught, source = getattr(taught_by, 'manifest', taught_by), '--train-split'
+    if taught is not None:
+        source = f'the teacher {taught.name}' if taught is taught_by else f'the store {taught_by.path}'
+    num = args.num_classes or (taught.num_classes if taught is not None else len(label_names or ()))
     if not num:
-        raise InputError('the number of classes is not known from the data; give --num-classes, or put every image of '
-                         'a folder into SPLIT/CLASS/')
-    if store and num != store.manifest.num_classes:
-        raise InputError(f'the student has {num} classes, the store {store.path} {store.manifest.num_classes}; leave '
-                         f'--num-classes out, or use another store')
-    if (store is None or args.alpha < 1) and not args.streaming:
-        check_labels(train_set, label_key, num, '--train-split')
+        raise InputError(f'the number of classes is not known from the data; '
+                         f'{"give --num-classes" if label_key else no_labels(train_set)}')
+    if taught is not None and num != taught.num_classes:
+        raise InputError(f'the student has {num} classes, {source} {taught.num_classes}; leave --num-classes out, or '
+                         f'use another store')
+    names = next((list(names) for names in (taught and taught.class_names, label_names)
+                  if names and len(names) == num), None)
+    if (taught is None or args.alpha < 1) and not args.streaming:
+        checked = train_set
+        if taught is not None:
+            checked = match_classes(train_set, label_key, names, '--train-split', source)
+        check_labels(checked, label_key, num, '--train-split')
     val_key = find_column(val_set, args.target_key, is_image=False)
+    val_set = match_classes(val_set, val_key, names, '--val-split', source)
     check_labels(val_set, val_key, num, '--val-split')
-    if store and (mismatch := class_mismatch(val_set, val_key, num)):
+    if taught is not None and (mismatch := class_mismatch(val_set, val_key, num)):
         raise InputError(f'{mismatch}, as the teacher has, so that accuracies would say nothing; name data of its '
                          f'classes with --val-dataset')
-    names = label_key and class_names(train_set, label_key, num) or class_names(val_set, val_key, num)
-    return Classes(num, names, label_names and len(label_names), is_imagenet1k(val_set, val_key))
+    names = names or class_names(val_set, val_key, num)
+    started_with = checkpoint_names(args.initial_checkpoint)
+    if started_with and names and started_with != names and set(started_with) == set(names):
+        warning(f'the classifier of {args.initial_checkpoint} has the classes in another order than {source}: it '
+                f'starts with others of them in each place')
+    return Classes(num, names, label_names and len(label_names), is_imagenet1k(val_set, val_key)), val_set
+
+
+def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
+    """The number that each class has there, by its name, int64 [C]; None where only the numbers tell.
+
+    Raises:
+        ValueError: These are other classes; the message says how.
+    """
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(there):
+        places.setdefault(name, []).append(place)
+    if len(set(here)) == len(here) and all(len(places.get(name, ())) == 1 for name in here):
+        return np.array([places[name][0] for name in here], dtype=np.int64)
+    unknown = [name for name in here if name not in places]
+    example = f', as {unknown[0]!r}' if unknown else ''
+    if len(here) != len(there):
+        raise ValueError(f'{len(here):,} classes here and {len(there):,} there, {len(unknown):,} of them unknown '
+                         f'there{example}')
+    moved = [(name, place) for place, name in enumerate(here) if name in places and place not in places[name]]
+    if moved:
+        name, place = moved[0]
+        raise ValueError(f'{len(moved):,} classes have other numbers, as {name!r} {place} here and {places[name][0]} '
+                         f'there, and {len(unknown):,} are unknown there{example}')
+    return None
+
+
+def match_classes(
+        dataset: datasets.Dataset,
+        label_key: str | None,
+        names: Sequence[str] | None,
+        flag: str,
+        source: str,
+) -> datasets.Dataset:
+    """A split with the numbers of other classes, matched by name.
+
+    Args:
+        dataset: The split.
+        label_key: Its label column; None leaves it as it is.
+        names: Names of the classes, in their order; None where they are not known. For those of ImageNet-22k, the
+            labels of ImageNet-1k are left as they are.
+        flag: The flag that named the split.
+        source: Whose classes they are, in words.
+
+    Raises:
+        InputError: The split has other classes.
+    """
+    here = class_names(dataset, label_key) if label_key else None
+    if not here or not names or len(names) == NUM_CLASSES_22K and is_imagenet1k(dataset, label_key):
+        return dataset
+    try:
+        numbers = match_names(here, names)
+    except ValueError as error:
+        raise InputError(f'the labels of {flag} are not the classes of {source}: {error}, so that accuracies would say '
+                         f'nothing; name data of its classes')
+    if numbers is None:
+        first = next(place for place, name in enumerate(here) if name != names[place])
+        warning(f'the labels of {flag} have other names than the classes of {source}, as {here[first]!r} for '
+                f'{names[first]!r}: they are matched by number')
+        return dataset
+    return _renumber(dataset, label_key, numbers, names)
+
+
+def renumbered(dataset: datasets.Dataset, label_key: str | None, names: Sequence[str]) -> datasets.Dataset:
+    """A split with the numbers of other classes where all of its own are among them by name; else as it is."""
+    here = class_names(dataset, label_key) if label_key and names else None
+    try:
+        numbers = match_names(here, names) if here else None
+    except ValueError:
+        return dataset
+    return dataset if numbers is None else _renumber(dataset, label_key, numbers, names)
+
+
+def _renumber(
+        dataset: datasets.Dataset,
+        label_key: str,
+        numbers: np.ndarray,
+        names: Sequence[str],
+) -> datasets.Dataset:
+    if len(numbers) == len(names) and np.array_equal(numbers, np.arange(len(names))):
+        return dataset
+    labels = read_labels(dataset, label_key)
+    # What is no class stays what it is, to be refused where labels are needed.
+    known = (labels >= 0) & (labels < len(numbers))
+    labels = np.where(known, numbers[np.where(known, labels, 0)], np.where(labels < 0, -1, len(names)))
+    if label_key not in dataset.column_names:
+        dataset = dataset.flatten()
+    return dataset.remove_columns(label_key).add_column(
+        label_key, labels, feature=datasets.ClassLabel(names=list(names)))
+
+
+def valid_names(names: Any, num_classes: int) -> list[str]:
+    """Class names as a manifest can hold them; empty where they are not one printable text for each class."""
+    if not isinstance(names, (list, tuple)) or len(names) != num_classes or not all(
+            isinstance(name, str) and name.isprintable() for name in names) or sum(map(len, names)) > MAX_NAMES_LENGTH:
+        return []
+    return list(names)
+
+
+def checkpoint_names(weights: str | None) -> list[str] | None:
+    """Names of the classes of a checkpoint, by the config.json beside it; None where nobody says them."""
+    file = config_beside(weights)
+    try:
+        return file and json.loads(file.read_text(encoding='utf-8')).get('label_names')
+    except (AttributeError, ValueError):
+        return None  # whoever needs the file says so
 
 
 def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: int, flag: str) -> None:
@@ -82,8 +217,7 @@ def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: 
         InputError: There is no label column, no sample, or a label out of range.
     """
     if label_key is None:
-        raise InputError(f'the data of {flag} have no label column, only {", ".join(dataset.column_names)}; '
-                         f'name it with --target-key; in a folder of images every file must lie in SPLIT/CLASS/')
+        raise InputError(f'the data of {flag} have no labels: {no_labels(dataset)}')
     if not len(dataset):
         raise InputError(f'the data of {flag} are empty; name another split')
     check_label_values(read_labels(dataset, label_key), num_classes, flag)

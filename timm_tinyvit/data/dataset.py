@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 from ..base.errors import InputError
 from ..store.base import StoreReader
 from ..store.keys import KeyIndex, hash_keys
+from .classes import renumbered
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
 from .sources import column, encoded_image, find_column, find_key, image_root, labels_of
@@ -170,6 +171,9 @@ class SparseLogitDataset(ImageDataset):
             check_keys(store, self.key_index, dataset, self.key, self.image_key)
         elif store:
             check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
+        if store:
+            # Labels have the numbers of the store's classes, where names tell them.
+            self.dataset = renumbered(dataset, self.label_key, store.manifest.class_names).with_format('arrow')
 
     def __getitem__(self, place: EpochRow) -> dict[str, Any]:
         return self.__getitems__([place])[0]

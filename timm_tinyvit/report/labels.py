@@ -98,8 +98,8 @@ def labelled_views(
     views = SparseLogitDataset(images, replay, store, input_key, target_key, key)
     labels, names = np.full(store.manifest.num_samples, -1), None
     if views.label_key is not None:
-        labels[_rows(views)] = read_labels(images, views.label_key)
-        names = class_names(images, views.label_key)
+        labels[_rows(views)] = read_labels(views.dataset, views.label_key)
+        names = class_names(views.dataset, views.label_key)
     columns = {name: column for name, column in (('image_key', input_key), ('label_key', target_key)) if column}
     return LabelledViews(*data_name(dataset), train_split or 'train', views, labels, names, columns)
 
@@ -127,9 +127,11 @@ def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes:
 def teacher_classes(manifest: Manifest, data: LabelledViews | None = None) -> list[str] | None:
     """What the classes of a store's teacher are called, None where nobody knows.
 
-    They are the classes of the labels, where these are as many; or those of the ImageNet that the teacher's name, or
-    the number of its classes, tells.
+    They are those that the store names; or the classes of the labels, where these are as many; or those of the ImageNet
+    that the teacher's name, or the number of its classes, tells.
     """
+    if manifest.class_names:
+        return manifest.class_names
     if data is not None and data.class_names and not data.mismatch:
         return data.class_names
     name, dot, tag = str(manifest.teacher.get('name', '')).rpartition('.')

@@ -43,6 +43,8 @@ class Ensemble(StoreReader):
         first = stores[0].manifest
         for store in stores[1:]:
             differing = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)]
+            if store.manifest.class_names and first.class_names and store.manifest.class_names != first.class_names:
+                differing.append('class_names')
             if differing:
                 raise InputError(
                     f'the stores {stores[0].path} and {store.path} are not of the same views and classes: they differ '
@@ -54,6 +56,7 @@ class Ensemble(StoreReader):
         self.codec = _SideBySide([store.codec for store in stores])
         self.manifest = replace(
             first, first_epoch=start, epochs=stop - start, record_width=self.codec.width,
+            class_names=next(filter(None, (store.manifest.class_names for store in stores)), []),
             teacher={'ensemble': [store.manifest.identity for store in stores]})
 
     @property

@@ -44,6 +44,7 @@ class Manifest:
         first_epoch: Number of its first epoch, above 0 where the earlier ones were left out when it was copied.
         first_sample: Sample of its first row, above 0 where the earlier ones were left out when it was copied.
         codec: Name of the codec of the records.
+        class_names: Names of the classes in their order, the teacher's or those of the data; empty where nobody says.
         key: Column whose values name the samples, or empty where their position does.
         teacher: Name, weights' hash, mean, std, input size, dtype, batch size and device kind of the teacher.
         recipe: How a view is made: the arguments of timm's transform factory, the decoder, the EXIF rule.
@@ -63,6 +64,7 @@ class Manifest:
     first_epoch: int = 0
     first_sample: int = 0
     codec: str = 'float16'
+    class_names: list[str] = field(default_factory=list)
     key: str = ''
     teacher: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +81,7 @@ class Manifest:
 
     def _decisive(self) -> dict[str, Any]:
         """All that decides a shard's bytes: not which epochs there are, and no name or version behind the same hash."""
-        free = ('epochs', 'first_epoch', 'versions')
+        free = ('epochs', 'first_epoch', 'versions', 'class_names')
         values = {key: value for key, value in asdict(self).items() if key not in free}
         values['teacher'].pop('name', None)
         return values
@@ -172,6 +174,10 @@ class Manifest:
                 raise InputError(
                     f'{source} is damaged: {name} is {_excerpt(value)}, expected printable text, 64-bit integers '
                     f'and {MAX_DEPTH} levels of lists and objects at most')
+        names = values['class_names']
+        if names and not (len(names) == values['num_classes'] and all(type(name) is str for name in names)):
+            raise InputError(f'{source} is damaged: class_names is {_excerpt(names)}, expected one name for each of '
+                             f'{_excerpt(values["num_classes"])} classes')
         for name, example in TEACHER.items():
             value = values['teacher'].get(name, example)
             if not _is_like(value, example):

@@ -10,6 +10,7 @@ import torch
 from ..base.console import info, warning
 from ..base.errors import InputError
 from ..config.arguments import STORE_DEFAULTS, amp_dtype, store_settings, view_arguments
+from ..data.classes import valid_names
 from ..data.dataset import SparseLogitDataset, check_no_mixing_with_keys
 from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from ..data.opening import open_store
@@ -25,7 +26,7 @@ from ..targets.codecs import create_codec
 from .fill import choose_shards
 from .teacher import Teacher
 
-__all__ = ['create_store', 'create_teacher', 'views_to_fill', 'warn_of_other_numbers']
+__all__ = ['create_store', 'create_teacher', 'stored_names', 'views_to_fill']
 
 
 def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
@@ -41,20 +42,28 @@ def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
     return Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile)
 
 
-def warn_of_other_numbers(teacher: Teacher, dataset: Source, target_key: str | None) -> None:
-    """Say so where a class has one number for the teacher and another one in the data."""
+def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> list[str]:
+    """Names of a store's classes: the teacher's, or else those of the data, if as many; with a warning if they differ.
+    """
     key = find_column(dataset, target_key, is_image=False)
-    here, there = class_names(dataset, key) if key else None, teacher.class_names
-    if not here or not there:
-        return
-    # Of a name that several classes share, the first.
-    numbers = {name: place for place, name in reversed(list(enumerate(there)))}
-    moved = [(name, place) for place, name in enumerate(here)
-             if name in numbers and (place >= len(there) or there[place] != name)]
+    names = list(key and class_names(dataset, key) or ())
+    if len(names) not in (0, teacher.num_classes):
+        warning(f'the teacher {teacher.name} has {teacher.num_classes:,} classes, the data {len(names):,}: their '
+                f'labels say nothing of it or its students; to evaluate them, name data of its classes with '
+                f'--val-dataset')
+        return teacher.class_names
+    if not names or not teacher.class_names:
+        return teacher.class_names or valid_names(names, teacher.num_classes)
+    moved = [(name, place) for place, name in enumerate(names)
+             if name in teacher.class_names and teacher.class_names[place] != name]
     if moved:
         name, place = moved[0]
+        can_match = set(names) == set(teacher.class_names)
         warning(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
-                f'{numbers[name]} and {place}; accuracies and --alpha below 1 would compare different classes')
+                f'{teacher.class_names.index(name)} and {place}; ' + (
+                    'labels get the teacher\'s by name' if can_match else
+                    'labels are compared with none of its classes'))
+    return teacher.class_names
 
 
 def create_store(
@@ -117,7 +126,7 @@ def create_store(
                 f'there) or from the same in another order; fill it from the data set that it was begun with')
     if not fingerprint['num_samples']:
         raise InputError('the training data are empty; name another --train-split')
-    warn_of_other_numbers(teacher, dataset, args.target_key)
+    names = stored_names(teacher, dataset, args.target_key)
     manifest = Manifest(
         num_samples=fingerprint['num_samples'],
         num_classes=teacher.num_classes,
@@ -129,6 +138,7 @@ def create_store(
         first_epoch=first_epoch,
         first_sample=first_sample,
         codec=codec.name,
+        class_names=names if there is None else there.manifest.class_names,
         key=settings['key'],
         teacher=teacher.describe(settings['teacher_batch_size']),
         recipe=replay.config.to_dict(),

@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..data.classes import valid_names
 from ..models.loading import Normalize
 
 __all__ = ['Teacher']
@@ -39,7 +40,7 @@ class Teacher:
         self.device = torch.device(device)
         self.amp_dtype = amp_dtype
         self.num_classes = model.num_classes
-        self.class_names = (model.pretrained_cfg or {}).get('label_names')
+        self.class_names = valid_names((model.pretrained_cfg or {}).get('label_names'), self.num_classes)
         self.mean, self.std = tuple(config['mean']), tuple(config['std'])
         self.size = tuple(size or config['input_size'][-2:])
         self.weights = _hash_weights(model)

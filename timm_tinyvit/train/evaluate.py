@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Subset
 from ..base.console import best_effort, progress, warning
 from ..base.errors import InputError
 from ..base.launch import init_worker
-from ..data.classes import Classes, check_labels, class_mismatch, is_imagenet1k
+from ..data.classes import (
+    Classes, check_labels, checkpoint_names, class_mismatch, is_imagenet1k, match_classes, valid_names,
+)
 from ..data.dataset import ImageDataset, collate
 from ..data.sources import find_column, load_split
 from ..models.imagenet22k import NUM_CLASSES_22K, logits_22k_to_1k
@@ -214,6 +216,9 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     model = create_student(args, args.num_classes, size).to(accelerator.device)
     model.pretrained_cfg.update(beside)
     label_key = find_column(dataset, args.target_key, is_image=False)
+    names = valid_names(
+        checkpoint_names(args.initial_checkpoint) or model.pretrained_cfg.get('label_names'), model.num_classes)
+    dataset = match_classes(dataset, label_key, names, '--val-split', f'the model {args.model}')
     check_labels(dataset, label_key, model.num_classes, '--val-split')
     if mismatch := class_mismatch(dataset, label_key, model.num_classes):
         warning(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
