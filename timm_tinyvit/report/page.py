@@ -184,7 +184,7 @@ def check_output(path: str | Path | None) -> None:
 
 def _is_number(value: Any) -> bool:
     """Whether a cell is empty or begins as a number does."""
-    return not isinstance(value, str) or bool(re.match(r'[-+−]?[\d.,]+( ?[%a-zA-Zµ/]{0,3}\d?)$|[-–]?$', value))
+    return not isinstance(value, str) or bool(re.match(r'<?[-+−]?[\d.,]+( ?[%a-zA-Zµ/]{0,3}\d?)$|[-–]?$', value))
 
 
 def _data_uri(content: bytes, kind: str) -> str:
