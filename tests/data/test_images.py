@@ -12,7 +12,7 @@ from PIL import Image
 
 from timm_tinyvit.data import decoding
 from timm_tinyvit.data.dataset import decode_source
-from timm_tinyvit.data.view_config import ViewRecipe
+from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay, decode_image
 
 RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
@@ -107,7 +107,7 @@ def test_transparency_is_dropped_and_leaves_the_colour_below_it():
     ((0x8769, 4, 1, struct.pack('<I', 8)),), ((0x131, 2, 1 << 30, struct.pack('<Q', 0)),)],
     ids=['alone', 'a time of -1/0', 'a bad comment', 'a block within itself', 'a text beyond its end'])
 def test_a_photo_on_its_side_is_turned_whatever_else_its_exif_block_holds(entries, decoder):
-    decode = Replay(ViewRecipe(input_size=(3, 32, 32), decoder=decoder), 0).decode
+    decode = Replay(ViewConfig(input_size=(3, 32, 32), decoder=decoder), 0).decode
     for orientation, expected in ((6, (32, 48)), (1, (48, 32)), (0, (48, 32)), (9, (48, 32))):
         image = decode(photo(orientation, *entries))
         size = tuple(image.shape[:0:-1]) if isinstance(image, torch.Tensor) else image.size
@@ -127,7 +127,7 @@ def test_a_file_that_would_start_a_program_is_refused(tmp_path, monkeypatch, ref
     eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n'
     for decoder in ('pillow', 'torch'):
         with refused('sample 3', 'no image of a kind that is read', 'JPEG, PNG'):
-            decode_source(dict(bytes=eps, path=None), 3, Replay(ViewRecipe(decoder=decoder), 0).decode)
+            decode_source(dict(bytes=eps, path=None), 3, Replay(ViewConfig(decoder=decoder), 0).decode)
     assert not marker.exists()
 
 
@@ -169,7 +169,7 @@ def test_images_of_more_than_179_megapixels_can_be_allowed(monkeypatch, refused)
 @pytest.mark.parametrize('decoder', ['pillow', 'torch'])
 @pytest.mark.parametrize('size', [(1, 1), (2, 1), (1, 2), (2, 2), (1, 900)])
 def test_a_view_of_one_or_two_pixels_is_a_view_of_them(size, decoder):
-    replay = Replay(ViewRecipe(input_size=(3, 16, 16), decoder=decoder, color_jitter=0.), 1)
+    replay = Replay(ViewConfig(input_size=(3, 16, 16), decoder=decoder, color_jitter=0.), 1)
     image = replay.decode(encoded(Image.new('RGB', size, (200, 30, 60)), 'PNG'))
     for view in replay.views([image] * 200, [(0, index) for index in range(200)]):
         assert view.shape == (3, 16, 16) and (view == torch.tensor([200, 30, 60])[:, None, None]).all()
