@@ -94,13 +94,13 @@ def tree(path):
 
 def map_style(path, data, epoch, **options):
     """Every sample of a map-style data set in an epoch, by the hash of its key."""
-    store, replay = open_store(str(path), {})
+    store, replay = open_store(path)
     rows = SparseLogitDataset(load_split(str(data), None, is_training=True), replay, store, **options)
     return {sample['index']: sample for sample in rows.__getitems__([(epoch, row) for row in range(len(rows))])}
 
 
 def stream_of(path, data, **options):
-    store, replay = open_store(str(path), {})
+    store, replay = open_store(path)
     stream = load_split(str(data), None, is_training=True, streaming=True)
     return SparseLogitStream(stream, replay, store, store_epochs=store.manifest.stored_epochs, **options)
 
@@ -170,7 +170,7 @@ def test_ranks_and_workers_share_a_stream_between_them(world_size, folders, stor
 
 
 def test_a_stream_without_a_store_shows_the_same_views(folders, stores):
-    replay = open_store(str(stores / 'cls'), {})[1]
+    replay = open_store(stores / 'cls')[1]
     expected = map_style(stores / 'cls', folders / 'cls', 0)
     stream = load_split(str(folders / 'cls'), None, is_training=True, streaming=True)
     for sample in SparseLogitStream(stream, replay, key='__key__'):
@@ -291,7 +291,7 @@ def test_the_same_command_fills_from_a_stream_just_what_is_missing(folders, stor
 
 
 def test_rows_are_fetched_again_where_earlier_ones_are_asked_for(folders, stores):
-    store, replay = open_store(str(stores / 'cls'), {})
+    store, replay = open_store(stores / 'cls')
     stream = load_split(str(folders / 'cls'), None, is_training=True, streaming=True)
     data = StreamedRows(stream, replay, store)
     asked = [[(0, 40), (0, 41)], [(0, 80)], [(1, 3), (1, 4), (1, 5)], [(1, 6)]]
@@ -331,7 +331,7 @@ def test_a_stream_that_does_not_fit_is_one_sentence(folders, stores, teacher, na
     with refused('by position', '--streaming'):
         stream_of(tmp_path / 'placed', folders / 'cls')
     other = write_tars(named.select([*range(40), *range(41, ROWS)]), tmp_path / 'less', 'cls')
-    store, replay = open_store(str(stores / 'cls'), {})
+    store, replay = open_store(stores / 'cls')
     data = StreamedRows(load_split(str(other), None, True, streaming=True), replay, store)
     with refused('row 40 of the stream has the key', repr(named[41]['name']), 'same order'):
         list(data.sampler([[(0, row) for row in range(38, 45)]]))
@@ -349,7 +349,7 @@ def test_changed_images_and_unknown_keys_of_a_stream_are_refused(folders, stores
     # The parquet files hold the same images under the same keys in another file format.
     with refused('other bytes', str(stores / 'cls')):
         list(stream_of(stores / 'cls', folders / 'parquet', key='name'))
-    store, replay = open_store(str(stores / 'cls'), {})
+    store, replay = open_store(stores / 'cls')
     data = StreamedRows(load_split(str(folders / 'parquet'), None, True, streaming=True).rename_column(
         'name', '__key__'), replay, store)
     with refused('other bytes', str(stores / 'cls')):

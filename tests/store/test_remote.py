@@ -381,7 +381,7 @@ store.wait()
     (epoch / f'.shard-00002.arrow.{machine_name()}.{fetcher.name}.tmp').write_bytes(b'half a file')
     Leases.path(epoch / 'shard-00000.arrow').write_bytes(b'')
     hub.forget()
-    # What was left aside goes, what was leased is free, what is there is not fetched again.
+    # Temporary files go, what was leased is free, what is there is not fetched again.
     there = len(list(cache.rglob('shard-*')))
     assert run(f'''
 store = open_reader('{URL}')

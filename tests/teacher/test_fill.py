@@ -53,7 +53,7 @@ def tree(path):
 
 
 def hidden(path):
-    """Leases, and what is being written aside."""
+    """Leases, and temporary files."""
     return sorted(file.name for file in path.rglob('.*'))
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: all that it takes to go on with the same bits.
 
-A checkpoint is written aside and renamed, and the last few are kept. It is loaded with `weights_only`. It belongs to
+A checkpoint is written atomically, and the last few are kept. It is loaded with `weights_only`. It belongs to
 settings that decide the weights; a run with others is refused, except that the number of processes may change, with
 which batch size and accumulation may.
 """
