@@ -179,7 +179,7 @@ def convert_model(args: argparse.Namespace) -> None:
     print_result(convert_checkpoint(args.checkpoint, args.model, args.output))
 
 
-def export_model(args: argparse.Namespace) -> None:
+def export(args: argparse.Namespace) -> None:
     """Export a model to ONNX, torch.export or AOTInductor."""
     from .hub.export import export_pretrained
 
@@ -203,7 +203,7 @@ COMMANDS = {
     'compare': (compare, commands.add_compare_arguments),
     'publish': (publish_model, commands.add_publish_arguments),
     'convert': (convert_model, commands.add_convert_arguments),
-    'export': (export_model, commands.add_export_arguments),
+    'export': (export, commands.add_export_arguments),
 }
 
 
