@@ -3,8 +3,9 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from timm_tinyvit.base.launch import StepFlags
+from timm_tinyvit.base.launch import StepFlags, create_accelerator
 
 
 @pytest.mark.parametrize('delay, due', [(0, [[0], [1], [2]]), (1, [[], [0], [1]]), (2, [[], [], [0]])])
@@ -32,3 +33,23 @@ def test_on_a_gpu_flags_are_read_one_step_late_without_waiting_for_it():
         flags.push(step, torch.tensor(step == 1, device=accelerator.device), False)
         assert [number for number, _ in flags.due()] == [step - 1] * (step > 0)
     assert list(flags.due(is_last=True)) == [(2, [0., 0.])]
+
+
+@pytest.mark.parametrize('name, value, flag', [
+    ('GRADIENT_ACCUMULATION_STEPS', '4', '--grad-accum-steps'), ('DYNAMO_BACKEND', 'EAGER', '--compile')])
+def test_what_a_launch_sets_changes_no_gradient_and_is_told(name, value, flag, monkeypatch, capsys):
+    gradients = []
+    for is_set in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if is_set:
+            monkeypatch.setenv(f'ACCELERATE_{name}', value)
+        accelerator = create_accelerator()
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+        prepared = accelerator.prepare(model)
+        accelerator.backward(prepared(torch.ones(2, 3)).sum())
+        gradients.append(model.weight.grad)
+        assert type(accelerator.unwrap_model(prepared)) is type(prepared) is torch.nn.Linear
+    assert torch.equal(*gradients) and gradients[0].tolist() == [[2., 2., 2.]]
+    said = capsys.readouterr().err
+    assert f'ACCELERATE_{name} to {value}' in said and flag in said and said.count('warning') == 1

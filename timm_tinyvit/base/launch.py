@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .console import warning
@@ -71,6 +73,11 @@ def create_accelerator(
     if precision not in ('no', PRECISIONS[amp_dtype]):
         warning(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '
                 f'--teacher-amp-dtype of a teacher, that says what is computed in half precision')
+    # accelerate would divide every loss by the one, and compile the model with the other.
+    for name, usual, flag in (('GRADIENT_ACCUMULATION_STEPS', '1', '--grad-accum-steps'),
+                              ('DYNAMO_BACKEND', 'no', '--compile')):
+        if (asked := os.environ.get(f'ACCELERATE_{name}', usual)).lower() != usual:
+            warning(f'the launch sets ACCELERATE_{name} to {asked}, which is not looked at: here it is {flag}')
     if amp_dtype == 'float16' and not torch.accelerator.is_available():
         warning('--amp-dtype float16 needs a GPU: on this CPU all is computed in float32')
     plugin = _fsdp_plugin()
@@ -80,7 +87,8 @@ def create_accelerator(
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype], kwargs_handlers=[patience],
-        log_with=list(trackers) or None, project_dir=folder, fsdp_plugin=plugin)
+        log_with=list(trackers) or None, project_dir=folder, fsdp_plugin=plugin, dynamo_backend='no',
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     if accelerator.num_processes != launched:
         raise InputError(
