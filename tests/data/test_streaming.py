@@ -12,6 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 import train_distill
+from support import programs
+from support.files import tree
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.classes import check_label_values
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -86,10 +88,6 @@ def stores(tmp_path_factory, folders, teacher):
 def fill(path, teacher, data, *flags):
     save_logits.main([*SETTINGS, '--teacher', teacher, '--logits', str(path), '--dataset', str(data), '--epochs', '2',
                       *map(str, flags)])
-
-
-def tree(path):
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()}
 
 
 def map_style(path, data, epoch, **options):
@@ -314,11 +312,7 @@ def test_a_stream_and_its_rows_have_the_same_fingerprint(name, folders):
 
 
 def refusal(argv, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        save_logits.main([str(argument) for argument in argv])
-    assert exit.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    return programs.refusal(save_logits.main, argv, capsys)
 
 
 def test_a_stream_that_does_not_fit_is_one_sentence(folders, stores, teacher, named, tmp_path, capsys, refused):

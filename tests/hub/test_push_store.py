@@ -20,6 +20,7 @@ from conftest import EXAMPLES
 from huggingface_hub import DatasetCard
 from PIL import Image
 from support.hub_server import READ_TOKEN, TOKEN, card_problems
+from support.files import tree
 
 from timm_tinyvit import cli
 from timm_tinyvit.base.errors import InputError
@@ -33,10 +34,6 @@ from timm_tinyvit.teacher.creating import create_teacher
 
 DATA = ['--dataset', EXAMPLES, '--train-split', 'train[:120]']
 BESIDES = {'store.json', 'README.md', 'sample.parquet'}
-
-
-def tree(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob('[!.]*') if file.is_file()}
 
 
 @pytest.fixture
@@ -99,7 +96,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     assert [len(files) for files in added[:-1]] == [10, 10, 4]
     assert added[-1] == BESIDES | {'views.png'}
     there = published(hub)
-    assert {name: there[name] for name in tree(filled_store)} == tree(filled_store)
+    assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert hub.repos['dataset', 'org/logits'].private
     assert card_problems(there['README.md'].decode()) == ([], [])
     assert len(there['views.png']) < 300_000 and Image.open(io.BytesIO(there['views.png'])).width > 500
@@ -135,7 +132,7 @@ def test_a_push_that_is_killed_leaves_no_manifest_and_the_next_one_sends_what_is
     hub.fail('POST /api/datasets/org/logits/commit/', '500', skip=1)
     (status, said, _), = push([filled_store])
     assert status == 0 and 'give --dataset' in said
-    assert set(published(hub)) == set(tree(filled_store)) | BESIDES
+    assert set(published(hub)) == set(tree(filled_store, hidden=False)) | BESIDES
     # Of 24 shards the 4 of the third commit, as those of the second had been sent before the kill; and the sample.
     assert len({request.path for request in hub.seen('PUT /storage/upload')}) == 5
     assert 'views.png' not in published(hub)['README.md'].decode()
@@ -159,7 +156,7 @@ def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, 
     there = published(hub)
     manifest = json.loads(there['store.json'])
     assert (manifest['first_epoch'], manifest['epochs']) == (0, 4) and len(there) == 24 + 4
-    assert {name: there[name] for name in tree(filled_store)} == tree(filled_store)
+    assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert messages(hub)[before:] == ['Shards of epoch-00002 to epoch-00003', 'Shards of epoch-00003',
                                       'Store of 4 epochs, 120 samples']
     assert DatasetCard(there['README.md'].decode()).data.license == 'cc-by-4.0'
@@ -177,11 +174,12 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
         hub, push, filled_store, store, tmp_path, one_sentence):
     hub.add_commit('org/images', {'README.md': b'# Pictures', 'data/train.parquet': b'PAR1'}, repo_type='dataset')
     hub.add_commit('org/words', {'README.md': b'---\nlicense: mit\n---\nWords of its owner.'}, repo_type='dataset')
-    other = tree(filled_store)
+    other = tree(filled_store, hidden=False)
     manifest = json.loads(other['store.json'])
     other['store.json'] = json.dumps({**manifest, 'seed': 5}).encode()
     hub.add_commit('org/other', other, repo_type='dataset')
-    lacking = {name: content for name, content in tree(filled_store).items() if 'epoch-00001/' not in name}
+    whole = tree(filled_store, hidden=False)
+    lacking = {name: content for name, content in whole.items() if 'epoch-00001/' not in name}
     hub.add_commit('org/lacking', lacking, repo_type='dataset')
     damaged = store / 'epoch-00002' / 'shard-00004.arrow'
     content = bytearray(damaged.read_bytes())

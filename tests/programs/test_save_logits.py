@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 
+from support import programs
+from support.files import tree
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base import console
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -28,6 +30,10 @@ DATA_FLAGS = ['--dataset', DATA, '--train-split', 'train[:100]']
 COMMON = [*DATA_FLAGS, *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3', '--codec', 'float16']
 
 
+def refusal(argv, capsys, command='fill') -> str:
+    return programs.refusal(cli.main, [*command.split(), *argv], capsys)
+
+
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory) -> str:
     torch.manual_seed(0)
@@ -41,20 +47,6 @@ def store(tmp_path_factory, teacher) -> Path:
     path = tmp_path_factory.mktemp('stores') / 'logits'
     save_logits.main([*COMMON, '--teacher', teacher, '--logits', str(path), '--epochs', '2'])
     return path
-
-
-def tree(path: Path) -> dict:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob('*') if file.is_file()}
-
-
-def refusal(argv, capsys, command='fill') -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        cli.main([*command.split(), *map(str, argv)])
-    assert exit.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith('error: ')
-    return last
 
 
 def test_what_is_stored_is_what_the_teacher_says_of_the_replayed_view(store, teacher):

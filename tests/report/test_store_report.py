@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageColor
 
 from conftest import EXAMPLES
-from test_page import check_self_contained, pixels_of
+from support.pages import check_self_contained, pixels_of
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.opening import open_store

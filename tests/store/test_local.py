@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from support.files import tree
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.files import write_atomic
 from timm_tinyvit.base.machine import machine_name
@@ -50,13 +51,6 @@ def make_store(path, **changes):
         first = shard * store.manifest.shard_size
         store.write_shard(epoch, shard, make_records(store.manifest, epoch)[first:first + store.manifest.shard_size])
     return store
-
-
-def tree(path):
-    """Names and contents of everything in a folder."""
-    return {
-        str(file.relative_to(path)): file.read_bytes() if file.is_file() else None
-        for file in sorted(Path(path).rglob('*'))}
 
 
 # Manifest

@@ -15,6 +15,7 @@ import pytest
 import train_distill
 from conftest import EXAMPLES
 from support.hub_server import TOKEN
+from support.files import tree
 from timm_tinyvit import cli
 from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import machine_name
@@ -63,10 +64,6 @@ def wait_until(condition, seconds=60):
 '''
 
 
-def tree(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob('[!.]*') if file.is_file()}
-
-
 @pytest.fixture
 def run(hub, hub_children, filled_store, tmp_path):
     """`run(code)` runs it after `HEAD` in a process whose Hub is the server, and returns what it printed."""
@@ -86,7 +83,7 @@ def run(hub, hub_children, filled_store, tmp_path):
 def pushed(hub, filled_store) -> str:
     """The store on the Hub; the commit that brought it."""
     hub.add_repo('org/logits', 'dataset', private=True)
-    return hub.add_commit('org/logits', tree(filled_store), repo_type='dataset')
+    return hub.add_commit('org/logits', tree(filled_store, hidden=False), repo_type='dataset')
 
 
 def shards_fetched(hub) -> list[str]:
@@ -212,7 +209,7 @@ print('fine')
 
 def test_samples_are_found_by_key_and_streamed(run, hub, keyed_store):
     data, path = keyed_store
-    hub.add_commit('org/keyed', tree(path), repo_type='dataset')
+    hub.add_commit('org/keyed', tree(path, hidden=False), repo_type='dataset')
     hub.fail('GET /storage/.*keys.arrow', 'wrong-bytes', times=2)
     assert run(f'''
 from timm_tinyvit.data.opening import open_store
@@ -260,7 +257,7 @@ print('fine')
 
 
 def test_what_stays_wrong_is_one_sentence(run, hub, pushed, filled_store, one_sentence):
-    files = tree(filled_store)
+    files = tree(filled_store, hidden=False)
     partial = {path: data for path, data in files.items() if not path.startswith('epoch-00002')}
     hub.add_commit('org/partial', partial, repo_type='dataset')
     hub.add_commit('org/shards', {path: data for path, data in files.items() if path != 'store.json'},
@@ -469,7 +466,7 @@ print('fine')
 
 
 def test_a_store_that_has_changed_is_noticed_when_a_run_is_resumed(run, hub, pushed, filled_store, one_sentence):
-    files = tree(filled_store)
+    files = tree(filled_store, hidden=False)
     card = hub.add_commit('org/logits', {'README.md': b'words'}, repo_type='dataset')
     shorter = files['store.json'].replace(b'"epochs": 4', b'"epochs": 3')
     fewer = hub.add_commit('org/logits', {'store.json': shorter}, repo_type='dataset')
@@ -497,7 +494,7 @@ for words in ('describe {URL}', 'verify {URL}', 'verify {URL} --epochs 1:3 --sto
 ''')
     assert f'{URL}@{pushed}' in said and '24 of 24' in said and 'on the Hub' in said
     assert '24 shards, every byte' in said and '12 shards, every byte' in said
-    copied, there = tree(tmp_path / 'copy'), tree(filled_store)
+    copied, there = tree(tmp_path / 'copy', hidden=False), tree(filled_store, hidden=False)
     assert len(copied) == 13 and all(copied[name] == there[name] for name in copied if name != 'store.json')
     assert list((tmp_path / 'cache' / 'timm_tinyvit' / 'org--logits').iterdir())
 

@@ -1,7 +1,6 @@
 """Stores from stores: copied out, merged and averaged, with the words of real teachers on real images."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +8,8 @@ import timm
 import torch
 
 import train_distill
+from support import programs
+from support.files import tree
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
@@ -71,8 +72,8 @@ def run(*argv):
     cli.main(['store', *map(str, argv)])
 
 
-def tree(path):
-    return {str(file.relative_to(path)): file.read_bytes() for file in Path(path).rglob('*') if file.is_file()}
+def refusal(argv, capsys):
+    return programs.refusal(lambda words: run(*words), argv, capsys)
 
 
 def batch_of(path, data, epoch, positions):
@@ -81,16 +82,6 @@ def batch_of(path, data, epoch, positions):
     rows = SparseLogitDataset(load_split(str(data), None, is_training=True), replay, store)
     batch = collate(rows.__getitems__([(epoch, position) for position in positions]))
     return batch, store.codec.decode(batch['record'])
-
-
-def refusal(argv, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        run(*argv)
-    assert exit.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith('error: ')
-    return last
 
 
 # Copies

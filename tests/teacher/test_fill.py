@@ -23,6 +23,7 @@ import pytest
 import timm
 import torch
 
+from support.files import tree
 from timm_tinyvit import save_logits
 from timm_tinyvit.base import files as aside_module
 from timm_tinyvit.base.errors import reports_input_errors
@@ -43,13 +44,6 @@ NUM_KILLS = 12
 NUM_EPOCHS, NUM_SHARDS = 3, 7
 PATIENCE = 120
 RECIPE = dict(input_size=(3, 32, 32), auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25)
-
-
-def tree(path):
-    """Names and contents of everything in a folder."""
-    return {
-        str(file.relative_to(path)): file.read_bytes() if file.is_file() else None
-        for file in sorted(path.rglob('*'))}
 
 
 def hidden(path):

@@ -14,13 +14,13 @@ import timm
 import torch
 import torch.distributed as dist
 import yaml
-from test_checkpoint import (
-    DATA, ROOT, assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
-)
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from support.launches import (
+    DATA, ROOT, assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
+)
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.train.checkpoint import is_finite, what_changes

@@ -127,7 +127,7 @@ def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None 
     fit = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if fit is not None:
         weights = fit(weights, model)
-    there, classifier = num_classes_of(model, weights), model.get_classifier()
+    there, classifier = num_classes_of(model, weights), _classifier(model)
     try:
         if is_22k_to_1k(there, model.num_classes):
             model.reset_classifier(NUM_CLASSES_22K)
@@ -170,10 +170,15 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
 
 def num_classes_of(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | None:
     """Classes of the weights' classifier, under timm's or the official code's name."""
-    classifier = model.get_classifier()
+    classifier = _classifier(model)
     names = [name for name, module in model.named_modules() if module is classifier]
     found = [weights[f'{name}.bias'].shape[0] for name in (*names, 'head') if f'{name}.bias' in weights]
     return found[0] if found else None
+
+
+def _classifier(model: nn.Module) -> nn.Module | None:
+    """The classifier of a timm model; None of one that does not say."""
+    return model.get_classifier() if hasattr(model, 'get_classifier') else None
 
 
 def is_22k_to_1k(num_classes: int | None, wanted: int | None) -> bool:

@@ -1,0 +1,11 @@
+"""What lies in a folder, to be compared before and after."""
+
+from pathlib import Path
+
+
+def tree(path: str | Path, hidden: bool = True) -> dict[str, bytes | None]:
+    """Names and contents of everything in a folder, None of folders; without `hidden`, of files without a dot."""
+    path = Path(path)
+    return {
+        item.relative_to(path).as_posix(): item.read_bytes() if item.is_file() else None
+        for item in sorted(path.rglob('*' if hidden else '[!.]*')) if hidden or item.is_file()}
