@@ -29,6 +29,20 @@ from timm_tinyvit.models.saving import export_model
 EXAMPLES = Path(__file__).parents[1] / 'examples' / 'fashion_mnist'
 
 
+# Fixtures that start processes, and files whose tests do by themselves.
+LAUNCHING = {'warm_processes', 'hub_children', 'start', 'hub'}
+LAUNCHING_FILES = {
+    'test_cli', 'test_convert', 'test_docs', 'test_evidence', 'test_export', 'test_fill', 'test_gpu', 'test_package',
+    'test_recipes', 'test_sharding', 'test_sparse_triton', 'test_train_distill'}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests that launch processes or train, which `make test-fast` leaves out."""
+    for item in items:
+        if LAUNCHING & set(item.fixturenames) or item.path.stem in LAUNCHING_FILES:
+            item.add_marker('launches')
+
+
 @pytest.fixture(scope='session')
 def fashion(tmp_path_factory):
     """The 1,000 committed training images of Fashion-MNIST: grey PNGs of 28x28 with a label."""
