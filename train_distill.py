@@ -54,7 +54,7 @@ from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
 )
 from timm_tinyvit.train.record import create_run_folder, record_run
-from timm_tinyvit.train.student import create_student
+from timm_tinyvit.train.student import check_batch_norms, create_student
 from timm_tinyvit.train.task import SparseLogitTask
 from timm_tinyvit.train.teacher_comparison import compare_with_teacher
 
@@ -283,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Student, and what it learns from.
     set_seed(args.seed)
     student = create_student(args, classes.num, data.size, info)
+    check_batch_norms(student, args, data.size, accelerator.num_processes)
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     evaluator = Evaluator(args, student, data.size, val_set, classes, accelerator, folder)

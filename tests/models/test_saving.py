@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import timm
 import torch
 
@@ -27,3 +28,17 @@ def test_a_tiny_vit_says_its_windows_and_not_its_image_size(tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert tuple(again.window_sizes) == (3, 3, 6, 3)
     assert {file.name for file in tmp_path.iterdir()} == {'config.json', 'model.safetensors'}
+
+
+@pytest.mark.parametrize('name', ['coat_lite_tiny', 'test_resnet'])
+def test_weights_under_several_names_are_exported_under_each(name, tmp_path):
+    model = timm.create_model(name, num_classes=5)
+    if name == 'test_resnet':
+        model.layer1[0].bn2.bias = model.layer1[0].bn1.bias
+        # A part of a larger tensor too.
+        model.fc.weight.data = torch.randn(9, model.fc.in_features)[2:7]
+    places = [tensor.data_ptr() for tensor in model.state_dict().values() if tensor.numel()]
+    assert len(places) > len(set(places))
+    export_model(tmp_path, model)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())

@@ -1,5 +1,7 @@
 """Any timm model as a teacher."""
 
+import argparse
+
 import pytest
 import timm
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.models.loading import Normalize, create_pretrained
 from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.teacher.creating import create_teacher
 from timm_tinyvit.teacher.teacher import Teacher
 
 
@@ -71,3 +74,24 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(tmp_path):
         with pytest.raises(InputError, match=words) as error:
             create_pretrained(**case)
         assert '\n' not in str(error.value)
+
+
+def flags(teacher, **changes):
+    return argparse.Namespace(**{
+        'teacher': str(teacher), 'teacher_checkpoint': None, 'teacher_num_classes': None, 'teacher_amp_dtype': None,
+        'teacher_compile': False, **changes})
+
+
+@pytest.mark.parametrize('channels, word', [(1, '1 channel,'), (4, '4 channels,')])
+def test_a_teacher_of_other_channels_is_refused_before_it_sees_a_view(channels, word, tmp_path, refused):
+    export_model(tmp_path / 'odd', timm.create_model('test_resnet', num_classes=3, in_chans=channels), None, dict(
+        input_size=(channels, 32, 32), mean=(0.5,) * channels, std=(0.5,) * channels))
+    with refused('the teacher odd', word, 'red, green and blue'):
+        create_teacher(flags(tmp_path / 'odd'), torch.device('cpu'))
+
+
+def test_a_teacher_whose_output_is_no_logit_for_each_class_is_refused(tmp_path, refused, monkeypatch):
+    export_model(tmp_path / 'odd', timm.create_model('test_resnet', num_classes=3), None, dict(input_size=(3, 32, 32)))
+    monkeypatch.setattr(timm.models.ResNet, 'forward', timm.models.ResNet.forward_features)
+    with refused('the teacher odd', 'shape', '[1, 3]'):
+        create_teacher(flags(tmp_path / 'odd'), torch.device('cpu'))

@@ -33,6 +33,12 @@ def export_model(
     """
     # safetensors takes contiguous tensors only, and timm's save_for_hf passes on channels-last weights as they are.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        # Nor does it take tied weights, whose names share their memory; timm wants each under each of its names.
+        if (place := tensor.untyped_storage().data_ptr()) in known:
+            tensors[name] = tensor.clone()
+        known.add(place)
     write_atomic(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
     export_config(folder, model, label_names, data_config, label_descriptions)
 

@@ -8,6 +8,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
+from ..base.errors import InputError
 from ..data.classes import valid_names
 from ..models.loading import Normalize
 
@@ -24,6 +25,9 @@ class Teacher:
         amp_dtype: Autocast to this type; None for float32.
         compile: Compile the model.
         size: Height and width of its input; by default those of its pretrained configuration.
+
+    Raises:
+        InputError: It takes images of another number of channels than views have.
     """
 
     def __init__(
@@ -36,6 +40,9 @@ class Teacher:
             size: tuple[int, int] | None = None,
     ):
         config = resolve_data_config({}, model=model)
+        if (channels := config['input_size'][0]) != 3:
+            raise InputError(f'the teacher {name} takes {channels} channel{"s" * (channels != 1)}, views have 3, red, '
+                             f'green and blue; choose one that takes 3')
         self.name = name
         self.device = torch.device(device)
         self.amp_dtype = amp_dtype

@@ -6,6 +6,7 @@ that the paper's fine-tuning starts from; one of any other classes starts from z
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 
 import timm
@@ -18,7 +19,7 @@ from ..models.loading import (
     is_22k_to_1k, load_weights, look_at_zeros, num_classes_of, read_weights, set_image_size,
 )
 
-__all__ = ['create_student', 'freeze_batch_norm']
+__all__ = ['check_batch_norms', 'create_student', 'freeze_batch_norm']
 
 
 def create_student(
@@ -65,6 +66,25 @@ def create_student(
         raise InputError(f'the student {args.model} cannot be made{pixels}: {reason}; check --model, --model-kwargs, '
                          f'--img-size, --num-classes and --initial-checkpoint')
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def check_batch_norms(model: nn.Module, args: argparse.Namespace, size: tuple[int, int], num_processes: int) -> None:
+    """Refuse batches of one image where a batch norm would have one value of each channel to take statistics of.
+
+    Raises:
+        InputError: It has.
+    """
+    if args.batch_size > 1 or args.freeze_bn or args.sync_bn and num_processes > 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).train()(torch.zeros(1, 3, *size))
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise InputError(f'a batch of one image of {size[0]}x{size[1]} pixels leaves a batch norm of {args.model} one '
+                         f'value per channel, of which there are no statistics; choose a larger --batch-size or '
+                         f'--img-size, or --freeze-bn')
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
