@@ -21,8 +21,8 @@ from ..store.base import StoreReader
 from .sources import Source, class_names, find_column, no_labels, read_labels
 
 __all__ = [
-    'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'is_imagenet1k',
-    'match_classes', 'match_names', 'renumbered', 'resolve_classes', 'valid_names',
+    'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
+    'is_imagenet1k', 'match_classes', 'match_names', 'new_labels', 'renumbered', 'resolve_classes', 'valid_names',
 ]
 
 # A manifest is a text of bounded length.
@@ -36,7 +36,7 @@ class Classes:
     Attributes:
         num: How many.
         names: Their names, where the store or the data know them.
-        num_labels: Classes of the training labels, where the data name them.
+        num_labels: Classes of the training labels, where the data name them; 0 if these are others.
         to_imagenet1k: The validation labels are those of ImageNet-1k, whatever the classifier.
     """
     num: int
@@ -80,10 +80,17 @@ def resolve_classes(
                          f'use another store')
     names = next((list(names) for names in (taught and taught.class_names, label_names)
                   if names and len(names) == num), None)
-    if (taught is None or args.alpha < 1) and not args.streaming:
-        checked = train_set
-        if taught is not None:
-            checked = match_classes(train_set, label_key, names, '--train-split', source)
+    learns_labels, num_labels = taught is None or args.alpha < 1, label_names and len(label_names)
+    numbers = None
+    try:
+        numbers = _numbers_of(train_set, label_key, names, '--train-split', source)
+    except InputError as error:
+        if learns_labels:
+            raise
+        warning(f'{error}; they are compared with no prediction')
+        num_labels = 0
+    if learns_labels and not args.streaming:
+        checked = train_set if numbers is None else _renumber(train_set, label_key, numbers, names)
         check_labels(checked, label_key, num, '--train-split')
     val_key = find_column(val_set, args.target_key, is_image=False)
     val_set = match_classes(val_set, val_key, names, '--val-split', source)
@@ -96,7 +103,7 @@ def resolve_classes(
     if started_with and names and started_with != names and set(started_with) == set(names):
         warning(f'the classifier of {args.initial_checkpoint} has the classes in another order than {source}: it '
                 f'starts with others of them in each place')
-    return Classes(num, names, label_names and len(label_names), is_imagenet1k(val_set, val_key)), val_set
+    return Classes(num, names, num_labels, is_imagenet1k(val_set, val_key)), val_set
 
 
 def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
@@ -143,30 +150,52 @@ def match_classes(
     Raises:
         InputError: The split has other classes.
     """
+    numbers = _numbers_of(dataset, label_key, names, flag, source)
+    return dataset if numbers is None else _renumber(dataset, label_key, numbers, names)
+
+
+def _numbers_of(
+        dataset: Source,
+        label_key: str | None,
+        names: Sequence[str] | None,
+        flag: str,
+        source: str,
+) -> np.ndarray | None:
+    """The new number of each class of a split, None where it keeps those that it has; see `match_classes`."""
     here = class_names(dataset, label_key) if label_key else None
-    if not here or not names or len(names) == NUM_CLASSES_22K and is_imagenet1k(dataset, label_key):
-        return dataset
+    if not here or not names or len(names) == NUM_CLASSES_22K and len(here) == len(imagenet1k_in_22k()):
+        return None
     try:
         numbers = match_names(here, names)
     except ValueError as error:
-        raise InputError(f'the labels of {flag} are not the classes of {source}: {error}, so that accuracies would say '
-                         f'nothing; name data of its classes')
+        raise InputError(f'the labels of {flag} are not the classes of {source}: {error}; accuracies would say '
+                         f'nothing, so name data of its classes')
     if numbers is None:
         first = next(place for place, name in enumerate(here) if name != names[place])
         warning(f'the labels of {flag} have other names than the classes of {source}, as {here[first]!r} for '
                 f'{names[first]!r}: they are matched by number')
-        return dataset
-    return _renumber(dataset, label_key, numbers, names)
+    return numbers
 
 
 def renumbered(dataset: datasets.Dataset, label_key: str | None, names: Sequence[str]) -> datasets.Dataset:
     """A split with the numbers of other classes where all of its own are among them by name; else as it is."""
+    numbers = class_numbers(dataset, label_key, names)
+    return dataset if numbers is None else _renumber(dataset, label_key, numbers, names)
+
+
+def class_numbers(dataset: Source, label_key: str | None, names: Sequence[str]) -> np.ndarray | None:
+    """The number that each class of a split has among others, by its name; None where not all of them are there."""
     here = class_names(dataset, label_key) if label_key and names else None
     try:
-        numbers = match_names(here, names) if here else None
+        return match_names(here, names) if here else None
     except ValueError:
-        return dataset
-    return dataset if numbers is None else _renumber(dataset, label_key, numbers, names)
+        return None
+
+
+def new_labels(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Labels, int64 [N], with other numbers of their classes, int64 [C]; what is no class of them stays what it is."""
+    known = (labels >= 0) & (labels < len(numbers))
+    return np.where(known, numbers[np.where(known, labels, 0)], labels)
 
 
 def _renumber(
@@ -177,14 +206,12 @@ def _renumber(
 ) -> datasets.Dataset:
     if len(numbers) == len(names) and np.array_equal(numbers, np.arange(len(names))):
         return dataset
-    labels = read_labels(dataset, label_key)
-    # What is no class stays what it is, to be refused where labels are needed.
-    known = (labels >= 0) & (labels < len(numbers))
-    labels = np.where(known, numbers[np.where(known, labels, 0)], np.where(labels < 0, -1, len(names)))
+    labels = new_labels(read_labels(dataset, label_key), numbers)
     if label_key not in dataset.column_names:
-        dataset = dataset.flatten()
-    return dataset.remove_columns(label_key).add_column(
-        label_key, labels, feature=datasets.ClassLabel(names=list(names)))
+        dataset = dataset.flatten()  # an entry of a structure
+    # A table of no column would have no rows.
+    return dataset.rename_column(label_key, f'old {label_key}').add_column(
+        label_key, labels, feature=datasets.ClassLabel(names=list(names))).remove_columns(f'old {label_key}')
 
 
 def valid_names(names: Any, num_classes: int) -> list[str]:

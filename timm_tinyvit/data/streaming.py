@@ -24,6 +24,7 @@ from ..store.base import StoreReader
 from ..store.keys import hash_keys
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
+from .classes import class_numbers, new_labels
 from .dataset import EpochRow, collate, decode_source, read_records
 from .fingerprint import check_image, stored_samples
 from .sources import column, encoded_image, find_column, find_key, image_root, labels_of, select_columns
@@ -80,6 +81,7 @@ class SparseLogitStream(IterableDataset):
         self.image_key, self.root = find_column(stream, image_key, is_image=True), image_root(stream)
         self.label_key = find_column(stream, label_key, is_image=False)
         self.key = find_key(stream, key or (store.manifest.key if store else ''))
+        self.numbers = class_numbers(stream, self.label_key, store.manifest.class_names) if store else None
         self.store_epochs = store_epochs
         self.key_index = store.open_keys() if store else None
         self.checked = stored_samples(store) if store else {}
@@ -114,7 +116,8 @@ class SparseLogitStream(IterableDataset):
         sources = column(table, self.image_key).to_pylist()
         images = [_image(self, *row) for row in zip(sources, names.to_pylist(), indices)]
         views = self.replay.views(images, [(epoch, index) for index in indices])
-        labels = labels_of(table, self.label_key).tolist()
+        labels = labels_of(table, self.label_key)
+        labels = (labels if self.numbers is None else new_labels(labels, self.numbers)).tolist()
         samples = [dict(view=view, label=label, index=index) for view, label, index in zip(views, labels, indices)]
         if self.store is not None:
             rows = self.key_index.rows_of(names, hashes)

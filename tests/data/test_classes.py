@@ -1,0 +1,229 @@
+"""What the classes of data, stores, teachers and checkpoints are: matched by name, or refused before work begins."""
+
+import argparse
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+
+from timm_tinyvit.data.classes import (
+    check_labels, checkpoint_names, class_numbers, match_classes, match_names, new_labels, renumbered, resolve_classes,
+    valid_names,
+)
+from timm_tinyvit.data.dataset import SparseLogitDataset
+from timm_tinyvit.data.fingerprint import dataset_fingerprint
+from timm_tinyvit.data.sources import class_names, find_column, read_labels
+from timm_tinyvit.data.streaming import SparseLogitStream
+from timm_tinyvit.data.view_config import ViewConfig
+from timm_tinyvit.data.views import Replay
+from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K
+from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.store.ensemble import Ensemble
+from timm_tinyvit.store.keys import KeyIndex, hash_keys
+from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.targets.codecs import create_codec
+from timm_tinyvit.targets.sparse import SparseTargets
+
+
+def split(names, labels):
+    feature = datasets.ClassLabel(names=list(names)) if names else datasets.Value('int64')
+    return datasets.Dataset.from_dict({'label': labels}, features=datasets.Features({'label': feature}))
+
+
+def flags(**changes):
+    return argparse.Namespace(**{'target_key': None, 'num_classes': None, 'alpha': 1., 'streaming': False,
+                                 'initial_checkpoint': None, **changes})
+
+
+@pytest.mark.parametrize('here, there, expected', [
+    ('abc', 'abc', [0, 1, 2]), ('cab', 'abc', [2, 0, 1]), ('bc', 'abc', [1, 2]), ('a', 'abc', [0]),
+    ('xyz', 'abc', None), ('axc', 'abc', None), ('aac', 'aac', None), (['crane', 'crane'], ['crane', 'crane'], None),
+    ('axb', 'abc', ('1 classes have other numbers', "'b' 2 here and 1 there", "'x'")),
+    ('abcd', 'abc', ('4 classes here and 3 there', "'d'")), ('xy', 'abc', ('2 classes here and 3 there', "'x'")),
+    ('caa', 'aac', ('other numbers',)), ('aab', 'abc', ('other numbers',)),
+])
+def test_names_match_classes_whose_order_differs(here, there, expected):
+    if isinstance(expected, tuple):
+        with pytest.raises(ValueError) as caught:
+            match_names(list(here), list(there))
+        assert all(word in str(caught.value) for word in expected)
+    else:
+        found = match_names(list(here), list(there))
+        assert (found if found is None else found.tolist()) == expected
+
+
+def test_labels_get_the_numbers_of_other_classes_and_the_rest_of_the_rows_stays():
+    rows = split('cab', [0, 1, 2, 0, -1, None]).add_column('image', list('uvwxyz'))
+    found = match_classes(rows, 'label', list('abc'), '--val-split', 'the store s')
+    assert read_labels(found, 'label').tolist() == [2, 0, 1, 2, -1, -1] and found['image'][:] == list('uvwxyz')
+    assert class_names(found, 'label') == list('abc') and found.split == rows.split
+    nested = datasets.Dataset.from_dict({'json': [{'label': 0}, {'label': 1}]}, features=datasets.Features(
+        {'json': {'label': datasets.ClassLabel(names=['b', 'a'])}}))
+    nested = match_classes(nested, 'json.label', ['a', 'b'], '--val-split', 'the store s')
+    assert read_labels(nested, 'json.label').tolist() == [1, 0] and find_column(nested, None, False) == 'json.label'
+
+
+def test_classes_that_are_the_same_leave_the_split_as_it_is(capsys):
+    rows = split('abc', [0, 2])
+    for names in (list('abc'), None):
+        assert match_classes(rows, 'label', names, '--val-split', 'the store s') is rows
+    assert match_classes(split(None, [0]), 'label', list('abc'), '--val-split', 's')['label'][:] == [0]
+    assert not capsys.readouterr().err
+    # Names that nobody can compare are told.
+    assert match_classes(rows, 'label', list('xbc'), '--val-split', 'the store s') is rows
+    said = capsys.readouterr().err
+    assert '--val-split' in said and "'a' for 'x'" in said and 'by number' in said
+    # The paper's classifier of ImageNet-22k is evaluated on the labels of ImageNet-1k.
+    imagenet = split([f'n{number}' for number in range(1000)], [0, 999])
+    names = [f'n{number + 5}' for number in range(NUM_CLASSES_22K)]
+    assert match_classes(imagenet, 'label', names, '--val-split', 's') is imagenet
+
+
+def test_labels_that_are_no_class_stay_what_they_are():
+    assert new_labels(np.array([0, 1, 2, -1, 7]), np.array([2, 0])).tolist() == [2, 0, 2, -1, 7]
+
+
+# A training
+
+
+@pytest.mark.parametrize('order', ['cab', 'bc', 'c'])
+@pytest.mark.parametrize('by', ['data', 'store', 'teacher'])
+def test_evaluation_data_in_another_order_or_without_a_class_are_matched_by_name(order, by):
+    train, val = split('abc', [0, 1, 2]), split(order, list(range(len(order))))
+    taught = {'data': None, 'store': SimpleNamespace(path='s', manifest=SimpleNamespace(
+        num_classes=3, class_names=list('bca'))), 'teacher': SimpleNamespace(
+            name='t', num_classes=3, class_names=list('bca'))}[by]
+    expected = 'abc' if by == 'data' else 'bca'
+    classes, val = resolve_classes(flags(), train, val, taught)
+    assert classes.names == list(expected) and classes.num == 3
+    assert val['label'][:] == [expected.index(name) for name in order]
+
+
+@pytest.mark.parametrize('teacher, data, val, alpha, words', [
+    ('abc', 'abc', 'xy', 1., ('--val-split', 'the teacher t', "'x'")),
+    ('abc', 'abc', 'axb', 1., ('--val-split', 'other numbers')),
+    ('abc', 'abcd', 'abc', 0.5, ('--train-split', "'d'")), ('abc', 'bax', 'abc', 0.5, ('--train-split', "'x'")),
+    (3, 'ab', 'ab', 1., ('2 classes', 'has 3', '--val-dataset')), (512, 'abc', 'abc', 1., ('3 classes', 'has 512')),
+])
+def test_a_teacher_of_other_classes_is_refused_before_it_sees_a_view(teacher, data, val, alpha, words, refused):
+    num, names = (teacher, []) if isinstance(teacher, int) else (len(teacher), list(teacher))
+    taught = SimpleNamespace(name='t', num_classes=num, class_names=names)
+    with refused(*words):
+        resolve_classes(flags(alpha=alpha), split(data, [0, 1]), split(val, [0, 1]), taught)
+
+
+def test_training_labels_of_other_classes_are_told_where_nothing_is_learned_from_them(capsys):
+    taught = SimpleNamespace(name='t', num_classes=3, class_names=list('abc'))
+    classes, _ = resolve_classes(flags(), split('xbca', [0, 3]), split('abc', [0]), taught)
+    assert classes.num_labels == 0
+    said = capsys.readouterr().err
+    assert '--train-split' in said and "'x'" in said and 'no prediction' in said
+
+
+def test_a_checkpoint_whose_classifier_has_another_order_is_told(tmp_path, capsys):
+    model = timm.create_model('test_resnet', num_classes=3)
+    export_model(tmp_path, model, list('cab'))
+    assert checkpoint_names(str(tmp_path)) == list('cab') and checkpoint_names(None) is None
+    resolve_classes(flags(initial_checkpoint=str(tmp_path)), split('abc', [0]), split('abc', [0]), None)
+    assert 'another order' in capsys.readouterr().err
+    (tmp_path / 'config.json').write_text('{')
+    assert checkpoint_names(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize('names, expected', [
+    (list('abc'), True), (('a', 'b', 'c'), True), (list('ab'), False), (None, False), ('abc', False),
+    ([1, 2, 3], False), (['a', 'b', 'c\n'], False), (['a', 'b', '\x1b[31m'], False),
+    (['a', 'b', 'c' * (1 << 20)], False)])
+def test_names_that_a_manifest_cannot_hold_are_left_out(names, expected):
+    assert valid_names(names, 3) == (list(names) if expected else [])
+
+
+# Label columns
+
+
+@pytest.mark.parametrize('values, kind, words', [
+    (['ant', 'bee'], 'string', ('words', "class_encode_column('label')")), (['0', '1'], 'string', ('cast_column',)),
+    (['0', '1'], 'large_string', ('words', 'class_encode_column')),
+    ([True, False], 'bool', ('truth values', 'class_encode_column')),
+    ([0., 1.], 'float32', ('real numbers', 'cast_column', 'int64')), ([None, None], 'null', ('nothing',)),
+    ([[0, 1], [1, 0]], datasets.List(datasets.Value('int64')), ('lists', 'one class number')),
+    ([{'id': 1}, {'id': 2}], {'id': datasets.Value('int64')}, ('id', 'one class number'))])
+def test_a_label_column_of_another_kind_is_told_with_what_to_do(values, kind, words, refused):
+    feature = kind if isinstance(kind, (dict, datasets.List)) else datasets.Value(kind)
+    rows = datasets.Dataset.from_dict({'label': values}, features=datasets.Features({'label': feature}))
+    assert find_column(rows, None, is_image=False) is None
+    with refused("'label'", 'not class numbers', *words):
+        resolve_classes(flags(), rows, rows, None)
+    with refused('--val-split', "'label'", *words):
+        check_labels(rows, None, 3, '--val-split')
+    with refused("'label'", *words, '--target-key'):
+        find_column(rows, 'label', is_image=False)
+
+
+# Stores
+
+
+def make_store(path, rows, class_names, key=''):
+    codec = create_codec('float16', 3, 1)
+    hashes = hash_keys(rows.with_format('arrow')[:]['name']) if key else None
+    fingerprint = dataset_fingerprint(rows) if not key else {
+        'num_samples': len(rows), 'keys': '', 'samples': {}}
+    manifest = Manifest(
+        num_samples=len(rows), num_classes=3, k=1, record_width=codec.width, epochs=1, seed=9, shard_size=64,
+        class_names=class_names, dataset=fingerprint, key=key, recipe=ViewConfig(input_size=(3, 8, 8)).to_dict())
+    store = LogitStore.create(path, manifest)
+    if key:
+        KeyIndex.write(store.path, store.manifest, hashes)
+    ids, log_probs = torch.zeros(len(rows), 1, dtype=torch.int64), torch.full((len(rows), 1), -0.1)
+    targets = SparseTargets(ids, log_probs, torch.full((len(rows),), -2.4), 3)
+    store.write_shard(0, 0, codec.encode(targets))
+    return store
+
+
+@pytest.fixture
+def images(fashion):
+    rows = fashion.select(range(6))
+    labels = datasets.ClassLabel(names=['c', 'a', 'b'])
+    rows = rows.remove_columns('label').add_column('label', [0, 1, 2, 0, 1, 2], feature=labels)
+    return rows.add_column('name', list('uvwxyz'))
+
+
+def test_training_labels_get_the_numbers_of_the_stores_classes_and_the_fingerprint_stays(images, tmp_path):
+    replay = Replay(ViewConfig(input_size=(3, 8, 8)), 9)
+    for names, expected in (('abc', [2, 0, 1, 2, 0, 1]), ('', [0, 1, 2, 0, 1, 2]), ('xyz', [0, 1, 2, 0, 1, 2])):
+        store = make_store(tmp_path / f'of {names}', images, list(names))
+        data = SparseLogitDataset(images, replay, store)
+        assert [sample['label'] for sample in data.__getitems__([(0, row) for row in range(6)])] == expected
+        assert read_labels(data.dataset, data.label_key).tolist() == expected
+    assert renumbered(images, 'label', list('xbc')) is images and class_numbers(images, 'label', list('xyz')) is None
+
+
+def test_labels_of_a_stream_get_the_numbers_of_the_stores_classes(images, tmp_path):
+    store = make_store(tmp_path / 'store', images, list('abc'), key='name')
+    stream = SparseLogitStream(
+        images.to_iterable_dataset(), Replay(ViewConfig(input_size=(3, 8, 8)), 9), store, buffer_size=0)
+    stream.set_epoch(0)
+    assert [sample['label'] for sample in stream] == [2, 0, 1, 2, 0, 1]
+
+
+def test_a_manifest_names_as_many_classes_as_there_are(images, tmp_path, refused):
+    manifest = make_store(tmp_path / 'store', images, list('abc')).manifest
+    assert Manifest.from_json(manifest.to_json(), 's') == manifest
+    # Names decide no shard.
+    assert replace(manifest, class_names=[]).identity == manifest.identity
+    values = json.loads(manifest.to_json())
+    for names in (['a', 'b'], ['a', 'b', 3], ['a', 'b', None]):
+        with refused('s is damaged', 'class_names'):
+            Manifest.from_json(json.dumps({**values, 'class_names': names}), 's')
+
+
+def test_the_teachers_of_an_ensemble_agree_on_their_classes(images, tmp_path, refused):
+    stores = {names: make_store(tmp_path / f'of {names}', images, list(names)) for names in ('abc', 'bca', '')}
+    assert Ensemble([stores[''], stores['abc']]).manifest.class_names == list('abc')
+    with refused('class_names', 'of abc', 'of bca'):
+        Ensemble([stores['abc'], stores['bca']])
