@@ -15,6 +15,7 @@ from timm.data import create_transform, resolve_data_config
 import train_distill
 from timm_tinyvit import cli
 from timm_tinyvit.data.classes import is_imagenet1k
+from timm_tinyvit.data.sources import class_names, load_split
 from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.models.tiny_vit import rename_official
@@ -142,6 +143,22 @@ def test_labels_of_fewer_classes_than_the_model_has_are_told(run, capsys, tmp_pa
     export_model(tmp_path / 'model', timm.create_model('test_resnet', num_classes=12))
     cli.main(['eval', str(tmp_path / 'model'), *COMMON, '--img-size', '32'])
     assert 'the labels of --val-split are 10 classes, the model has 12: accuracies say' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('classes', [list(range(9, -1, -1)), [3, 1, 4, 0, 9, 8, 2, 6, 7, 5], [7, 2, 5]])
+def test_classes_are_evaluated_by_their_names(classes, run, capsys, tmp_path):
+    rows = load_split(DATA, 'test[:32]', is_training=False)
+    rows = rows.select([row for row, label in enumerate(rows['label']) if label in classes])
+    names = class_names(rows, 'label')
+    for name, order in (('same', range(10)), ('other', classes)):
+        (tmp_path / name).mkdir()
+        labels = [list(order).index(label) for label in rows['label']]
+        feature = datasets.ClassLabel(names=[names[label] for label in order])
+        rows.remove_columns('label').add_column('label', labels, feature=feature).to_parquet(
+            tmp_path / name / 'validation.parquet')
+    found = [evaluated(capsys, str(run / 'last'), common=[
+        '--dataset', str(tmp_path / name), '-j', '0', '--quiet', '-b', '8']) for name in ('same', 'other')]
+    assert found[0] == found[1]
 
 
 def test_a_checkpoint_is_evaluated_as_what_its_run_exported(run, capsys):
