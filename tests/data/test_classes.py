@@ -149,6 +149,7 @@ def test_names_that_a_manifest_cannot_hold_are_left_out(names, expected):
 @pytest.mark.parametrize('values, kind, words', [
     (['ant', 'bee'], 'string', ('words', "class_encode_column('label')")), (['0', '1'], 'string', ('cast_column',)),
     (['0', '1'], 'large_string', ('words', 'class_encode_column')),
+    (['0', '1'], 'string_view', ('words', 'class_encode_column')),
     ([True, False], 'bool', ('truth values', 'class_encode_column')),
     ([0., 1.], 'float32', ('real numbers', 'cast_column', 'int64')), ([None, None], 'null', ('nothing',)),
     ([[0, 1], [1, 0]], datasets.List(datasets.Value('int64')), ('lists', 'one class number')),

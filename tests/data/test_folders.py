@@ -400,6 +400,14 @@ def test_a_loaders_whole_reason_is_given(tmp_path, refused):
         load_split(str(tmp_path), None, True)
 
 
+def test_class_folders_in_a_zip_are_refused_with_what_to_do(tmp_path, refused):
+    with zipfile.ZipFile(tmp_path / 'train.zip', 'w') as file:
+        for number in range(6):
+            file.writestr(f'{number % 2}/{number}.png', picture(number))
+    with refused('zip', 'classes', 'unpack'):
+        load_split(str(tmp_path), None, True)
+
+
 def test_a_configuration_is_named_after_a_colon(tmp_path, refused):
     for config in ('small', 'large'):
         write_files('parquet', tmp_path / config, 'train', 6 if config == 'small' else 9)
@@ -415,12 +423,13 @@ def test_a_configuration_is_named_after_a_colon(tmp_path, refused):
 # Parquet of others
 
 
-@pytest.mark.parametrize('column', ['struct', 'bytes', 'large_binary', 'without path', 'order'])
+@pytest.mark.parametrize('column', ['struct', 'bytes', 'large_binary', 'binary_view', 'without path', 'order'])
 def test_parquet_that_others_wrote_is_read_as_images(column, tmp_path):
     contents = [picture(number) for number in range(9)]
     values = {
         'struct': pa.array([dict(bytes=data, path=f'{number}.png') for number, data in enumerate(contents)]),
         'bytes': pa.array(contents), 'large_binary': pa.array(contents, pa.large_binary()),
+        'binary_view': pa.array(contents, pa.binary_view()),
         'without path': pa.array([dict(bytes=data) for data in contents]),
         'order': pa.array([dict(path=None, bytes=data) for data in contents])}[column]
     pq.write_table(pa.table({'image': values, 'label': list(range(9))}), tmp_path / 'train.parquet')

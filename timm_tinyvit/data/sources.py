@@ -96,6 +96,8 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         reason = _reason(error)
         if 'onfig name' in reason or 'BuilderConfig' in reason:
             reason += f'; name one after a colon, as in {name}:CONFIGURATION'
+        if 'Invalid string class label' in reason:
+            reason += ': the classes of images are lost in a zip file; unpack it'
         raise InputError(f'{where} cannot be loaded: {reason}')
     split = _usual_split(splits, is_training) if split is None else split
     flag = f'--{"train" if is_training else "val"}-split'
@@ -278,7 +280,7 @@ def _holds_images(feature: Any) -> bool:
     if isinstance(feature, dict):
         return set(feature) in ({'bytes'}, {'bytes', 'path'}) and _holds_images(feature['bytes'])
     return isinstance(feature, datasets.Image) or (
-        isinstance(feature, datasets.Value) and feature.dtype in ('binary', 'large_binary'))
+        isinstance(feature, datasets.Value) and feature.dtype in ('binary', 'large_binary', 'binary_view'))
 
 
 def _describe(name: str, feature: Any) -> str:
@@ -293,7 +295,7 @@ def _remedy(name: str, feature: Any) -> str:
     kind = feature.dtype if isinstance(feature, datasets.Value) else ''
     if kind.startswith('float'):
         return f'cast it with `dataset.cast_column({name!r}, datasets.Value("int64"))` (docs/data.md)'
-    if kind == 'bool' or kind.endswith('string'):
+    if kind == 'bool' or 'string' in kind:
         return (f'number it with `dataset.class_encode_column({name!r})`, or digits with `cast_column({name!r}, '
                 f'datasets.Value("int64"))` (docs/data.md)')
     return 'every image needs one class number'
