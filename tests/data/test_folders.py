@@ -1,9 +1,12 @@
 """Folders and files of data: which split and class each image is of, and what is refused, left out and told."""
 
 import io
+import json
 import os
+import shutil
 import tarfile
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -100,6 +103,11 @@ def test_a_file_whose_name_says_two_splits_is_refused_and_one_in_none_is_told(tm
     rows.to_parquet(tmp_path / 'two' / 'train-dev.parquet')
     with refused('train-dev.parquet', 'several splits'):
         load_split(str(tmp_path / 'two'), None, True)
+    # Where `datasets` reads a folder of images, the words in the names of classes.
+    write(tmp_path / 'images', 'train/test tube/1.png', 'train/beaker/1.png', 'test/test tube/2.png')
+    (tmp_path / 'images' / 'train' / 'metadata.csv').write_text('file_name\nbeaker/1.png\n')
+    with refused('train/test tube/1.png', 'several splits'):
+        load_split(str(tmp_path / 'images'), None, True)
     (tmp_path / 'none').mkdir()
     for name in ('train', 'freight', 'bus'):
         rows.to_parquet(tmp_path / 'none' / f'{name}.parquet')
@@ -455,6 +463,28 @@ def test_a_column_that_holds_no_images_is_refused_with_the_remedy(values, tmp_pa
 
 
 # Files that rows name
+
+
+@pytest.mark.parametrize('name', ['train.parquet', 'train.tar', 'metadata.csv', 'train.csv'])
+def test_a_pipe_among_the_files_of_a_data_set_is_refused(name, tmp_path, refused):
+    write(tmp_path, 'train/ant/1.png')
+    os.mkfifo(tmp_path / name)
+    if name.endswith(('parquet', 'tar')):
+        os.mkfifo(tmp_path / f'other {name}')
+    with refused(name, 'no regular file') if name != 'train.csv' else nullcontext():
+        load_split(str(tmp_path), None, True)
+
+
+@pytest.mark.parametrize('name', ['../outside.arrow', 'pipe', '/dev/zero', 'gone.arrow'])
+def test_saved_data_that_name_other_files_are_refused(name, tmp_path, refused):
+    rows = datasets.Dataset.from_dict({'image': [dict(bytes=picture(), path=None)]})
+    datasets.DatasetDict({'train': rows}).save_to_disk(tmp_path / 'disk')
+    state = tmp_path / 'disk' / 'train' / 'state.json'
+    shutil.copy(next(state.parent.glob('*.arrow')), tmp_path / 'disk' / 'outside.arrow')
+    os.mkfifo(state.parent / 'pipe')
+    state.write_text(json.dumps({**json.loads(state.read_text()), '_data_files': [{'filename': name}]}))
+    with refused(name, 'no file beside it'):
+        load_split(str(tmp_path / 'disk'), None, True)
 
 
 def write_paths(root, *paths):

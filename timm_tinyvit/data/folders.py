@@ -9,6 +9,7 @@ Of parquet, Arrow and tar files, names decide as `datasets` reads them. Links ar
 """
 
 import glob
+import json
 import os
 import re
 from collections import Counter, defaultdict
@@ -25,7 +26,7 @@ from timm.utils.misc import natural_key
 from ..base.errors import InputError
 from .decoding import identify, image_endings
 
-__all__ = ['FILE_KINDS', 'Folder', 'check_whole', 'list_files', 'natural_order', 'open_folder']
+__all__ = ['FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'natural_order', 'open_folder']
 
 # Folders that programs leave behind.
 UNSEEN = ('__MACOSX', '__pycache__')
@@ -76,8 +77,11 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         return _open_images(root, files)
     if '::' in str(root):
         raise InputError(f'the path {root} has "::" in it, which loaders take for a chain of addresses; rename it')
+    files = [path for path in files if kind not in FILE_KINDS or _kind(path) == kind]
+    if odd := next((path for path in files if not (root / path).is_file()), None):
+        raise InputError(f'{root / odd} is no regular file, nor a link to one; remove it')
     if kind in FILE_KINDS:
-        return _open_files(root, [path for path in files if _kind(path) == kind])
+        return _open_files(root, files)
     base, data_files = glob.escape(str(root)), None
     if base != str(root):
         # Brackets and stars are no patterns.
@@ -110,6 +114,20 @@ def list_files(root: Path) -> list[str]:
 
     visit('', frozenset({os.path.realpath(root)}))
     return sorted(found)
+
+
+def check_saved(root: Path) -> None:
+    """Refuse a folder of `save_to_disk` whose description names other files than whole ones beside it.
+
+    Raises:
+        InputError: It does.
+    """
+    for state in (root / 'state.json', *root.glob('*/state.json')):
+        for item in json.loads(state.read_text(encoding='utf-8'))['_data_files'] if state.is_file() else ():
+            path = state.parent / item['filename']
+            if path.parent != state.parent or not path.is_file():
+                raise InputError(f'{state} names {item["filename"]!r}, which is no file beside it; save the data again')
+            check_whole(str(path))
 
 
 def check_whole(path: str) -> None:
@@ -148,9 +166,6 @@ def _open_files(root: Path, files: list[str]) -> Folder:
 
     splits = {str(split): matching(*patterns) for split, patterns in _get_data_files_patterns(matching).items()}
     counts = Counter(path for paths in splits.values() for path in paths)
-    if twice := [path for path, count in counts.items() if count > 1]:
-        raise InputError(f'the file {root / twice[0]} is in several splits by its name and folders; let one word of '
-                         f'train, validation and test be in them')
     for path in counts:
         if '.arrow' in path:
             check_whole(str(root / path))

@@ -9,6 +9,7 @@ import glob
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -26,7 +27,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..base.console import warning
 from ..base.errors import InputError
-from .folders import FILE_KINDS, check_whole, open_folder
+from .folders import FILE_KINDS, check_saved, open_folder
 from .tars import TarSamples
 
 __all__ = [
@@ -75,8 +76,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
     notes: dict[str, list[str]] = {}
     try:
         if (local / 'dataset_dict.json').is_file() or (local / 'state.json').is_file():
-            for path in local.glob('**/*.arrow'):
-                check_whole(str(path))
+            check_saved(local)
             found = datasets.load_from_disk(str(local))
             splits = dict(found) if isinstance(found, datasets.DatasetDict) else {'train': found}
             if streaming:
@@ -152,7 +152,12 @@ def _load(
 
     The library prepares all splits at once: of ImageNet-1k 150 GB, for the 7 of its validation.
     """
-    kind, files = type(builder).__module__.rpartition('.')[2], builder.config.data_files
+    kind, files = type(builder).__module__.rpartition('.')[2], builder.config.data_files or {}
+    counts = Counter(path for paths in files.values() for path in paths)
+    if twice := next((path for path, count in counts.items() if count > 1), None):
+        # A folder `train` of class `test tube` would be both.
+        raise InputError(f'the file {twice} is in several splits by its name and folders; let one word of train, '
+                         f'validation and test be in them')
     if not (is_training or streaming) and kind in FILE_KINDS and files and not Path(builder.cache_dir).exists():
         wanted = SPLIT_NAMES.findall(_usual_split(files, is_training) if split is None else split)
         if wanted and set(wanted) < set(files):
