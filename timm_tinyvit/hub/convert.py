@@ -11,6 +11,7 @@ behind.
 
 import os
 import shutil
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def convert_checkpoint(checkpoint: Path, name: str, output: Path) -> str:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f'{output} is there already; name a folder that is new or empty')
     # Checkpoints of a training run carry its settings in a class that is but a dict.
-    with torch.serialization.safe_globals([(OrderedDict, 'yacs.config.CfgNode')]):
+    with torch.serialization.safe_globals([(OrderedDict, 'yacs.config.CfgNode')]), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # on the pickle protocol of what is refused anyway
         weights = read_weights(str(checkpoint))
     try:
         model, weights = _fit_teacher(weights) if name == TEACHER else _fit_tiny_vit(weights, name)
