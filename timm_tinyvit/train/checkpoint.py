@@ -100,11 +100,6 @@ class TrainState:
         self.sums = torch.zeros(4, device=accelerator.device)
         self._checkpoint = self._find()
 
-    @property
-    def is_new(self) -> bool:
-        """Whether the run begins here: there was no checkpoint."""
-        return self._checkpoint is None and not self.epoch and not self.update
-
     def _find(self) -> dict[str, Any] | None:
         """The last checkpoint of the run, before anything is built that it may not fit.
 
