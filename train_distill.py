@@ -252,10 +252,8 @@ def epoch_line(row: dict[str, float], best: float, num_epochs: int) -> str:
     return f'{line}, {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data'
 
 
-@reports_input_errors
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train with these arguments, by default the command line's."""
-    args = settings(argv)
+def train(args: argparse.Namespace) -> None:
+    """Train as the flags say."""
     stop_with_launcher()
     if args.deterministic:
         make_deterministic()
@@ -334,6 +332,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.end_training()
     if args.push_to_hub and show:
         push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)
+
+
+@reports_input_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train with these arguments, by default the command line's."""
+    train(settings(argv))
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ each command imports what it needs. Filling and training with several processes 
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ def train(args: argparse.Namespace) -> None:
     """Train a student from a store, or from labels."""
     import train_distill
 
-    train_distill.main(args.argv)
+    train_distill.train(args)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -227,19 +226,18 @@ def create_parser() -> ArgumentParser:
 @reports_input_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command with these arguments, by default the command line's."""
-    argv = sys.argv[1:] if argv is None else argv
     parser = create_parser()
     if '_ARGCOMPLETE' in os.environ:  # a shell wants completions
         import argcomplete
 
         argcomplete.autocomplete(parser)
     args = parser.parse_args(argv)
-    # Training parses them again, as a program of its own.
-    args.argv = argv[1:]
+    # What is left are flags, which a run records.
+    run = vars(args).pop('run')
     if hasattr(args, 'quiet'):
         setup_console(os.environ.get('RANK', '0') == '0', args.quiet)
     register_models()
-    args.run(args)
+    run(args)
 
 
 def _open(args: argparse.Namespace) -> 'LogitStore':

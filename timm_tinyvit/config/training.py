@@ -30,13 +30,7 @@ def create_parser() -> ArgumentParser:
 
 def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags that were given, over those of a recipe and the defaults."""
-    args = create_parser().parse_args(argv)
-    idle = [f'--{name.replace("_", "-")}' for name, usual in (
-        ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None), ('keep_epochs', None),
-        ('store_cache', None)) if getattr(args, name) != usual]
-    if idle and not args.logits:
-        warning(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
-    return args
+    return create_parser().parse_args(argv)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -232,6 +226,11 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
                          f'--mixup-mode pair')
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
         raise InputError(f'--batch-size is {args.batch_size}; --mixup and --cutmix need an even one')
+    idle = [f'--{name.replace("_", "-")}' for name, usual in (
+        ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None), ('keep_epochs', None),
+        ('store_cache', None)) if getattr(args, name) != usual]
+    if idle and not args.logits:
+        warning(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
     return args
 
 
