@@ -4,17 +4,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..base.errors import InputError
+from ..base.types import is_like
 
 __all__ = ['ViewConfig']
 
 MAX_NUMBER = 4096
-
-
-def _is_like(value: Any, example: Any) -> bool:
-    """Whether a value has the type of another, integers among real numbers included."""
-    if isinstance(example, tuple):
-        return isinstance(value, tuple) and len(value) == len(example) and all(map(_is_like, value, example))
-    return type(value) is type(example) or type(example) is float and type(value) is int
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class ViewConfig:
             example = optional.get(item.name, item.default)
             if item.name == 'color_jitter' and isinstance(value, tuple):
                 example = (0.,) * len(value)
-            if not _is_like(value, example) and (value, item.default) != (None, None):
+            if not is_like(value, example) and (value, item.default) != (None, None):
                 raise InputError(f'the view config has {item.name} = {value!r}; expected values as in {example!r}')
             numbers = [number for number in (value if isinstance(value, tuple) else (value,))
                        if isinstance(number, (int, float))]

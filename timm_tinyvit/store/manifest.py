@@ -12,6 +12,7 @@ from typing import Any, get_origin
 from collections.abc import Sequence
 
 from ..base.errors import InputError
+from ..base.types import is_like
 from ..targets.codecs import create_codec
 
 __all__ = ['FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'Manifest', 'stored_epoch']
@@ -180,7 +181,7 @@ class Manifest:
                              f'{_excerpt(values["num_classes"])} classes')
         for name, example in TEACHER.items():
             value = values['teacher'].get(name, example)
-            if not _is_like(value, example):
+            if not is_like(value, example):
                 raise InputError(
                     f'{source} is damaged: the teacher has {name} {_excerpt(value)}, expected the like of {example!r}')
         manifest = cls(**values)
@@ -209,13 +210,6 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
         return True
     items = [*value, *value.values()] if isinstance(value, dict) else value
     return depth < MAX_DEPTH and all(_is_plain(item, depth + 1) for item in items)
-
-
-def _is_like(value: Any, example: Any) -> bool:
-    """Whether a JSON value has the type of an example, and as a list its length and types; integers count as floats."""
-    if isinstance(example, list):
-        return type(value) is list and len(value) == len(example) and all(map(_is_like, value, example))
-    return type(value) is type(example) or isinstance(example, float) and type(value) is int
 
 
 def _refuse_constant(text: str) -> None:
