@@ -55,13 +55,11 @@ from timm_tinyvit.train.optimization import (
 )
 from timm_tinyvit.train.record import create_run_folder, record_run
 from timm_tinyvit.train.student import check_batch_norms, create_student
-from timm_tinyvit.train.task import SparseLogitTask
+from timm_tinyvit.train.task import LOSSES, SparseLogitTask
 from timm_tinyvit.train.teacher_comparison import compare_with_teacher
 
 # Least seconds between two reports of a run that goes on: one that is killed leaves the last of them.
 REPORT_SECONDS = 60.
-
-LOSSES = ('loss', 'label_loss', 'distill_loss')
 
 # A gradient scaler halves its scale where gradients overflow; below this they would not fit at any.
 MIN_SCALE = 1e-6

@@ -27,7 +27,7 @@ from ..store.base import StoreReader
 from ..store.remote import check_content, content_of
 from .metrics import suffixed
 from .sharding import load_whole_state, local, whole_state
-from .task import SparseLogitTask
+from .task import LOSSES, SparseLogitTask
 
 __all__ = ['FREE_FLAGS', 'TrainState', 'fixed_settings', 'is_finite', 'random_state', 'set_random_state']
 
@@ -78,7 +78,7 @@ class TrainState:
         update: Updates of the epoch after them.
         best: Best top-1 accuracy so far in percent, of each set of weights; -1 before the first evaluation.
         history: Metrics of the finished epochs.
-        sums: Sums over the updates of this epoch: loss, label loss, distillation loss and gradient norm, [4].
+        sums: Sums over the updates of this epoch: those of `LOSSES` and the gradient norm, [4].
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TrainState:
         self.epoch = self.update = 0
         self.best: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
-        self.sums = torch.zeros(4, device=accelerator.device)
+        self.sums = torch.zeros(len(LOSSES) + 1, device=accelerator.device)
         self._checkpoint = self._find()
 
     def _find(self) -> dict[str, Any] | None:
@@ -170,7 +170,7 @@ class TrainState:
         """Count an update.
 
         Args:
-            losses: Loss, label loss and distillation loss, [3].
+            losses: Those of `LOSSES`, [3].
             norm: Norm of the gradients, a scalar; not finite where a gradient scaler skipped the update.
         """
         self.sums += torch.cat([losses, norm.nan_to_num(0., 0., 0.).reshape(1)])
@@ -179,7 +179,7 @@ class TrainState:
     def means(self) -> dict[str, float]:
         """Means over the updates of this epoch and all processes."""
         means = self.accelerator.reduce(self.sums / self.update, 'mean').tolist()
-        return dict(zip(('loss', 'label_loss', 'distill_loss', 'grad_norm'), means))
+        return dict(zip((*LOSSES, 'grad_norm'), means))
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Count an epoch with these metrics."""

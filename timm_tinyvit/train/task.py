@@ -19,7 +19,10 @@ from ..targets.sparse import ensemble_loss
 from .sharding import ModelEma, prepare_student
 from .student import freeze_batch_norm
 
-__all__ = ['SparseLogitTask']
+__all__ = ['LOSSES', 'SparseLogitTask']
+
+# What a run keeps of the losses of a batch.
+LOSSES = ('loss', 'label_loss', 'distill_loss')
 
 # What is used of a batch besides its views.
 TARGETS = ('label', 'label2', 'lam', 'record')
