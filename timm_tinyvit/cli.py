@@ -16,7 +16,7 @@ from .base.console import info, print_result, setup_console
 from .base.errors import InputError, reports_input_errors
 from .config import commands, training
 from .config.arguments import ArgumentParser
-from .save_logits import fill
+from .save_logits import fill, print_filled
 
 if TYPE_CHECKING:
     from .report.labels import LabelledViews
@@ -93,10 +93,10 @@ def copy(args: argparse.Namespace) -> None:
     if not args.dataset:
         if args.samples:
             raise InputError('--samples without --dataset: the copy is told from others by its images; name the data')
-        _say_filled(copy_epochs(store, args.output, args.epochs or store.manifest.stored_epochs))
+        print_filled(copy_epochs(store, args.output, args.epochs or store.manifest.stored_epochs))
         return
     dataset = load_split(args.dataset, args.train_split, is_training=True)
-    _say_filled(
+    print_filled(
         copy_range(store, args.output, args.samples, dataset, args.epochs, args.input_key, args.target_key)
         if args.samples else copy_keys(store, args.output, dataset, args.epochs, args.input_key, args.key))
 
@@ -107,7 +107,7 @@ def merge(args: argparse.Namespace) -> None:
     from .teacher.copy import merge_stores
 
     stores = [open_reader(path, args.keep_epochs, args.store_cache) for path in args.stores]
-    _say_filled(merge_stores(args.output, stores))
+    print_filled(merge_stores(args.output, stores))
 
 
 def estimate(args: argparse.Namespace) -> None:
@@ -250,9 +250,3 @@ def _labelled_views(args: argparse.Namespace, store: 'LogitStore') -> 'LabelledV
     from .report.labels import labelled_views
 
     return labelled_views(store, args.dataset, args.train_split, args.input_key, args.target_key, args.key)
-
-
-def _say_filled(store: 'LogitStore') -> None:
-    from .report.store import shards_on_disk
-
-    print_result(f'shards           {shards_on_disk(store)}')

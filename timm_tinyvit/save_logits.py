@@ -6,6 +6,7 @@ folder. Stopped at any moment, the same command fills just what is still missing
 """
 
 import argparse
+from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
 from . import register_models
@@ -14,7 +15,10 @@ from .base.errors import reports_input_errors
 from .config.arguments import ArgumentParser
 from .config.commands import add_fill_arguments
 
-__all__ = ['fill', 'main']
+if TYPE_CHECKING:
+    from .store.base import StoreReader
+
+__all__ = ['fill', 'main', 'print_filled']
 
 
 def fill(args: argparse.Namespace) -> None:
@@ -25,7 +29,6 @@ def fill(args: argparse.Namespace) -> None:
     from .data.sources import load_split
     from .hub.push_store import PublishedStore, publish_store
     from .report.labels import labelled_views
-    from .report.store import shards_on_disk
     from .teacher.creating import create_store, create_teacher, views_to_fill
     from .teacher.fill import fill_store
 
@@ -47,7 +50,7 @@ def fill(args: argparse.Namespace) -> None:
     epochs = range(max(args.epochs.start, store.manifest.first_epoch), args.epochs.stop)
     fill_store(store, teacher, views_to_fill(args, store, replay, dataset), epochs, args.shards, args.workers)
     if accelerator.is_main_process:
-        print_result(f'shards           {shards_on_disk(store)}')
+        print_filled(store)
         if args.push_to_hub:
             data = None
             if args.streaming:
@@ -59,6 +62,13 @@ def fill(args: argparse.Namespace) -> None:
                     store, args.dataset, args.train_split, args.input_key, args.target_key, args.key)
             publish_store(store, PublishedStore(args.push_to_hub, args.hub_private), None, data, args.hub_license)
     accelerator.end_training()
+
+
+def print_filled(store: 'StoreReader') -> None:
+    """Print which part of a store is on disk."""
+    from .report.store import shards_on_disk
+
+    print_result(f'shards           {shards_on_disk(store)}')
 
 
 @reports_input_errors
