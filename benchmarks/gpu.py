@@ -22,7 +22,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import queue
 import re
 import statistics
@@ -44,6 +43,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 import timm_tinyvit  # noqa: F401  registers the models
+from timm_tinyvit.base.launch import device_name
 
 FOLDER = Path(__file__).parent
 MODELS = ['tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224']
@@ -328,12 +328,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--toy', action='store_true', help='tiny batches and images, to test the benchmark itself')
     args = parser.parse_args(argv)
     if args.output is None:
-        args.output = FOLDER / 'results' / re.sub(r'\W+', '-', device_name(args.device).lower())
+        args.output = FOLDER / 'results' / re.sub(r'\W+', '-', device_name(torch.device(args.device)).lower())
     return args
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith('cuda') else platform.processor() or 'cpu'
 
 
 @contextmanager
@@ -352,7 +348,7 @@ def writer(path: Path, **constants: Any) -> Iterator[Write]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    where = dict(device=device_name(args.device), torch=torch.__version__, timm=timm.__version__)
+    where = dict(device=device_name(torch.device(args.device)), torch=torch.__version__, timm=timm.__version__)
     failed = []
     for name in args.parts:
         start = time.perf_counter()
