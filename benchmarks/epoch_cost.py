@@ -58,7 +58,8 @@ from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay, library_versions
 from timm_tinyvit.models.loading import Normalize, set_image_size
-from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
 

@@ -37,7 +37,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 

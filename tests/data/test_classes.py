@@ -25,7 +25,8 @@ from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.store.keys import KeyIndex, hash_keys
-from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 

@@ -20,7 +20,8 @@ from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import class_names, find_column, load_split
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay
-from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 

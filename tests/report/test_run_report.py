@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
+from timm_tinyvit import cli
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.models.loading import Normalize
-from timm_tinyvit import cli
 from timm_tinyvit.report import compare as run_comparison, plots, run as run_report
 from timm_tinyvit.report.compare import compare_runs, mcnemar
 from timm_tinyvit.report.run import write_run_report

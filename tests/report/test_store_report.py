@@ -23,8 +23,8 @@ from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.pairing import Pairing
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.report import plots
-from timm_tinyvit.report.page import Bar, Picture
 from timm_tinyvit.report.labels import label_mismatch, labelled_views, teacher_classes
+from timm_tinyvit.report.page import Bar, Picture
 from timm_tinyvit.report.pictures import choose_samples, draw_pictures, show_samples
 from timm_tinyvit.report.statistics import filled_shards, store_statistics
 from timm_tinyvit.report.store import figures_of, plain_report, store_facts, store_page, text_report

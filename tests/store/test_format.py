@@ -19,7 +19,8 @@ import torch
 
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.store.arrow import HEADER_SIZE
-from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, MAGIC
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets

@@ -25,7 +25,8 @@ from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.keys import KeyIndex, hash_keys
-from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 

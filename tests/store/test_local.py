@@ -23,7 +23,8 @@ from support.files import tree
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.files import write_atomic
 from timm_tinyvit.base.machine import machine_name
-from timm_tinyvit.store.local import LogitStore, Manifest
+from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, ShardFormat
 from timm_tinyvit.targets.codecs import create_codec
 

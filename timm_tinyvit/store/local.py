@@ -21,7 +21,7 @@ from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .reader import ShardStore
 from .shard import shard_name
 
-__all__ = ['LogitStore', 'Manifest']
+__all__ = ['LogitStore']
 
 
 class LogitStore(ShardStore):

@@ -21,7 +21,8 @@ from ..data.fingerprint import (
 from ..data.sources import find_column
 from ..data.view_config import ViewConfig
 from ..store.keys import KeyIndex
-from ..store.local import LogitStore, Manifest
+from ..store.local import LogitStore
+from ..store.manifest import Manifest
 from ..store.reader import ShardStore
 
 __all__ = ['copy_epochs', 'copy_keys', 'copy_range', 'merge_stores']

@@ -22,7 +22,8 @@ from ..data.views import Replay, library_versions
 from ..models.loading import create_pretrained
 from ..models.names import hub_repo_of
 from ..store.keys import KeyIndex
-from ..store.local import LogitStore, Manifest
+from ..store.local import LogitStore
+from ..store.manifest import Manifest
 from ..targets.codecs import create_codec
 from .fill import choose_shards
 from .teacher import Teacher

@@ -21,7 +21,8 @@ from ..base.launch import init_worker
 from ..base.leases import Leases
 from ..data.dataset import EpochRow, SparseLogitDataset, collate
 from ..data.streaming import StreamedRows
-from ..store.local import LogitStore, Manifest
+from ..store.local import LogitStore
+from ..store.manifest import Manifest
 from ..targets.sparse import SparseTargets
 from .progress import StoreProgress
 from .teacher import Teacher
