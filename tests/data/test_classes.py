@@ -201,7 +201,7 @@ def test_training_labels_get_the_numbers_of_the_stores_classes_and_the_fingerpri
         store = make_store(tmp_path / f'of {names}', images, list(names))
         data = SparseLogitDataset(images, replay, store)
         assert [sample['label'] for sample in data.__getitems__([(0, row) for row in range(6)])] == expected
-        assert read_labels(data.dataset, data.label_key).tolist() == expected
+        assert read_labels(data.dataset, data.label_column).tolist() == expected
     assert renumbered(images, 'label', list('xbc')) is images and class_numbers(images, 'label', list('xyz')) is None
 
 

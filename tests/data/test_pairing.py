@@ -333,7 +333,7 @@ def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, teacher, cap
     with refused('lacks partners', '--samples'):
         copy_range(store, tmp_path / 'copy', range(0, 20), whole)
     with refused("column 'name'", 'leave --key'):
-        SparseLogitDataset(whole.add_column('name', list(range(61))), replay, key='name')
+        SparseLogitDataset(whole.add_column('name', list(range(61))), replay, key_column='name')
     common = ['--dataset', DATA, '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--epochs', '1', *FLAGS]
     for flags in (['--train-split', SPLIT], ['--streaming']):
         with pytest.raises(SystemExit):

@@ -114,11 +114,12 @@ def assert_same(sample, expected):
 @pytest.mark.parametrize('label_format', ['cls', 'json'])
 def test_a_folder_of_tar_files_is_a_data_set_with_labels_and_keys(label_format, folders, named):
     rows = load_split(str(folders / label_format), 'train[:80]', is_training=True)
-    label_key = find_column(rows, None, is_image=False)
+    label_column = find_column(rows, None, is_image=False)
     assert find_column(rows, None, is_image=True) == 'jpg'
-    assert label_key == {'cls': 'cls', 'json': 'json.label'}[label_format] and class_names(rows, label_key) is None
+    assert label_column == {'cls': 'cls', 'json': 'json.label'}[label_format]
+    assert class_names(rows, label_column) is None
     assert len(rows) == 80 and rows['__key__'][:] == named['name'][:80]
-    assert read_labels(rows, label_key).tolist() == named['label'][:80]
+    assert read_labels(rows, label_column).tolist() == named['label'][:80]
 
 
 def test_a_label_inside_of_json_comes_with_its_view(folders, stores):
@@ -171,7 +172,7 @@ def test_a_stream_without_a_store_shows_the_same_views(folders, stores):
     replay = open_store(stores / 'cls')[1]
     expected = map_style(stores / 'cls', folders / 'cls', 0)
     stream = load_split(str(folders / 'cls'), None, is_training=True, streaming=True)
-    for sample in SparseLogitStream(stream, replay, key='__key__'):
+    for sample in SparseLogitStream(stream, replay, key_column='__key__'):
         assert 'record' not in sample and torch.equal(sample['view'], expected[sample['index']]['view'])
 
 
@@ -342,7 +343,7 @@ def test_changed_images_and_unknown_keys_of_a_stream_are_refused(folders, stores
         list(stream_of(stores / 'cls', write_tars(renamed, tmp_path / 'renamed', 'cls')))
     # The parquet files hold the same images under the same keys in another file format.
     with refused('other bytes', str(stores / 'cls')):
-        list(stream_of(stores / 'cls', folders / 'parquet', key='name'))
+        list(stream_of(stores / 'cls', folders / 'parquet', key_column='name'))
     store, replay = open_store(stores / 'cls')
     data = StreamedRows(load_split(str(folders / 'parquet'), None, True, streaming=True).rename_column(
         'name', '__key__'), replay, store)

@@ -135,13 +135,13 @@ def test_the_samples_that_are_shown_are_the_surest_with_the_pictures_that_the_mo
 def test_student_and_teacher_are_compared_on_views_of_the_store(runs):
     """The figures are those of the exported student, the teacher's records and its dense targets."""
     found = StoredViews.read(runs / 'one' / 'stored_views.npz')
-    ending = suffixed('', TrainedRun.read(runs / 'one').weights)
+    weights = TrainedRun.read(runs / 'one').weights
     store, replay = open_store(str(runs / 'logits'), {})
     data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
     sampler = EpochBatchSampler(96, 16, 42, store_epochs=store.manifest.stored_epochs)
     sampler.set_epoch(1)
     batches = list(DataLoader(data, batch_sampler=sampler, collate_fn=collate))
-    model = timm.create_model(f'local-dir:{runs / "one"}/last{ending}', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{runs / "one"}/{suffixed("last", weights)}', pretrained=True).eval()
     config = resolve_data_config({}, model=model)
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ('mean', 'std'))
     with torch.no_grad():
@@ -159,13 +159,13 @@ def test_student_and_teacher_are_compared_on_views_of_the_store(runs):
     page = (runs / 'one' / 'report.html').read_text()
     agreement = 100 * (student.argmax(1) == best[:, 0]).double().mean()
     assert f'of {agreement:.1f}%' in page and f'is {divergence.mean():.4f} nats' in page
-    assert (found.ending, found.stored_epochs) == (ending, [1]) and 'of epoch 2, stored epoch 1: the student' in page
+    assert (found.weights, found.stored_epochs) == (weights, [1]) and 'of epoch 2, stored epoch 1: the student' in page
 
 
-@pytest.mark.parametrize('ending, whose', [('', 'student'), ('_ema', 'student (averaged weights)')])
-def test_the_page_says_whose_weights_stand_beside_the_teacher(run, no_plots, ending, whose):
+@pytest.mark.parametrize('weights, whose', [('student', 'student'), ('ema', 'student (averaged weights)')])
+def test_the_page_says_whose_weights_stand_beside_the_teacher(run, no_plots, weights, whose):
     found = StoredViews.read(run / 'stored_views.npz')
-    replace(found, ending=ending, stored_epochs=[3, 4]).write(run / 'stored_views.npz')
+    replace(found, weights=weights, stored_epochs=[3, 4]).write(run / 'stored_views.npz')
     page = write_run_report(run).read_text()
     assert f'stored epoch 3 and 4: the {whose} and the teacher agree' in page
     assert f'<th class=number>{whose}</th><th class=number>teacher</th>' in page

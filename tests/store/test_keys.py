@@ -185,7 +185,7 @@ def test_a_filtered_shuffled_and_rewritten_data_set_sees_the_same_views_and_reco
 
 
 def test_the_index_of_a_view_is_the_hash_of_its_key_with_and_without_a_store(named, replay, store):
-    plain = SparseLogitDataset(named, replay, key='name')
+    plain = SparseLogitDataset(named, replay, key_column='name')
     stored = SparseLogitDataset(named, replay, store)
     assert 'record' not in plain[1, 5] and torch.equal(plain[1, 5]['view'], stored[1, 5]['view'])
     digest = hashlib.blake2b(b's' + named[5]['name'].encode(), digest_size=8).digest()
@@ -207,7 +207,7 @@ def test_a_renamed_column_of_keys_is_named_by_a_flag(named, replay, store, refus
     renamed = named.rename_column('name', '__key__')
     with refused("no column 'name'", '__key__', '--key'):
         SparseLogitDataset(renamed, replay, store)
-    assert torch.equal(SparseLogitDataset(renamed, replay, store, key='__key__')[0, 9]['record'],
+    assert torch.equal(SparseLogitDataset(renamed, replay, store, key_column='__key__')[0, 9]['record'],
                        SparseLogitDataset(named, replay, store)[0, 9]['record'])
 
 
@@ -242,7 +242,7 @@ def test_keys_that_are_doubled_missing_or_no_keys_are_refused(named, replay, tmp
         with refused(*words):
             keyed_fingerprint(named.remove_columns('name').add_column('name', changed), 'name')
     with refused("no column 'nothing'", 'name, number', '--key'):
-        SparseLogitDataset(named, replay, key='nothing')
+        SparseLogitDataset(named, replay, key_column='nothing')
     for column in ('image', 'half'):
         with refused(repr(column), 'not strings or integers', '--key'):
             keyed_fingerprint(named.add_column('half', [0.5] * ROWS), column)
@@ -270,7 +270,7 @@ def test_a_store_by_position_takes_no_key(fashion, replay, tmp_path, refused):
         num_samples=10, num_classes=10, k=2, record_width=codec.width, epochs=1, seed=0, shard_size=8,
         dataset=dataset_fingerprint(rows)))
     with refused('by position', '--key'):
-        SparseLogitDataset(rows, replay, store, key='label')
+        SparseLogitDataset(rows, replay, store, key_column='label')
 
 
 def test_a_manifest_that_forgot_its_images_is_refused(named, replay, store, tmp_path, refused):

@@ -66,15 +66,15 @@ def resolve_classes(
     Raises:
         InputError: They are not known, or store, training and validation labels do not agree with them.
     """
-    label_key = find_column(train_set, args.target_key, is_image=False)
-    label_names = class_names(train_set, label_key) if label_key else None
+    label_column = find_column(train_set, args.target_key, is_image=False)
+    label_names = class_names(train_set, label_column) if label_column else None
     taught, source = getattr(taught_by, 'manifest', taught_by), '--train-split'
     if taught is not None:
         source = f'the teacher {taught.name}' if taught is taught_by else f'the store {taught_by.path}'
     num = args.num_classes or (taught.num_classes if taught is not None else len(label_names or ()))
     if not num:
         raise InputError(f'the number of classes is not known from the data; '
-                         f'{"give --num-classes" if label_key else no_labels(train_set)}')
+                         f'{"give --num-classes" if label_column else no_labels(train_set)}')
     if taught is not None and num != taught.num_classes:
         raise InputError(f'the student has {num} classes, {source} {taught.num_classes}; leave --num-classes out, or '
                          f'use another store')
@@ -83,15 +83,15 @@ def resolve_classes(
     learns_labels, num_labels = taught is None or args.alpha < 1, label_names and len(label_names)
     numbers = None
     try:
-        numbers = _numbers_of(train_set, label_key, names, '--train-split', source)
+        numbers = _numbers_of(train_set, label_column, names, '--train-split', source)
     except InputError as error:
         if learns_labels:
             raise
         warning(f'{error}; they are compared with no prediction')
         num_labels = 0
     if learns_labels and not args.streaming:
-        checked = train_set if numbers is None else _renumber(train_set, label_key, numbers, names)
-        check_labels(checked, label_key, num, '--train-split')
+        checked = train_set if numbers is None else _renumber(train_set, label_column, numbers, names)
+        check_labels(checked, label_column, num, '--train-split')
     val_key = find_column(val_set, args.target_key, is_image=False)
     val_set = match_classes(val_set, val_key, names, '--val-split', source)
     check_labels(val_set, val_key, num, '--val-split')
@@ -132,7 +132,7 @@ def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
 
 def match_classes(
         dataset: datasets.Dataset,
-        label_key: str | None,
+        label_column: str | None,
         names: Sequence[str] | None,
         flag: str,
         source: str,
@@ -141,7 +141,7 @@ def match_classes(
 
     Args:
         dataset: The split.
-        label_key: Its label column; None leaves it as it is.
+        label_column: Its label column; None leaves it as it is.
         names: Names of the classes, in their order; None where they are not known. For those of ImageNet-22k, the
             labels of ImageNet-1k are left as they are.
         flag: The flag that named the split.
@@ -150,19 +150,19 @@ def match_classes(
     Raises:
         InputError: The split has other classes.
     """
-    numbers = _numbers_of(dataset, label_key, names, flag, source)
-    return dataset if numbers is None else _renumber(dataset, label_key, numbers, names)
+    numbers = _numbers_of(dataset, label_column, names, flag, source)
+    return dataset if numbers is None else _renumber(dataset, label_column, numbers, names)
 
 
 def _numbers_of(
         dataset: Source,
-        label_key: str | None,
+        label_column: str | None,
         names: Sequence[str] | None,
         flag: str,
         source: str,
 ) -> np.ndarray | None:
     """The new number of each class of a split, None where it keeps those that it has; see `match_classes`."""
-    here = class_names(dataset, label_key) if label_key else None
+    here = class_names(dataset, label_column) if label_column else None
     if not here or not names or len(names) == NUM_CLASSES_22K and len(here) == len(imagenet1k_in_22k()):
         return None
     try:
@@ -177,15 +177,15 @@ def _numbers_of(
     return numbers
 
 
-def renumbered(dataset: datasets.Dataset, label_key: str | None, names: Sequence[str]) -> datasets.Dataset:
+def renumbered(dataset: datasets.Dataset, label_column: str | None, names: Sequence[str]) -> datasets.Dataset:
     """A split with the numbers of other classes where all of its own are among them by name; else as it is."""
-    numbers = class_numbers(dataset, label_key, names)
-    return dataset if numbers is None else _renumber(dataset, label_key, numbers, names)
+    numbers = class_numbers(dataset, label_column, names)
+    return dataset if numbers is None else _renumber(dataset, label_column, numbers, names)
 
 
-def class_numbers(dataset: Source, label_key: str | None, names: Sequence[str]) -> np.ndarray | None:
+def class_numbers(dataset: Source, label_column: str | None, names: Sequence[str]) -> np.ndarray | None:
     """The number that each class of a split has among others, by its name; None where not all of them are there."""
-    here = class_names(dataset, label_key) if label_key and names else None
+    here = class_names(dataset, label_column) if label_column and names else None
     try:
         return match_names(here, names) if here else None
     except ValueError:
@@ -200,18 +200,18 @@ def new_labels(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 def _renumber(
         dataset: datasets.Dataset,
-        label_key: str,
+        label_column: str,
         numbers: np.ndarray,
         names: Sequence[str],
 ) -> datasets.Dataset:
     if len(numbers) == len(names) and np.array_equal(numbers, np.arange(len(names))):
         return dataset
-    labels = new_labels(read_labels(dataset, label_key), numbers)
-    if label_key not in dataset.column_names:
+    labels = new_labels(read_labels(dataset, label_column), numbers)
+    if label_column not in dataset.column_names:
         dataset = dataset.flatten()  # an entry of a structure
     # A table of no column would have no rows.
-    return dataset.rename_column(label_key, f'old {label_key}').add_column(
-        label_key, labels, feature=datasets.ClassLabel(names=list(names))).remove_columns(f'old {label_key}')
+    return dataset.rename_column(label_column, f'old {label_column}').add_column(
+        label_column, labels, feature=datasets.ClassLabel(names=list(names))).remove_columns(f'old {label_column}')
 
 
 def valid_names(names: Any, num_classes: int) -> list[str]:
@@ -231,23 +231,23 @@ def checkpoint_names(weights: str | None) -> list[str] | None:
         return None  # whoever needs the file says so
 
 
-def check_labels(dataset: datasets.Dataset, label_key: str | None, num_classes: int, flag: str) -> None:
+def check_labels(dataset: datasets.Dataset, label_column: str | None, num_classes: int, flag: str) -> None:
     """Refuse a split whose labels the model cannot have.
 
     Args:
         dataset: The split.
-        label_key: Its label column.
+        label_column: Its label column.
         num_classes: Classes of the model.
         flag: The flag that named the split.
 
     Raises:
         InputError: There is no label column, no sample, or a label out of range.
     """
-    if label_key is None:
+    if label_column is None:
         raise InputError(f'the data of {flag} have no labels: {no_labels(dataset)}')
     if not len(dataset):
         raise InputError(f'the data of {flag} are empty; name another split')
-    check_label_values(read_labels(dataset, label_key), num_classes, flag)
+    check_label_values(read_labels(dataset, label_column), num_classes, flag)
 
 
 def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
@@ -262,21 +262,23 @@ def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
                          f'{num_classes} classes; check --target-key, --num-classes and {flag}')
 
 
-def class_mismatch(dataset: datasets.Dataset, label_key: str, num_classes: int) -> str | None:
+def class_mismatch(dataset: datasets.Dataset, label_column: str, num_classes: int) -> str | None:
     """Why the labels of an evaluation split are not the classes of a model, in words; None where they can be.
 
     Args:
         dataset: The split.
-        label_key: Its label column.
+        label_column: Its label column.
         num_classes: Classes of the model. One of ImageNet-22k is looked at on the labels of ImageNet-1k.
     """
-    names = class_names(dataset, label_key)
-    if not names or len(names) == num_classes or num_classes == NUM_CLASSES_22K and is_imagenet1k(dataset, label_key):
+    names = class_names(dataset, label_column)
+    if not names or len(names) == num_classes:
+        return None
+    if num_classes == NUM_CLASSES_22K and is_imagenet1k(dataset, label_column):
         return None
     return f'the labels of --val-split are {len(names):,} classes, the model has {num_classes:,}'
 
 
-def is_imagenet1k(dataset: datasets.Dataset, label_key: str) -> bool:
+def is_imagenet1k(dataset: datasets.Dataset, label_column: str) -> bool:
     """Whether labels are those of ImageNet-1k, by their number: class names, or else the largest label."""
-    names = class_names(dataset, label_key)
-    return (len(names) if names else int(read_labels(dataset, label_key).max()) + 1) == len(imagenet1k_in_22k())
+    names = class_names(dataset, label_column)
+    return (len(names) if names else int(read_labels(dataset, label_column).max()) + 1) == len(imagenet1k_in_22k())

@@ -22,7 +22,7 @@ from ..store.keys import KeyIndex, hash_keys
 from .classes import renumbered
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
-from .sources import column, encoded_image, find_column, find_key, image_root, labels_of
+from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of
 from .views import Replay, decode_image
 
 __all__ = [
@@ -43,8 +43,8 @@ class ImageDataset(Dataset):
     Args:
         dataset: A map-style Hugging Face data set with an image column.
         transform: From an RGB image to a uint8 tensor [3, H, W].
-        image_key: Its image column; found by its usual names by default.
-        label_key: Its label column of integers, likewise; without one every label is -1.
+        image_column: Its image column; found by its usual names by default.
+        label_column: Its label column of integers, likewise; without one every label is -1.
 
     Raises:
         InputError: A column is missing or of the wrong kind.
@@ -54,11 +54,11 @@ class ImageDataset(Dataset):
             self,
             dataset: datasets.Dataset,
             transform: Callable[[Image.Image], torch.Tensor],
-            image_key: str | None = None,
-            label_key: str | None = None,
+            image_column: str | None = None,
+            label_column: str | None = None,
     ):
-        self.image_key = find_column(dataset, image_key, is_image=True)
-        self.label_key = find_column(dataset, label_key, is_image=False)
+        self.image_column = find_column(dataset, image_column, is_image=True)
+        self.label_column = find_column(dataset, label_column, is_image=False)
         self.root = image_root(dataset)
         # The arrow format hands out the stored bytes and no decoded image, whatever format was set.
         self.dataset = dataset.with_format('arrow')
@@ -80,11 +80,11 @@ class ImageDataset(Dataset):
         Raises:
             InputError: An image cannot be decoded; the message names its sample.
         """
-        sources = column(table, self.image_key).to_pylist()
+        sources = column(table, self.image_column).to_pylist()
         decode = getattr(self.transform, 'decode', decode_image)
         images = [decode_source(source, index, decode, self.root)
                   for source, index in zip(sources, indices, strict=True)]
-        return images, labels_of(table, self.label_key).tolist()
+        return images, labels_of(table, self.label_column).tolist()
 
 
 def decode_source(
@@ -131,9 +131,9 @@ class SparseLogitDataset(ImageDataset):
         dataset: A map-style Hugging Face data set with an image column.
         replay: Makes the views.
         store: Where the records come from; None to fill a store, or to train on labels alone.
-        image_key: The image column.
-        label_key: The label column.
-        key: The column of keys; by default the store's.
+        image_column: The image column.
+        label_column: The label column.
+        key_column: The column of keys; by default the store's.
         first_sample: Index of the first row where there are neither store nor keys.
 
     Attributes:
@@ -149,31 +149,31 @@ class SparseLogitDataset(ImageDataset):
             dataset: datasets.Dataset,
             replay: Replay,
             store: StoreReader | None = None,
-            image_key: str | None = None,
-            label_key: str | None = None,
-            key: str | None = None,
+            image_column: str | None = None,
+            label_column: str | None = None,
+            key_column: str | None = None,
             first_sample: int = 0,
     ):
-        super().__init__(dataset, replay, image_key, label_key)
+        super().__init__(dataset, replay, image_column, label_column)
         self.replay = replay
         self.store = store
-        self.key = key or (store.manifest.key if store else None)
+        self.key_column = key_column or (store.manifest.key if store else None)
         self.first_sample = store.manifest.first_sample if store else first_sample
         self.key_index: KeyIndex | None = None
-        if key and store and not store.manifest.key:
+        if key_column and store and not store.manifest.key:
             raise InputError(f'the store {store.path} knows its samples by position; leave --key out')
-        check_no_mixing_with_keys(replay, self.key)
+        check_no_mixing_with_keys(replay, self.key_column)
         self.pairing = Pairing(replay.seed, len(dataset)) if replay.config.is_mixed else None
-        if self.key:
-            find_key(dataset, self.key)
+        if self.key_column:
+            find_key_column(dataset, self.key_column)
         if store and store.manifest.key:
             self.key_index = store.open_keys()
-            check_keys(store, self.key_index, dataset, self.key, self.image_key)
+            check_keys(store, self.key_index, dataset, self.key_column, self.image_column)
         elif store:
-            check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
+            check_fingerprint(store, dataset_fingerprint(dataset, image_column, label_column))
         if store:
             # Labels have the numbers of the store's classes, where names tell them.
-            self.dataset = renumbered(dataset, self.label_key, store.manifest.class_names).with_format('arrow')
+            self.dataset = renumbered(dataset, self.label_column, store.manifest.class_names).with_format('arrow')
 
     def __getitem__(self, place: EpochRow) -> dict[str, Any]:
         return self.__getitems__([place])[0]
@@ -204,8 +204,8 @@ class SparseLogitDataset(ImageDataset):
         table = self.dataset[rows]
         images, labels = self.decode(table, rows)
         store_rows, indices = rows, rows + self.first_sample
-        if self.key:
-            keys = column(table, self.key)
+        if self.key_column:
+            keys = column(table, self.key_column)
             indices = hash_keys(keys, rows)
             if self.key_index is not None:
                 store_rows = self.key_index.rows_of(keys, indices)
@@ -220,16 +220,17 @@ class SparseLogitDataset(ImageDataset):
         return samples
 
 
-def check_no_mixing_with_keys(replay: Replay, key: str | None) -> None:
+def check_no_mixing_with_keys(replay: Replay, key_column: str | None) -> None:
     """Refuse keys where views are mixed: pairs are known by position, and in a part of the samples some are torn.
 
     Raises:
         InputError: There are both.
     """
-    if key and replay.config.is_mixed:
+    if key_column and replay.config.is_mixed:
         raise InputError(
-            f'Mixup and CutMix pair samples by their position in the whole data set, but here the column {key!r} names '
-            f'them and partners may be absent; leave --key and --streaming out, or --mixup and --cutmix')
+            f'Mixup and CutMix pair samples by their position in the whole data set, but here the column '
+            f'{key_column!r} names them and partners may be absent; leave --key and --streaming out, '
+            f'or --mixup and --cutmix')
 
 
 def read_records(store: StoreReader, epochs: np.ndarray, rows: np.ndarray) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ..base.errors import InputError
 from ..store.base import StoreReader
 from ..store.keys import KeyIndex, hash_keys
 from .sources import (
-    Source, column, encoded_image, find_column, find_key, image_root, labels_of, select_columns,
+    Source, column, encoded_image, find_column, find_key_column, image_root, labels_of, select_columns,
 )
 
 __all__ = [
@@ -33,19 +33,19 @@ NUM_FINGERPRINT_ROWS = 256
 @functools.lru_cache(maxsize=2)  # a program asks more than once, and reading all labels takes its time
 def dataset_fingerprint(
         dataset: datasets.Dataset,
-        image_key: str | None = None,
-        label_key: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
 ) -> dict[str, Any]:
     """Number of rows, and a hash of the labels and of 256 encoded images, of a data set known by position."""
-    image_key = find_column(dataset, image_key, is_image=True)
-    label_key = find_column(dataset, label_key, is_image=False)
+    image_column = find_column(dataset, image_column, is_image=True)
+    label_column = find_column(dataset, label_column, is_image=False)
     digest = hashlib.blake2b(digest_size=16)
-    if label_key is not None:
-        for table in select_columns(dataset, label_key).iter(1 << 16):
-            digest.update(labels_of(table, label_key))
+    if label_column is not None:
+        for table in select_columns(dataset, label_column).iter(1 << 16):
+            digest.update(labels_of(table, label_column))
     rows = len(dataset)
     picked = sorted({number * rows // NUM_FINGERPRINT_ROWS for number in range(NUM_FINGERPRINT_ROWS)}) if rows else []
-    for data in _encoded_images(dataset, image_key, picked):
+    for data in _encoded_images(dataset, image_column, picked):
         digest.update(len(data).to_bytes(8, 'little') + data)
     return {'num_samples': rows, 'hash': digest.hexdigest()}
 
@@ -66,7 +66,11 @@ def check_fingerprint(store: StoreReader, fingerprint: dict[str, Any]) -> None:
         f'--train-split, --input-key and --target-key, or make a store for this one')
 
 
-def keyed_fingerprint(dataset: Source, key: str, image_key: str | None = None) -> tuple[dict[str, Any], np.ndarray]:
+def keyed_fingerprint(
+        dataset: Source,
+        key_column: str,
+        image_column: str | None = None,
+) -> tuple[dict[str, Any], np.ndarray]:
     """What a data set known by a key column is, from one pass over it.
 
     Returns:
@@ -76,28 +80,29 @@ def keyed_fingerprint(dataset: Source, key: str, image_key: str | None = None) -
     Raises:
         InputError: There is no such column, a key is missing, or two samples have the same.
     """
-    image_key = find_column(dataset, image_key, is_image=True)
+    image_column = find_column(dataset, image_column, is_image=True)
     is_stream, root = isinstance(dataset, datasets.IterableDataset), image_root(dataset)
     parts, samples = [], {}
-    for hashes, table in iterate_keys(dataset, key, *([image_key] if is_stream else [])):
+    for hashes, table in iterate_keys(dataset, key_column, *([image_column] if is_stream else [])):
         parts.append(hashes)
         if is_stream:
             # A stream is not read once more for its images.
             bound = max(samples) if len(samples) == NUM_FINGERPRINT_ROWS else (1 << 64) - 1
             for place in np.flatnonzero(hashes <= bound).tolist():
-                source = column(table, image_key)[place].as_py()
-                samples[int(hashes[place])] = _digest(_read_image(source, column(table, key)[place].as_py(), root))
+                source = column(table, image_column)[place].as_py()
+                key = column(table, key_column)[place].as_py()
+                samples[int(hashes[place])] = _digest(_read_image(source, key, root))
             samples = {number: samples[number] for number in sorted(samples)[:NUM_FINGERPRINT_ROWS]}
     hashes = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint64)
     order = np.argsort(hashes)
     same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     if len(same):
         first, second = sorted(order[same[0]:same[0] + 2].tolist())
-        raise InputError(f'samples {first} and {second} have the same key {_key_at(dataset, key, first)!r}; name a '
-                         f'column without duplicates with --key')
+        raise InputError(f'samples {first} and {second} have the same key {_key_at(dataset, key_column, first)!r}; '
+                         f'name a column without duplicates with --key')
     if not is_stream:
         picked = order[:NUM_FINGERPRINT_ROWS]
-        images = _encoded_images(dataset, image_key, picked.tolist())
+        images = _encoded_images(dataset, image_column, picked.tolist())
         samples = {number: _digest(data) for number, data in zip(hashes[picked].tolist(), images)}
     return key_fingerprint(hashes, samples), hashes
 
@@ -116,7 +121,13 @@ def key_fingerprint(hashes: np.ndarray, samples: dict[int, str]) -> dict[str, An
     }
 
 
-def check_keys(store: StoreReader, index: KeyIndex, dataset: datasets.Dataset, key: str, image_key: str) -> None:
+def check_keys(
+        store: StoreReader,
+        index: KeyIndex,
+        dataset: datasets.Dataset,
+        key_column: str,
+        image_column: str,
+) -> None:
     """Refuse a data set whose keys are not all in a store, or whose images are others than those that it was made from.
 
     Raises:
@@ -125,12 +136,12 @@ def check_keys(store: StoreReader, index: KeyIndex, dataset: datasets.Dataset, k
     checked = stored_samples(store)
     wanted = np.array(list(checked), dtype=np.uint64)
     first, here = 0, {}
-    for hashes, table in iterate_keys(dataset, key):
-        index.rows_of(column(table, key), hashes)
+    for hashes, table in iterate_keys(dataset, key_column):
+        index.rows_of(column(table, key_column), hashes)
         here |= {first + place: int(hashes[place]) for place in np.flatnonzero(np.isin(hashes, wanted)).tolist()}
         first += len(hashes)
-    for (row, number), data in zip(here.items(), _encoded_images(dataset, image_key, list(here))):
-        check_image(store, _key_at(dataset, key, row), data, checked[number])
+    for (row, number), data in zip(here.items(), _encoded_images(dataset, image_column, list(here))):
+        check_image(store, _key_at(dataset, key_column, row), data, checked[number])
 
 
 def check_image(store: StoreReader, key: Any, data: bytes, digest: str) -> None:
@@ -159,28 +170,28 @@ def stored_samples(store: StoreReader) -> dict[int, str]:
     return samples
 
 
-def iterate_keys(dataset: Source, key: str, *others: str) -> Iterator[tuple[np.ndarray, pa.Table]]:
+def iterate_keys(dataset: Source, key_column: str, *others: str) -> Iterator[tuple[np.ndarray, pa.Table]]:
     """Hashes of all keys of a data set, uint64 [n] at a time, each with a table of the same rows.
 
     Args:
         dataset: The data set.
-        key: Its column of keys.
+        key_column: Its column of keys.
         others: Columns that the table has too; with them fewer rows come at a time.
 
     Raises:
         InputError: There is no such column of strings or integers, or a key is missing.
     """
-    find_key(dataset, key)
+    find_key_column(dataset, key_column)
     first = 0
-    for table in select_columns(dataset, key, *others).iter(1 << (8 if others else 16)):
-        yield hash_keys(column(table, key), range(first, first + len(table))), table
+    for table in select_columns(dataset, key_column, *others).iter(1 << (8 if others else 16)):
+        yield hash_keys(column(table, key_column), range(first, first + len(table))), table
         first += len(table)
 
 
-def _encoded_images(dataset: datasets.Dataset, image_key: str, rows: list[int]) -> Iterator[bytes]:
+def _encoded_images(dataset: datasets.Dataset, image_column: str, rows: list[int]) -> Iterator[bytes]:
     if not rows:
         return
-    sources, root = column(select_columns(dataset, image_key)[rows], image_key).to_pylist(), image_root(dataset)
+    sources, root = column(select_columns(dataset, image_column)[rows], image_column).to_pylist(), image_root(dataset)
     for row, source in zip(rows, sources):
         yield _read_image(source, row, root)
 
@@ -192,10 +203,10 @@ def _read_image(source: dict[str, Any] | bytes | None, name: Any, root: str | No
         raise InputError(f'the image of sample {name!r} ({source["path"]}) cannot be read: {error.strerror or error}')
 
 
-def _key_at(dataset: Source, key: str, row: int) -> Any:
-    keys = select_columns(dataset, key)
+def _key_at(dataset: Source, key_column: str, row: int) -> Any:
+    keys = select_columns(dataset, key_column)
     table = next(keys.skip(row).iter(1)) if isinstance(dataset, datasets.IterableDataset) else keys[row:row + 1]
-    return column(table, key)[0].as_py()
+    return column(table, key_column)[0].as_py()
 
 
 def _digest(data: bytes) -> str:

@@ -31,7 +31,7 @@ from .folders import FILE_KINDS, check_saved, open_folder
 from .tars import TarSamples
 
 __all__ = [
-    'class_names', 'column', 'encoded_image', 'find_column', 'find_key', 'image_root', 'labels_of', 'load_split',
+    'class_names', 'column', 'encoded_image', 'find_column', 'find_key_column', 'image_root', 'labels_of', 'load_split',
     'no_labels', 'read_labels', 'select_columns',
 ]
 
@@ -171,7 +171,7 @@ def _load(
     return builder.as_dataset()
 
 
-def find_column(dataset: Source, key: str | None, is_image: bool) -> str | None:
+def find_column(dataset: Source, name: str | None, is_image: bool) -> str | None:
     """The name of the image or label column: the given one, or the one that is there under a usual name.
 
     Raises:
@@ -180,28 +180,28 @@ def find_column(dataset: Source, key: str | None, is_image: bool) -> str | None:
     flag, usual = ('--input-key', IMAGE_KEYS) if is_image else ('--target-key', LABEL_KEYS)
     features = _features(dataset)
     names = shorten(', '.join(dataset.column_names), 200)
-    if key is not None and key not in features:
-        raise InputError(f'the data set has no column {key!r}, only {names}; fix {flag}')
+    if name is not None and name not in features:
+        raise InputError(f'the data set has no column {name!r}, only {names}; fix {flag}')
     if not is_image:
-        if key is not None and not _holds_labels(features[key]):
-            raise InputError(f'{_describe(key, features[key])}, not class numbers; {_remedy(key, features[key])}, or '
-                             f'name another with {flag}')
+        if name is not None and not _holds_labels(features[name]):
+            raise InputError(f'{_describe(name, features[name])}, not class numbers; {_remedy(name, features[name])}, '
+                             f'or name another with {flag}')
         # A usual name for text or for several labels is no label column.
-        labels = [name for name in usual if name in features and _holds_labels(features[name])]
-        return key or next(iter(labels), None)
-    key = key or next((name for name in usual if name in features), None)
-    if key is None:
+        labels = [column for column in usual if column in features and _holds_labels(features[column])]
+        return name or next(iter(labels), None)
+    name = name or next((column for column in usual if column in features), None)
+    if name is None:
         # Bytes alone may be anything.
-        images = [name for name in dataset.column_names if _holds_images(features[name])
-                  and not isinstance(features[name], datasets.Value)]
+        images = [column for column in dataset.column_names if _holds_images(features[column])
+                  and not isinstance(features[column], datasets.Value)]
         if len(images) != 1:
             raise InputError(f'the data set has no image column under a usual name, only {names}; name it with '
                              f'--input-key')
-        key = images[0]
-    if not _holds_images(features[key]):
-        raise InputError(f'{_describe(key, features[key])}, not images; make images of it with `dataset.cast_column('
-                         f'{key!r}, datasets.Image())` (docs/data.md), or name another with --input-key')
-    return key
+        name = images[0]
+    if not _holds_images(features[name]):
+        raise InputError(f'{_describe(name, features[name])}, not images; make images of it with `dataset.cast_column('
+                         f'{name!r}, datasets.Image())` (docs/data.md), or name another with --input-key')
+    return name
 
 
 def no_labels(dataset: Source) -> str:
@@ -214,28 +214,28 @@ def no_labels(dataset: Source) -> str:
             f'--target-key; in a folder of images every file must lie in SPLIT/CLASS/')
 
 
-def find_key(dataset: Source, key: str) -> str:
+def find_key_column(dataset: Source, name: str) -> str:
     """The column of strings or integers that names the samples.
 
     Raises:
         InputError: No column is named, or it is not there, or it holds something else.
     """
-    if not key:
+    if not name:
         raise InputError('the samples of a stream have no position; name the column of keys with --key, as in '
                          '--key __key__ for webdataset')
     features = _features(dataset)
-    if key not in features:
-        raise InputError(f'the data set has no column {key!r}, only {", ".join(dataset.column_names)}; name the column '
-                         f'of keys with --key')
-    kind = features[key].dtype if isinstance(features[key], datasets.Value) else ''
+    if name not in features:
+        raise InputError(f'the data set has no column {name!r}, only {", ".join(dataset.column_names)}; name the '
+                         f'column of keys with --key')
+    kind = features[name].dtype if isinstance(features[name], datasets.Value) else ''
     if not kind.removeprefix('u').removeprefix('large_').startswith(('int', 'string', 'binary')):
-        raise InputError(f'column {key!r} holds {features[key]}, not strings or integers; name another with --key')
-    return key
+        raise InputError(f'column {name!r} holds {features[name]}, not strings or integers; name another with --key')
+    return name
 
 
-def class_names(dataset: Source, label_key: str, num_classes: int | None = None) -> list[str] | None:
+def class_names(dataset: Source, label_column: str, num_classes: int | None = None) -> list[str] | None:
     """Names of the classes, where the label column knows them; with a number of classes, only those of as many."""
-    names = getattr(_features(dataset)[label_key], 'names', None)
+    names = getattr(_features(dataset)[label_column], 'names', None)
     return names if num_classes is None or names and len(names) == num_classes else None
 
 
@@ -306,9 +306,9 @@ def _remedy(name: str, feature: Any) -> str:
     return 'every image needs one class number'
 
 
-def read_labels(dataset: datasets.Dataset, label_key: str) -> np.ndarray:
+def read_labels(dataset: datasets.Dataset, label_column: str) -> np.ndarray:
     """All labels of a data set, int64 [N]; -1 where there is none."""
-    return labels_of(select_columns(dataset, label_key)[:], label_key)
+    return labels_of(select_columns(dataset, label_column)[:], label_column)
 
 
 def image_root(dataset: Source) -> str | None:

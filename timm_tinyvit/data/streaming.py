@@ -27,7 +27,7 @@ from ..store.manifest import stored_epoch
 from .classes import class_numbers, new_labels
 from .dataset import EpochRow, collate, decode_source, read_records
 from .fingerprint import check_image, stored_samples
-from .sources import column, encoded_image, find_column, find_key, image_root, labels_of, select_columns
+from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of, select_columns
 from .views import Replay
 
 __all__ = ['SparseLogitStream', 'StreamLoader', 'StreamedRows']
@@ -45,9 +45,9 @@ class SparseLogitStream(IterableDataset):
         stream: An iterable Hugging Face data set with an image column and a column of keys.
         replay: Makes the views.
         store: Where the records come from; None to train on labels alone.
-        image_key: The image column.
-        label_key: The label column.
-        key: The column of keys; by default the store's.
+        image_column: The image column.
+        label_column: The label column.
+        key_column: The column of keys; by default the store's.
         seed: Seed of the order.
         buffer_size: Rows that are shuffled among each other; 0 for the order of the stream.
         rank: This rank.
@@ -64,9 +64,9 @@ class SparseLogitStream(IterableDataset):
             stream: datasets.IterableDataset,
             replay: Replay,
             store: StoreReader | None = None,
-            image_key: str | None = None,
-            label_key: str | None = None,
-            key: str | None = None,
+            image_column: str | None = None,
+            label_column: str | None = None,
+            key_column: str | None = None,
             seed: int = 0,
             buffer_size: int = 1000,
             rank: int = 0,
@@ -78,16 +78,16 @@ class SparseLogitStream(IterableDataset):
                              f'leave --streaming out, or make the store with --key')
         self.replay = replay
         self.store = store
-        self.image_key, self.root = find_column(stream, image_key, is_image=True), image_root(stream)
-        self.label_key = find_column(stream, label_key, is_image=False)
-        self.key = find_key(stream, key or (store.manifest.key if store else ''))
-        self.numbers = class_numbers(stream, self.label_key, store.manifest.class_names) if store else None
+        self.image_column, self.root = find_column(stream, image_column, is_image=True), image_root(stream)
+        self.label_column = find_column(stream, label_column, is_image=False)
+        self.key_column = find_key_column(stream, key_column or (store.manifest.key if store else ''))
+        self.numbers = class_numbers(stream, self.label_column, store.manifest.class_names) if store else None
         self.store_epochs = store_epochs
         self.key_index = store.open_keys() if store else None
         self.checked = stored_samples(store) if store else {}
         if buffer_size:
             stream = stream.shuffle(seed=seed, buffer_size=buffer_size)
-        columns = [name for name in (self.image_key, self.label_key, self.key) if name]
+        columns = [name for name in (self.image_column, self.label_column, self.key_column) if name]
         self.stream = split_dataset_by_node(select_columns(stream, *columns), rank, world_size)
         self._skipped = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -110,13 +110,13 @@ class SparseLogitStream(IterableDataset):
             yield from self._samples(epoch, pa.concat_tables(tables))
 
     def _samples(self, epoch: int, table: pa.Table) -> list[dict[str, Any]]:
-        names = column(table, self.key)
+        names = column(table, self.key_column)
         hashes = hash_keys(names)
         indices = hashes.astype(np.int64).tolist()
-        sources = column(table, self.image_key).to_pylist()
+        sources = column(table, self.image_column).to_pylist()
         images = [_image(self, *row) for row in zip(sources, names.to_pylist(), indices)]
         views = self.replay.views(images, [(epoch, index) for index in indices])
-        labels = labels_of(table, self.label_key)
+        labels = labels_of(table, self.label_column)
         labels = (labels if self.numbers is None else new_labels(labels, self.numbers)).tolist()
         samples = [dict(view=view, label=label, index=index) for view, label, index in zip(views, labels, indices)]
         if self.store is not None:
@@ -193,7 +193,7 @@ class StreamedRows(Dataset):
         stream: The stream that the keys of the store were read from, in the same order.
         replay: Makes the views.
         store: A store with keys.
-        image_key: The image column.
+        image_column: The image column.
 
     Raises:
         InputError: There is no such column. While filling: the stream has other rows than when its keys were read, an
@@ -205,14 +205,14 @@ class StreamedRows(Dataset):
             stream: datasets.IterableDataset,
             replay: Replay,
             store: LogitStore,
-            image_key: str | None = None,
+            image_column: str | None = None,
     ):
         self.replay = replay
         self.store = store
         self.checked = stored_samples(store)
-        self.image_key, self.root = find_column(stream, image_key, is_image=True), image_root(stream)
-        self.key = find_key(stream, store.manifest.key)
-        self.stream = select_columns(stream, self.image_key, self.key)
+        self.image_column, self.root = find_column(stream, image_column, is_image=True), image_root(stream)
+        self.key_column = find_key_column(stream, store.manifest.key)
+        self.stream = select_columns(stream, self.image_column, self.key_column)
 
     def __getitems__(self, items: list[_Item]) -> list[dict[str, Any]]:
         images = [_image(self, source, name, index) for (_, index), name, source in items]
@@ -242,7 +242,7 @@ class _StreamedBatches:
             tables = list(islice(self.rows, first - self.position, first - self.position + len(batch)))
             self.position = first + len(batch)
             table = pa.concat_tables(tables) if tables else None
-            names = column(table, self.data.key) if tables else []
+            names = column(table, self.data.key_column) if tables else []
             hashes = hash_keys(names) if tables else np.empty(0, dtype=np.uint64)
             other = np.flatnonzero(self.key_index.find(hashes) != np.arange(first, first + len(hashes)))
             if len(other) or len(hashes) < len(batch):
@@ -251,7 +251,7 @@ class _StreamedBatches:
                 raise InputError(f'row {first + place} of the stream {problem}, unlike when the keys of '
                                  f'{self.data.store.path} were read; a store is filled from the same rows in the same '
                                  f'order')
-            sources = column(table, self.data.image_key).to_pylist()
+            sources = column(table, self.data.image_column).to_pylist()
             indices = hashes.astype(np.int64).tolist()
             yield [((epoch, index), name, source) for index, name, source in zip(indices, names.to_pylist(), sources)]
 

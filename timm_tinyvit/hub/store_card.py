@@ -38,7 +38,7 @@ SAMPLE_CLASSES = 10
 STATISTICS_SAMPLES = 10_000
 
 # Arguments of SparseLogitDataset, and the programs' flags for them.
-COLUMN_FLAGS = {'image_key': '--input-key', 'label_key': '--target-key'}
+COLUMN_FLAGS = {'image_column': '--input-key', 'label_column': '--target-key'}
 
 PICTURE_COLUMNS, PICTURE_ROWS = 4, 3
 MAX_PICTURE_BYTES = 300_000

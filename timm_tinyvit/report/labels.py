@@ -34,7 +34,7 @@ class LabelledViews:
         views: Its views and records.
         labels: Labels of the rows of the store, int64 [num_samples]; -1 where there is none.
         class_names: Names of its classes, where it knows them.
-        columns: Its columns by `image_key` and `label_key`, where they are not found by their names.
+        columns: Its columns by `image_column` and `label_column`, where they are not found by their names.
     """
     name: str
     on_hub: bool
@@ -76,7 +76,7 @@ def labelled_views(
         train_split: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
-        key: str | None = None,
+        key_column: str | None = None,
 ) -> LabelledViews | None:
     """The data set of a store.
 
@@ -86,7 +86,7 @@ def labelled_views(
         train_split: Its split, `train` by default.
         input_key: Its image column.
         target_key: Its label column.
-        key: Its column of keys; that of the store by default.
+        key_column: Its column of keys; that of the store by default.
 
     Raises:
         InputError: It cannot be loaded, or is not the one that the store was made from.
@@ -95,19 +95,19 @@ def labelled_views(
         return None
     images = load_split(dataset, train_split, is_training=True)
     replay = Replay(ViewConfig.from_dict(store.manifest.recipe), store.manifest.seed)
-    views = SparseLogitDataset(images, replay, store, input_key, target_key, key)
+    views = SparseLogitDataset(images, replay, store, input_key, target_key, key_column)
     labels, names = np.full(store.manifest.num_samples, -1), None
-    if views.label_key is not None:
-        labels[_rows(views)] = read_labels(views.dataset, views.label_key)
-        names = class_names(views.dataset, views.label_key)
-    columns = {name: column for name, column in (('image_key', input_key), ('label_key', target_key)) if column}
+    if views.label_column is not None:
+        labels[_rows(views)] = read_labels(views.dataset, views.label_column)
+        names = class_names(views.dataset, views.label_column)
+    columns = {name: column for name, column in (('image_column', input_key), ('label_column', target_key)) if column}
     return LabelledViews(*data_name(dataset), train_split or 'train', views, labels, names, columns)
 
 
 def _rows(views: SparseLogitDataset) -> np.ndarray:
     if views.key_index is None:
         return np.arange(len(views))
-    return views.key_index.find(np.concatenate([hashes for hashes, _ in iterate_keys(views.dataset, views.key)]))
+    return views.key_index.find(np.concatenate([hashes for hashes, _ in iterate_keys(views.dataset, views.key_column)]))
 
 
 def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes: int) -> str | None:

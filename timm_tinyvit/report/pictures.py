@@ -189,11 +189,13 @@ def _sample(data: LabelledViews, position: int, note: str) -> ShownSample:
     """A sample with its image alone."""
     views = data.views
     table = views.dataset[[position]]
-    image = decode_source(column(table, views.image_key)[0].as_py(), position)
+    image = decode_source(column(table, views.image_column)[0].as_py(), position)
     image.thumbnail((max(views.replay.config.input_size),) * 2)
-    label, names = int(labels_of(table, views.label_key)[0]), data.label_names
+    label, names = int(labels_of(table, views.label_column)[0]), data.label_names
     label = names[label] if names and label >= 0 else ''
-    name = f'{views.key} {column(table, views.key)[0].as_py()}' if views.key else f'sample {position}'
+    name = f'sample {position}'
+    if views.key_column:
+        name = f'{views.key_column} {column(table, views.key_column)[0].as_py()}'
     whole = Picture(np.asarray(image).transpose(2, 0, 1), label or 'the image', alt=f'{name}, the whole image')
     return ShownSample(name, label, note, [whole])
 

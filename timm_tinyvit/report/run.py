@@ -196,7 +196,7 @@ def _add_teacher(page: Page, run: TrainedRun) -> None:
             'The student learned from labels alone; there is no teacher to compare it with.')
         return
     student, teacher = views.student, views.teacher
-    name = f'student{WEIGHTS["ema" if views.ending else "student"]}'
+    name = f'student{WEIGHTS[views.weights]}'
     stored = f', stored epoch {" and ".join(map(str, views.stored_epochs))}' if views.stored_epochs else ''
     page.paragraph(
         f'Both on the same {len(student):,} views of the training data, of epoch {views.epoch + 1}{stored}: the '

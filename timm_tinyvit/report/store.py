@@ -62,7 +62,7 @@ def report_store(
         train_split: str | None = None,
         input_key: str | None = None,
         target_key: str | None = None,
-        key: str | None = None,
+        key_column: str | None = None,
 ) -> str:
     """The report of a store, as text or JSON; the page and the picture that are asked for are written.
 
@@ -77,7 +77,7 @@ def report_store(
         train_split: Its split, `train` by default.
         input_key: Its image column.
         target_key: Its label column.
-        key: Its column of keys; that of the store by default.
+        key_column: Its column of keys; that of the store by default.
 
     Raises:
         InputError: There is no store, it is damaged, the data set is not its own, or a file cannot be written.
@@ -93,7 +93,7 @@ def report_store(
     if not set(epochs) <= set(stored):
         raise InputError(f'the store {store.path} is meant to hold epochs {stored.start}:{stored.stop}, but '
                          f'{epochs.start}:{epochs.stop} are asked for; fix --epochs')
-    data, notes = labelled_views(store, dataset, train_split, input_key, target_key, key), []
+    data, notes = labelled_views(store, dataset, train_split, input_key, target_key, key_column), []
     if data is None:
         notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
     elif data.teacher_labels is None:

@@ -59,8 +59,8 @@ def copy_range(
         samples: range,
         dataset: datasets.Dataset,
         epochs: range | None = None,
-        image_key: str | None = None,
-        label_key: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
 ) -> LogitStore:
     """Copy consecutive samples of a store without keys.
 
@@ -70,8 +70,8 @@ def copy_range(
         samples: Which rows.
         dataset: The whole data set of the store; the copy belongs to the slice of it.
         epochs: Which epochs; all by default.
-        image_key: The image column.
-        label_key: The label column.
+        image_column: The image column.
+        label_column: The label column.
 
     Raises:
         InputError: The store has keys, mixed views or not these rows, the data set is another one, or a shard is
@@ -87,12 +87,12 @@ def copy_range(
     if ViewConfig.from_dict(manifest.recipe).is_mixed:
         raise InputError(f'the views of {store.path} are mixed in pairs from the whole data set, so that a range of '
                          f'samples lacks partners; leave --samples out to copy whole epochs')
-    check_fingerprint(store, dataset_fingerprint(dataset, image_key, label_key))
+    check_fingerprint(store, dataset_fingerprint(dataset, image_column, label_column))
     rows = np.arange(samples.start, samples.stop)
     epochs = epochs or manifest.stored_epochs
     copy = _create(store, path, epochs, replace(
         manifest, num_samples=len(rows), first_sample=manifest.first_sample + samples.start,
-        dataset=dataset_fingerprint(dataset.select(samples), image_key, label_key)))
+        dataset=dataset_fingerprint(dataset.select(samples), image_column, label_column)))
     _gather(copy, epochs, ([store], np.zeros_like(rows), rows))
     return copy
 
@@ -102,8 +102,8 @@ def copy_keys(
         path: str | Path,
         dataset: datasets.Dataset,
         epochs: range | None = None,
-        image_key: str | None = None,
-        key: str | None = None,
+        image_column: str | None = None,
+        key_column: str | None = None,
 ) -> LogitStore:
     """Copy the samples of a data set out of a store with keys, in the order of the data set.
 
@@ -112,8 +112,8 @@ def copy_keys(
         path: Where to; a copy that is there is completed.
         dataset: What to copy: any part of the store's data set, in any order.
         epochs: Which epochs; all by default.
-        image_key: The image column.
-        key: The column of keys; by default the store's.
+        image_column: The image column.
+        key_column: The column of keys; by default the store's.
 
     Raises:
         InputError: The store has no keys or lacks some of the data set's, an image is another one, or a shard is
@@ -121,14 +121,14 @@ def copy_keys(
     """
     if not store.manifest.key:
         raise InputError(f'the samples of {store.path} have no keys; name a range of them with --samples')
-    key = key or store.manifest.key
+    key_column = key_column or store.manifest.key
     index = store.open_keys()
-    check_keys(store, index, dataset, key, find_column(dataset, image_key, is_image=True))
-    fingerprint, hashes = keyed_fingerprint(dataset, key, image_key)
+    check_keys(store, index, dataset, key_column, find_column(dataset, image_column, is_image=True))
+    fingerprint, hashes = keyed_fingerprint(dataset, key_column, image_column)
     rows = index.find(hashes)
     epochs = epochs or store.manifest.stored_epochs
-    copy = _create(
-        store, path, epochs, replace(store.manifest, num_samples=len(rows), key=key, dataset=fingerprint), hashes)
+    manifest = replace(store.manifest, num_samples=len(rows), key=key_column, dataset=fingerprint)
+    copy = _create(store, path, epochs, manifest, hashes)
     _gather(copy, epochs, ([store], np.zeros_like(rows), rows))
     return copy
 

@@ -215,18 +215,18 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         size = (args.img_size, args.img_size)
     model = create_student(args, args.num_classes, size).to(accelerator.device)
     model.pretrained_cfg.update(beside)
-    label_key = find_column(dataset, args.target_key, is_image=False)
+    label_column = find_column(dataset, args.target_key, is_image=False)
     names = valid_names(
         checkpoint_names(args.initial_checkpoint) or model.pretrained_cfg.get('label_names'), model.num_classes)
-    dataset = match_classes(dataset, label_key, names, '--val-split', f'the model {args.model}')
-    check_labels(dataset, label_key, model.num_classes, '--val-split')
-    if mismatch := class_mismatch(dataset, label_key, model.num_classes):
+    dataset = match_classes(dataset, label_column, names, '--val-split', f'the model {args.model}')
+    check_labels(dataset, label_column, model.num_classes, '--val-split')
+    if mismatch := class_mismatch(dataset, label_column, model.num_classes):
         warning(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
     # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
     config = eval_config(args, model, size, use_test_size=not beside)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
     normalize = Normalize(config['mean'], config['std']).to(accelerator.device)
-    return evaluate(model, normalize, loader, accelerator, is_imagenet1k(dataset, label_key))
+    return evaluate(model, normalize, loader, accelerator, is_imagenet1k(dataset, label_column))
 
 
 def _images_of(file: Path | None) -> dict[str, Any]:

@@ -189,8 +189,8 @@ def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, nu
         views = F.interpolate(views, size, mode='bilinear', antialias=True)
     about = {
         'epoch': epoch, 'num_classes': num_classes,
-        'names': class_names(data.dataset, data.label_key, num_classes),
-        'split': dataset_fingerprint(data.dataset, data.image_key, data.label_key)}
+        'names': class_names(data.dataset, data.label_column, num_classes),
+        'split': dataset_fingerprint(data.dataset, data.image_column, data.label_column)}
     write_arrays(path, about, shown=shown, views=views.numpy(), **vars(predictions))
 
 

@@ -6,7 +6,7 @@ at the end of a training.
 
 import argparse
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from collections.abc import Callable, Iterable
 
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..base.console import best_effort, progress
+from ..base.errors import InputError
 from ..data.classes import Classes
 from ..models.loading import Normalize
 from ..store.base import StoreReader
@@ -42,15 +43,15 @@ class StoredViews:
         teacher: What the store says that the teacher did; the average of several teachers.
         divergence: KL divergence of the student from the teacher at temperature 1, in nats, float32 [N].
         epoch: Epoch of the training, from 0, whose views they are.
-        stored_epochs: The epochs of the store that it takes; empty in files of earlier versions.
-        ending: Whose weights the student has, by the ending of their name: its own, or `_ema` of the average.
+        stored_epochs: The epochs of the store that it takes.
+        weights: Which weights the student has: its own, `student`, or the averaged ones, `ema`.
     """
     student: Predictions
     teacher: Predictions
     divergence: np.ndarray
     epoch: int
-    stored_epochs: list[int] = field(default_factory=list)
-    ending: str = ''
+    stored_epochs: list[int]
+    weights: str = 'student'
 
     def write(self, path: Path) -> None:
         """Write them to a file.
@@ -59,7 +60,7 @@ class StoredViews:
             InputError: The disk is full, or may not be written.
         """
         write_arrays(
-            path, {'epoch': self.epoch, 'stored_epochs': self.stored_epochs, 'ending': self.ending},
+            path, {'epoch': self.epoch, 'stored_epochs': self.stored_epochs, 'weights': self.weights},
             divergence=self.divergence,
             **{f'{who}_{name}': values for who in ('student', 'teacher')
                for name, values in vars(getattr(self, who)).items()})
@@ -76,6 +77,9 @@ class StoredViews:
             path, 'divergence', *(f'{who}_{name}' for who in ('student', 'teacher') for name in fields))
         student, teacher = (
             Predictions(**{name: arrays[f'{who}_{name}'] for name in fields}) for who in ('student', 'teacher'))
+        if set(about) != {'epoch', 'stored_epochs', 'weights'} or about['weights'] not in ('student', 'ema'):
+            raise InputError(f'{path} is not of this version; the next training writes it anew, or delete it to do '
+                             f'without')
         return cls(student, teacher, arrays['divergence'], **about)
 
 
@@ -106,7 +110,7 @@ def compare_with_teacher(
         with best_effort('the comparison with the teacher'):
             views = compare_views(
                 model, task.normalize, batches, state.store, state.accelerator, epoch, classes.num_labels,
-                lambda: bool(stop()), suffixed('', weights), args.views_per_image)
+                lambda: bool(stop()), weights, args.views_per_image)
             if views is not None:
                 views.write(path)
     state.accelerator.wait_for_everyone()
@@ -122,7 +126,7 @@ def compare_views(
         epoch: int,
         label_classes: int | None = None,
         stopped: Callable[[], bool] = bool,
-        ending: str = '',
+        weights: str = 'student',
         views_per_image: int = 1,
 ) -> StoredViews | None:
     """Let a student look at up to 1,000 views of the store, or as many as it can in a minute; in one process.
@@ -136,7 +140,7 @@ def compare_views(
         epoch: Epoch of the training, from 0, whose batches they are.
         label_classes: Classes of the labels, where that is known: a teacher of other classes is not scored by them.
         stopped: Whether to break off.
-        ending: Whose weights the student has, see `StoredViews`.
+        weights: Which weights the student has, see `StoredViews`.
         views_per_image: Views of an image in a batch, each of an epoch of its own.
 
     Returns:
@@ -173,4 +177,4 @@ def compare_views(
     bar.close()
     first_epoch, stored = epoch - epoch % views_per_image, store.manifest.stored_epochs
     stored_epochs = [stored_epoch(stored, number) for number in range(first_epoch, first_epoch + views_per_image)]
-    return StoredViews(student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch, stored_epochs, ending)
+    return StoredViews(student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch, stored_epochs, weights)
