@@ -155,7 +155,7 @@ def test_student_and_teacher_are_told_apart(write_run):
     StoredViews(student, teacher, np.array([0.1, 0.2, 0.3, 1.], dtype=np.float32), 2, [2]).write(
         run / 'stored_views.npz')
     page = write_run_report(run).read_text()
-    assert 'same 4 views of the training data, of epoch 3: ' in page and 'top-1 class of 50.0%' in page
+    assert 'same 4 views of the training data, of epoch 3, stored epoch 2: ' in page and 'top-1 class of 50.0%' in page
     assert 'is 0.4000 nats in the mean, 0.2500 in the median' in page
     assert table(page, 'on views with a label') == [
         ['on views with a label', 'student', 'teacher'], ['top-1', '66.7%', '33.3%'],

@@ -197,12 +197,11 @@ def _add_teacher(page: Page, run: TrainedRun) -> None:
         return
     student, teacher = views.student, views.teacher
     name = f'student{WEIGHTS[views.weights]}'
-    stored = f', stored epoch {" and ".join(map(str, views.stored_epochs))}' if views.stored_epochs else ''
     page.paragraph(
-        f'Both on the same {len(student):,} views of the training data, of epoch {views.epoch + 1}{stored}: the '
-        f'{name} and the teacher agree on the top-1 class of {percent((student.best == teacher.best).mean(), 1)}, and '
-        f'the KL divergence from the stored targets is {views.divergence.mean():.4f} nats in the mean, '
-        f'{np.median(views.divergence):.4f} in the median.')
+        f'Both on the same {len(student):,} views of the training data, of epoch {views.epoch + 1}, stored epoch '
+        f'{" and ".join(map(str, views.stored_epochs))}: the {name} and the teacher agree on the top-1 class of '
+        f'{percent((student.best == teacher.best).mean(), 1)}, and the KL divergence from the stored targets is '
+        f'{views.divergence.mean():.4f} nats in the mean, {np.median(views.divergence):.4f} in the median.')
     student, teacher = student.labelled(), teacher.labelled()
     if not len(student):
         page.paragraph('No view has one label that is a class of the teacher, so that there is no accuracy.')
