@@ -14,8 +14,11 @@ import pytest
 
 import train_distill
 from conftest import EXAMPLES
-from support.hub_server import TOKEN
+from support import remote_programs
 from support.files import tree
+from support.hub_server import TOKEN
+from support.remote_programs import URL
+from support.waiting import wait_until
 from timm_tinyvit import cli
 from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import machine_name
@@ -25,54 +28,15 @@ from timm_tinyvit.store import remote as hub_store
 from timm_tinyvit.store.cache import HeldEpochs, HubCache, HubCommit
 from timm_tinyvit.store.local import LogitStore
 
-URL = 'hf://datasets/org/logits'
-# What every child begins with: LOCAL is the store in a folder.
-HEAD = '''
-import os, sys, time
-import numpy as np
-from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.store import cache as hub_cache
-from timm_tinyvit.store import remote as hub_store
-from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.store.remote import open_reader
-hub_cache.MAX_PAUSE = 0.1
-local = LogitStore.open(os.environ['LOCAL'])
-ALL = range(local.manifest.num_samples)
-
-def same(store, *epochs):
-    return all((store.read(epoch, ALL) == local.read(epoch, ALL)).all() for epoch in epochs)
-
-def refusal(action):
-    try:
-        action()
-    except InputError as error:
-        return str(error)
-    raise AssertionError('nothing was refused')
-
-def on_disk(store):
-    folder = store.shard_path(0, 0).parents[1]
-    return {int(path.name[6:]): len(list(path.glob('shard-*'))) for path in folder.glob('epoch-*')}
-
-def deleted_maps(process):
-    return sum('.arrow' in line and line.rstrip().endswith('(deleted)') for line in open(f'/proc/{process}/maps'))
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-'''
-
-
 @pytest.fixture
 def run(hub, hub_children, filled_store, tmp_path):
-    """`run(code)` runs it after `HEAD` in a process whose Hub is the server, and returns what it printed."""
+    """`run(function, ...)` calls it in a process whose Hub is the server, and returns what it printed."""
 
-    def run(code, start=False, **environment):
-        found = hub.environment(tmp_path / 'home', LOCAL=str(filled_store), **environment)
+    def run(function, *arguments, start=False, **environment):
+        environment = hub.environment(tmp_path / 'home', **{'LOCAL': str(filled_store), **environment})
         if start:
-            return hub_children.start(HEAD + code, found)
-        result = hub_children.run(HEAD + code, found)
+            return hub_children.start(function, environment, *arguments)
+        result = hub_children.run(function, environment, *arguments)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -114,122 +78,28 @@ def test_a_student_learns_the_same_from_the_hub_with_two_epochs_on_disk(
 
 
 def test_any_epoch_is_read_and_two_are_kept_without_being_told(run, pushed):
-    assert run(f'''
-store = open_reader('{URL}')
-assert store.manifest == local.manifest and store.path == '{URL}@{pushed}'
-assert store.missing(range(5)) == [(4, shard) for shard in range(6)] and store.size() == local.size()
-for epoch in (2, 0, 3, 1, 0):
-    assert same(store, epoch)
-    assert len(on_disk(store)) <= 2 and on_disk(store)[epoch] == 6
-    # Whole epochs were read, so that their maps would keep the disk from being free.
-    assert deleted_maps('self') == 0
-assert list(store.verify(range(4))) == [] and len(on_disk(store)) == 2
-store = open_reader('{URL}', keep_epochs=1)
-assert same(store, 3, 2) and list(on_disk(store)) == [2]
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_any_epoch, pushed) == ''
 
 
 def test_what_a_reader_keeps_without_being_told_stays_as_long_as_the_reader(run, pushed):
-    assert run(f'''
-reader, training = open_reader('{URL}'), open_reader('{URL}')
-assert same(reader, 0)
-if not os.fork():
-    # A fork, as of a loader worker, leaves its epochs to the reader.
-    reader.read(1, [0])
-    del reader
-    os._exit(0)
-os.wait()
-training.prefetch([2])
-assert training.wait() and on_disk(training) == {{0: 6, 2: 6}}
-del reader
-training.prefetch([3])
-assert training.wait() and on_disk(training) == {{3: 6}}
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_while_another_trains) == ''
 
 
 def test_told_epochs_come_in_time_and_the_disk_of_used_ones_is_free_in_every_process(run, hub, pushed):
-    assert run(f'''
-from torch.utils.data import DataLoader, Dataset
-from timm_tinyvit.data.sampler import EpochBatchSampler
-
-class Records(Dataset):
-    def __init__(self, store):
-        self.store = store
-    def __getitems__(self, keys):
-        return [self.store.read(epoch, [row])[0] for epoch, row in keys] + [os.getpid()]
-
-store = open_reader('{URL}')
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=store.manifest.stored_epochs)
-loader = DataLoader(Records(store), batch_sampler=sampler, num_workers=2, collate_fn=list, persistent_workers=True,
-                    prefetch_factor=1)
-for epoch in range(6):
-    sampler.set_epoch(epoch)
-    store.prefetch(*sampler.epochs_to_read(epoch))
-    assert store.wait()
-    assert on_disk(store)[epoch % 4] == 6
-    workers = set()
-    for count, batch in enumerate(loader):
-        workers.add(batch.pop())
-        if count == 0:
-            # The next one comes meanwhile, and nothing else is left.
-            wait_until(lambda: on_disk(store) == {{epoch % 4: 6, (epoch + 1) % 4: 6}})
-    assert len(workers) == 2
-    for process in [*workers, os.getpid()]:
-        assert deleted_maps(process) == 0
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_as_a_training_does) == ''
     # Seven epochs began or were about to: nothing was fetched twice while it was there.
     assert len(shards_fetched(hub)) == 7 * 6
 
 
 def test_views_of_several_epochs_are_kept_together(run, pushed):
-    assert run(f'''
-from timm_tinyvit.data.sampler import EpochBatchSampler
-store = open_reader('{URL}', keep_epochs=3)
-sampler = EpochBatchSampler(120, 20, 0, store_epochs=range(4), views_per_image=2)
-sampler.set_epoch(3)
-store.prefetch(*sampler.epochs_to_read(3))
-assert store.wait()
-keys = next(iter(sampler))
-assert {{epoch for epoch, _ in keys}} == {{2, 3}}
-wait_until(lambda: on_disk(store) == {{2: 6, 3: 6, 0: 6}})
-for epoch in (2, 3):
-    assert same(store, epoch)
-# And of several teachers.
-from timm_tinyvit.store.ensemble import Ensemble
-both = Ensemble([local, store])
-both.prefetch([1], [2])
-assert both.wait() and on_disk(store)[1] == 6
-assert (both.read(1, [7])[0] == np.tile(local.read(1, [7])[0], 2)).all()
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_several_epochs_together) == ''
 
 
 def test_samples_are_found_by_key_and_streamed(run, hub, keyed_store):
     data, path = keyed_store
     hub.add_commit('org/keyed', tree(path, hidden=False), repo_type='dataset')
     hub.fail('GET /storage/.*keys.arrow', 'wrong-bytes', times=2)
-    assert run(f'''
-from timm_tinyvit.data.opening import open_store
-from timm_tinyvit.data.sources import load_split
-from timm_tinyvit.data.streaming import SparseLogitStream, StreamLoader
-store, replay = open_store('hf://datasets/org/keyed', {{}})
-local = LogitStore.open('{path}')
-assert (store.open_keys().hashes == local.open_keys().hashes).all()
-stream = SparseLogitStream(
-    load_split('{data}', None, True, streaming=True), replay, store, store_epochs=store.manifest.stored_epochs)
-loader = StreamLoader(stream, 4, batch_size=10)
-loader.set_epoch(4)
-store.prefetch(*loader.epochs_to_read(4))
-assert store.wait() and on_disk(store)[1] == 4
-for batch in loader:
-    rows = store.open_keys().find(batch['index'].numpy().astype('uint64'))
-    assert (batch['record'].numpy() == local.read(1, rows)).all()
-wait_until(lambda: on_disk(store) == {{1: 4, 2: 4}})
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.stream_by_key, 'hf://datasets/org/keyed', data, LOCAL=str(path)) == ''
 
 
 def test_what_goes_wrong_on_the_way_is_tried_again(run, hub, pushed):
@@ -243,20 +113,11 @@ def test_what_goes_wrong_on_the_way_is_tried_again(run, hub, pushed):
     hub.fail('GET /storage/.*epoch-00001/shard-00000', 'short')
     hub.fail('GET /storage/.*epoch-00001/shard-00004', '503', times=3)
     hub.fail('GET /storage/.*epoch-00001/shard-00005', 'wrong-bytes')
-    assert run(f'''
-store = open_reader('{URL}')
-assert same(store, 0)
-store.prefetch([1])
-assert store.wait()
-# Nothing wrong was there, not for a moment.
-for shard in range(6):
-    assert store.shard_path(1, shard).read_bytes() == local.shard_path(1, shard).read_bytes()
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_what_comes_broken_at_first) == ''
     assert not hub.faults or all(fault.times == 0 for fault in hub.faults)
 
 
-def test_what_stays_wrong_is_one_sentence(run, hub, pushed, filled_store, one_sentence):
+def test_what_stays_wrong_is_one_sentence(run, hub, pushed, filled_store, one_sentence, tmp_path):
     files = tree(filled_store, hidden=False)
     partial = {path: data for path, data in files.items() if not path.startswith('epoch-00002')}
     hub.add_commit('org/partial', partial, repo_type='dataset')
@@ -265,31 +126,7 @@ def test_what_stays_wrong_is_one_sentence(run, hub, pushed, filled_store, one_se
     hub.add_commit('org/damaged', files | {'store.json': files['store.json'][:200]}, repo_type='dataset')
     hub.add_repo('org/private', 'dataset', private=True)
     hub.fail('GET /storage/.*epoch-00003/shard-00002', 'wrong-bytes', times=99)
-    said = run(f'''
-hub_cache.PATIENCE = 1.
-store = open_reader('{URL}')
-print(refusal(lambda: same(store, 3)))
-assert on_disk(store)[3] == 5
-print(list(store.verify([3]))[0])
-store.prefetch([3])
-print(refusal(store.wait))
-assert store.read(3, [0, 119]).shape == (2, 5)
-partial = open_reader('hf://datasets/org/partial')
-assert partial.missing(range(4)) == [(2, shard) for shard in range(6)]
-print(refusal(lambda: partial.read(2, [0])))
-partial.prefetch([2])
-print(refusal(partial.wait))
-print(refusal(lambda: open_reader('hf://datasets/org/shards')))
-print(refusal(lambda: open_reader('hf://datasets/org/damaged')))
-print(refusal(lambda: open_reader('{URL}@v9')))
-print(refusal(lambda: open_reader('{URL}@' + 40 * 'a')))
-print(refusal(lambda: open_reader('hf://datasets/org/nothing')))
-print(refusal(lambda: open_reader('hf://org/logits')))
-print(refusal(lambda: open_reader('{URL}/below')))
-# It is read, and nothing else.
-assert not hasattr(store, 'write_shard') and not hasattr(store, 'extend')
-print(refusal(lambda: store.read(1, [120])))
-''').splitlines()
+    said = run(remote_programs.print_refusals_of_what_stays_broken).splitlines()
     words = [
         ['epoch-00003/shard-00002', 'fetched 3 times'], ['fetched 3 times'], ['fetched 3 times'],
         ['no epoch 2 yet', 'timm-tinyvit store push'], ['no epoch 2 yet'], ['no store.json', 'not pushed to its end'],
@@ -298,80 +135,47 @@ print(refusal(lambda: store.read(1, [120])))
     assert len(said) == len(words)
     for sentence, expected in zip(said, words):
         one_sentence(sentence, *expected)
-    said = run('print(refusal(lambda: open_reader("hf://datasets/org/private")))', HF_TOKEN='hf_another0123456789')
+    said = run(remote_programs.print_refusal, 'hf://datasets/org/private', HF_TOKEN='hf_another0123456789')
     one_sentence(said.strip(), 'private')
     assert 'hf_another' not in said
-    said = run(f'print(refusal(lambda: open_reader("{URL}")))', HF_HUB_OFFLINE='1')
+    said = run(remote_programs.print_refusal, URL, HF_HUB_OFFLINE='1')
     one_sentence(said.strip(), 'HF_HUB_OFFLINE')
-    with_folder = run(f'''
-open("file", "w").close()
-print(refusal(lambda: open_reader("{URL}", cache_dir=os.path.abspath("file"))))
-os.unlink("file")''')
-    one_sentence(with_folder.strip(), '--store-cache')
-
-
-def wait_for(condition, seconds=60.):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    (tmp_path / 'file').touch()
+    said = run(remote_programs.print_refusal, URL, tmp_path / 'file')
+    one_sentence(said.strip(), '--store-cache')
 
 
 def test_a_lost_connection_is_outlived_and_said_once(run, hub, pushed, tmp_path):
-    child = run(f'''
-store = open_reader('{URL}')
-store.prefetch([0], [1])
-assert store.wait()
-wait_until(lambda: os.path.exists('{tmp_path}/lost'))
-assert same(store, 0, 1)
-store.prefetch([2], [3])
-# A signal would end the waiting.
-assert not store.wait(lambda: os.path.exists('{tmp_path}/stop'))
-print('stopped', flush=True)
-assert store.wait() and same(store, 2)
-print('fine')
-''', start=True)
-    wait_for(lambda: len(shards_fetched(hub)) == 12)
+    child = run(remote_programs.wait_for_a_lost_connection, tmp_path, start=True)
+    wait_until(lambda: len(shards_fetched(hub)) == 12)
     hub.fail('GET', '503', times=10 ** 6)
     (tmp_path / 'lost').touch()
-    wait_for(lambda: 'is late' in child.read('stderr'))
+    wait_until(lambda: 'is late' in child.read('stderr'))
     (tmp_path / 'stop').touch()
-    wait_for(lambda: 'stopped' in child.read('stdout'))
+    wait_until(lambda: 'stopped' in child.read('stdout'))
     hub.forget()
     result = child.wait()
-    assert result.returncode == 0 and result.stdout.endswith('fine\n'), result.stderr
+    assert result.returncode == 0 and result.stdout == 'stopped\n', result.stderr
     assert result.stderr.count('is late') == 1 and 'trouble (HTTP 503' in result.stderr
     assert 'Traceback' not in result.stderr
 
 
 def test_a_connection_that_stays_lost_is_one_sentence_in_the_end(run, hub, pushed, one_sentence):
-    said = run(f'''
-store = open_reader('{URL}')
-hub_cache.PATIENCE = 0.5
-os.environ['HTTP_PROXY'] = 'http://127.0.0.1:1'
-from huggingface_hub import close_session
-close_session()
-print(refusal(lambda: store.read(0, [0])))
-''')
+    said = run(remote_programs.print_refusal_without_connection)
     one_sentence(said.strip(), 'cannot fetch epoch 0', 'no connection')
 
 
 def test_a_killed_training_leaves_no_half_file_and_no_process(run, hub, pushed, tmp_path):
     hub.fail('GET /storage/.*epoch-00000/shard-00002', 'hang', seconds=60)
-    child = run(f'''
-store = open_reader('{URL}')
-store.prefetch([0], [1])
-print(store._fetcher.process.pid, flush=True)
-store.wait()
-''', start=True)
+    child = run(remote_programs.print_the_fetcher_and_wait, start=True)
     cache = tmp_path / 'home' / 'assets' / 'timm_tinyvit'
-    wait_for(lambda: hub.seen('GET /storage/.*epoch-00000/shard-00002') and child.read('stdout').endswith('\n')
+    wait_until(lambda: hub.seen('GET /storage/.*epoch-00000/shard-00002') and child.read('stdout').endswith('\n')
              and list(cache.rglob('shard-00000.arrow')))
     fetcher = Path('/proc', child.read('stdout').strip())
     assert fetcher.exists()
     child.kill(signal.SIGKILL)
     assert child.wait().returncode == -signal.SIGKILL
-    wait_for(lambda: not fetcher.exists())
+    wait_until(lambda: not fetcher.exists())
     assert not list(cache.rglob('epoch-00000/shard-00002*'))
     # As if it had been killed a moment later, or between a shard and the lease on it.
     epoch = next(cache.rglob('epoch-00000'))
@@ -380,89 +184,28 @@ store.wait()
     hub.forget()
     # Temporary files go, what was leased is free, what is there is not fetched again.
     there = len(list(cache.rglob('shard-*')))
-    assert run(f'''
-store = open_reader('{URL}')
-store.prefetch([0], [1])
-assert store.wait() and same(store, 0, 1)
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_two_epochs) == ''
     assert len(shards_fetched(hub)) == 12 - there
     assert not [path for path in cache.rglob('.*') if 'reader' not in path.name]
 
 
 def test_processes_share_out_the_fetching_and_nobody_loses_an_epoch_that_it_reads(run, hub, pushed, tmp_path):
-    code = f'''
-store = open_reader('{URL}')
-for epoch in EPOCHS:
-    store.prefetch([epoch], [epoch + 1])
-    assert store.wait()
-    # Records that were never read before come from disk, whatever the others did meanwhile.
-    assert same(store, epoch)
-    open(f'{tmp_path}/{{NAME}}-{{epoch}}', 'w').close()
-    while not os.path.exists(f'{tmp_path}/{{OTHER}}-{{OTHERS[epoch]}}'):
-        time.sleep(0.02)
-    store.forget(epoch)
-    assert on_disk(store)[epoch] == 6 and same(store, epoch)
-print('fine')
-'''
-    ranks = [run(f'NAME, OTHER, EPOCHS, OTHERS = {name!r}, {other!r}, range(3), range(3)' + code, start=True,
-                 LOCAL_WORLD_SIZE='2', LOCAL_RANK=rank)
-             for rank, (name, other) in enumerate([('one', 'two'), ('two', 'one')]) for rank in [str(rank)]]
+    ranks = [run(remote_programs.read_beside_another, tmp_path, *names, start=True,
+                 LOCAL_WORLD_SIZE='2', LOCAL_RANK=str(rank))
+             for rank, names in enumerate([('one', 'two'), ('two', 'one')])]
     for rank in ranks:
         result = rank.wait()
-        assert result.returncode == 0 and result.stdout == 'fine\n', result.stderr
+        assert result.returncode == 0 and result.stdout == '', result.stderr
     # Both ranks needed all of it, and every shard came once.
     assert len(shards_fetched(hub)) == len(set(shards_fetched(hub))) == 24
 
 
 def test_trainings_that_are_at_different_epochs_leave_each_other_theirs(run, hub, pushed):
-    assert run(f'''
-first, second = open_reader('{URL}'), open_reader('{URL}')
-first.prefetch([0])
-assert first.wait()
-second.prefetch([2], [3])
-assert second.wait()
-wait_until(lambda: on_disk(second) == {{0: 6, 2: 6, 3: 6}})
-first.prefetch([1])
-assert first.wait()
-assert set(on_disk(first)) == {{1, 2, 3}}
-# Who has ended holds nothing, however it ended.
-os.kill(second._fetcher.process.pid, 9)
-second._fetcher.process.join()
-first.prefetch([0])
-assert first.wait()
-assert set(on_disk(first)) == {{0}}
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_at_different_epochs) == ''
 
 
 def test_an_epoch_that_another_training_removed_or_the_disk_damaged_is_fetched_again(run, hub, pushed):
-    assert run(f'''
-store = open_reader('{URL}')
-store.prefetch([0])
-assert store.wait() and same(store, 0)
-path = store.shard_path(0, 3)
-content = bytearray(path.read_bytes())
-content[700] ^= 1
-path.unlink()
-path.write_bytes(content)
-store.forget(0)
-assert same(store, 0)
-for path in path.parent.glob('shard-*'):
-    path.unlink()
-assert same(store, 0)
-# What this process knows of the Hub is damaged on disk.
-for name in ('store.json', 'shards.json'):
-    (path.parents[1] / name).write_text('half of')
-store = open_reader('{URL}')
-store.prefetch([0])
-assert store.wait() and same(store, 0)
-# A fetcher that is killed, as where memory runs out, is replaced.
-os.kill(store._fetcher.process.pid, 9)
-store.prefetch([1])
-assert store.wait() and same(store, 1)
-print('fine')
-''') == 'fine\n'
+    assert run(remote_programs.read_what_was_removed_or_damaged) == ''
 
 
 def test_a_store_that_has_changed_is_noticed_when_a_run_is_resumed(run, hub, pushed, filled_store, one_sentence):
@@ -472,15 +215,8 @@ def test_a_store_that_has_changed_is_noticed_when_a_run_is_resumed(run, hub, pus
     fewer = hub.add_commit('org/logits', {'store.json': shorter}, repo_type='dataset')
     other = hub.add_commit('org/logits', {'store.json': files['store.json'], 'epoch-00001/shard-00002.arrow':
                                           files['epoch-00001/shard-00003.arrow']}, repo_type='dataset')
-    said = run(f'''
-before = hub_store.content_of(open_reader('{URL}@{pushed}'))
-for commit, epochs in (('{pushed}', 9), ('{card}', 9), ('{fewer}', 3), ('{other}', 1)):
-    hub_store.check_content(open_reader('{URL}@' + commit), before, epochs)
-hub_store.check_content(local, before, 9)
-hub_store.check_content(open_reader('{URL}'), hub_store.content_of(local), 9)
-print(refusal(lambda: hub_store.check_content(open_reader('{URL}@{fewer}'), before, 4)))
-print(refusal(lambda: hub_store.check_content(open_reader('{URL}'), before, 2)))
-''').splitlines()
+    fine = [(pushed, 9), (card, 9), (fewer, 3), (other, 1)]
+    said = run(remote_programs.print_refusals_of_other_content, pushed, fine, fewer).splitlines()
     one_sentence(said[0], '0:4', '0:3', f'--logits {URL}@{pushed}')
     one_sentence(said[1], '1 of its shards', 'epoch-00001/shard-00002.arrow', f'--logits {URL}@{pushed}')
 

@@ -4,6 +4,7 @@ huggingface_hub reads its environment when it is imported, so the parent has eve
 is the tests' side, this file run as a program the parent's.
 """
 
+import importlib
 import json
 import os
 import random
@@ -18,8 +19,10 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+TESTS = Path(__file__).resolve().parents[1]
 SLOW_MODULES = ('torch', 'torch._dynamo', 'torchvision.transforms', 'numpy', 'pandas', 'pyarrow.parquet', 'PIL.Image',
                 'yaml', 'httpx2', 'httpcore2', 'filelock', 'safetensors.torch', 'tqdm.auto')
 
@@ -54,17 +57,19 @@ class Children:
 
     def start(
             self,
-            program: str | Sequence[str],
+            program: str | Callable[..., None] | Sequence[str],
             environment: Mapping[str, str],
+            *arguments: Any,
             folder: str | Path | None = None,
             max_sleep: float | None = 0.05,
     ) -> 'Child':
         """Start a child.
 
         Args:
-            program: Source text to run as a main program, or a command line without the interpreter:
-                `['-m', 'MODULE', ...]` or `['FILE.py', ...]`.
+            program: Source text to run as a main program, a function of a module in tests/support, which the child
+                imports, or a command line without the interpreter: `['-m', 'MODULE', ...]` or `['FILE.py', ...]`.
             environment: All of its environment.
+            arguments: Those of the function, as JSON brings them; paths arrive as text.
             folder: Its working directory; the tests' by default.
             max_sleep: Its longest sleep in seconds, so that pauses before further attempts take no time; None for
                 sleeps as they are.
@@ -74,16 +79,19 @@ class Children:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
         out = Path(tempfile.mkdtemp(dir=self.folder.name))
-        request = dict(program=program if isinstance(program, str) else [str(word) for word in program],
-                       environment=dict(environment), folder=str(folder or os.getcwd()), out=str(out),
-                       max_sleep=max_sleep)
-        connection.sendall(json.dumps(request).encode() + b'\n')
+        call = None
+        if callable(program):
+            call, program = arguments, [program.__module__, program.__name__]
+        elif not isinstance(program, str):
+            program = [str(word) for word in program]
+        request = dict(program=program, call=call, environment=dict(environment), folder=folder or os.getcwd(),
+                       out=out, max_sleep=max_sleep)
+        connection.sendall(json.dumps(request, default=str).encode() + b'\n')
         return Child(connection, out)
 
-    def run(self, program: str | Sequence[str], environment: Mapping[str, str], timeout: float = 120., **options
-            ) -> Result:
+    def run(self, *program: Any, timeout: float = 120., **options: Any) -> Result:
         """Start a child and wait for its end; arguments as of `start`."""
-        return self.start(program, environment, **options).wait(timeout)
+        return self.start(*program, **options).wait(timeout)
 
 
 class Child:
@@ -155,7 +163,8 @@ def attend(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def be_child(program: str | list[str], environment: dict, folder: str, out: str, max_sleep: float | None) -> None:
+def be_child(program: str | list[str], call: list | None, environment: dict, folder: str, out: str,
+             max_sleep: float | None) -> None:
     """Become the process that was asked for; never returns."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -177,6 +186,9 @@ def be_child(program: str | list[str], environment: dict, folder: str, out: str,
         if isinstance(program, str):
             sys.argv = ['-c']
             exec(compile(program, '<child>', 'exec'), {'__name__': '__main__'})
+        elif call is not None:
+            sys.path.append(str(TESTS))
+            getattr(importlib.import_module(program[0]), program[1])(*call)
         elif program[0] == '-m':
             sys.argv = program[1:]
             runpy.run_module(program[1], run_name='__main__', alter_sys=True)

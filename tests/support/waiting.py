@@ -1,0 +1,14 @@
+"""Waiting for what another process does."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 60., alive: Callable[[], bool] = lambda: True) -> Any:
+    """Wait until a condition is true, and return what it gave; fail after some seconds, or if nobody is alive."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end and alive()
+        time.sleep(0.01)
+    return result
