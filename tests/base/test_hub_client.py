@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from support import hub_programs
 from support.hub_server import READ_TOKEN, TOKEN
 from timm_tinyvit.base import hub_client
 from timm_tinyvit.base.hub_client import HubUrl, check_repo_id, hub_errors, is_hub_url, parse_hub_url, retried
@@ -17,37 +18,6 @@ from timm_tinyvit.base.hub_client import HubUrl, check_repo_id, hub_errors, is_h
 CARD = b'---\nlicense: mit\n---\n# A model\n'
 WEIGHTS = bytes(range(256)) * 40
 FILES = {'README.md': CARD, 'config.json': b'{"a": 1}', 'model.safetensors': WEIGHTS, 'plots/curve.png': b'\x89PNG' * 9}
-
-# What a child does with the jobs that it is given: one line of JSON for each, as it ended.
-PUSHES = '''
-import base64, json, os
-from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.base.hub_client import create_repo, push_files
-
-for job in json.loads(os.environ['JOBS']):
-    files = {path: base64.b64decode(data) for path, data in job['files'].items()}
-    options = job.get('options', {})
-    try:
-        if job.get('create', True):
-            create_repo(job['repo'], pauses=job.get('pauses', [.01] * 4))
-        oid = push_files(job['repo'], files, 'a push', pauses=job.get('pauses', [.01] * 4), **options)
-        print(json.dumps({'oid': oid}), flush=True)
-    except InputError as error:
-        print(json.dumps({'error': str(error)}), flush=True)
-'''
-
-# A program as the package's own.
-PROGRAM = '''
-from timm_tinyvit.base.errors import reports_input_errors
-from timm_tinyvit.base.hub_client import create_repo, push_files
-
-@reports_input_errors
-def main(argv=None):
-    create_repo('org/name', pauses=[.01])
-    push_files('org/name', {'config.json': b'{}', 'model.safetensors': b'weights'}, 'a push', pauses=[.01])
-
-main()
-'''
 
 # The steps of a push, in their order.
 STEPS = {
@@ -71,8 +41,8 @@ def push(hub, hub_children, tmp_path):
     def run(*jobs, **environment):
         jobs = [job | {'files': {path: b64encode(data).decode() for path, data in job.get('files', FILES).items()}}
                 for job in jobs]
-        environment = hub.environment(tmp_path, JOBS=json.dumps(jobs), **environment)
-        result = hub_children.run(PUSHES, environment, max_sleep=0.005)
+        result = hub_children.run(
+            hub_programs.push_each, hub.environment(tmp_path, **environment), jobs, max_sleep=0.005)
         assert result.returncode == 0, result.stderr
         assert TOKEN not in result.stdout + result.stderr
         return [json.loads(line) for line in result.stdout.splitlines()]
@@ -123,14 +93,9 @@ def test_the_large_file_that_changed_is_sent_alone_and_what_is_not_wanted_goes(h
 def test_files_on_disk_are_sent_and_known_again(hub, hub_children, tmp_path):
     (tmp_path / 'model.safetensors').write_bytes(WEIGHTS)
     (tmp_path / 'notes.txt').write_bytes(b'notes')
-    result = hub_children.run('''
-from pathlib import Path
-from timm_tinyvit.base.hub_client import create_repo, push_files
-create_repo('org/name', 'dataset', private=True)
-for _ in range(2):
-    files = {name: Path(name) for name in ('model.safetensors', 'notes.txt')}
-    print(push_files('org/name', files, 'files', 'dataset'))
-''', hub.environment(tmp_path / 'home'), folder=tmp_path)
+    result = hub_children.run(
+        hub_programs.push_twice_from_disk, hub.environment(tmp_path / 'home'), 'model.safetensors', 'notes.txt',
+        folder=tmp_path)
     oid = hub.commits('org/name', 'dataset')[-1].oid
     assert result.stdout.split() == [oid, 'None'], result.stderr
     assert hub.files('org/name', 'dataset') == {'model.safetensors': WEIGHTS, 'notes.txt': b'notes'}
@@ -227,7 +192,7 @@ def test_files_that_a_gitignore_of_the_repo_drops_are_missed(hub, push, one_sent
 ])
 def test_a_token_that_may_not_write_is_one_sentence_without_it(hub, hub_children, tmp_path, one_sentence, token, words):
     hub.add_repo('org/name')
-    result = hub_children.run(PROGRAM, hub.environment(tmp_path, token))
+    result = hub_children.run(hub_programs.push, hub.environment(tmp_path, token))
     assert result.returncode == 2
     one_sentence(result.stderr.strip(), 'error: ', *words)
     assert 'hf_' not in result.stdout + result.stderr
@@ -236,7 +201,7 @@ def test_a_token_that_may_not_write_is_one_sentence_without_it(hub, hub_children
 
 def test_a_repo_in_a_foreign_place_cannot_be_made(hub, hub_children, tmp_path, one_sentence):
     hub.namespaces = {'another'}
-    result = hub_children.run(PROGRAM, hub.environment(tmp_path))
+    result = hub_children.run(hub_programs.push, hub.environment(tmp_path))
     assert result.returncode == 2
     one_sentence(result.stderr.strip(), 'org/name', 'under the namespace "org"')
     assert not hub.repos
@@ -244,7 +209,7 @@ def test_a_repo_in_a_foreign_place_cannot_be_made(hub, hub_children, tmp_path, o
 
 def test_a_token_that_the_hub_repeats_is_left_out(hub, hub_children, tmp_path, one_sentence):
     hub.fail('POST /api/repos/create', '400', message=f'{TOKEN} cannot do this')
-    result = hub_children.run(PROGRAM, hub.environment(tmp_path))
+    result = hub_children.run(hub_programs.push, hub.environment(tmp_path))
     assert result.returncode == 2
     one_sentence(result.stderr.strip(), 'HTTP 400', '*** cannot do this')
     assert TOKEN not in result.stdout + result.stderr
@@ -252,7 +217,7 @@ def test_a_token_that_the_hub_repeats_is_left_out(hub, hub_children, tmp_path, o
 
 def test_a_stored_token_serves_as_well_and_is_not_in_the_repo(hub, hub_children, tmp_path):
     (tmp_path / 'token').write_text(TOKEN)
-    result = hub_children.run(PROGRAM, hub.environment(tmp_path, token=None))
+    result = hub_children.run(hub_programs.push, hub.environment(tmp_path, token=None))
     assert result.returncode == 0, result.stderr
     assert set(hub.files('org/name')) == {'config.json', 'model.safetensors'}
     assert {request.token for request in hub.requests if request.server == 'hub'} == {TOKEN}
@@ -264,7 +229,7 @@ def test_a_stored_token_serves_as_well_and_is_not_in_the_repo(hub, hub_children,
     ({'HTTP_PROXY': 'http://127.0.0.1:9'}, ['no connection', 'check the network']),
 ])
 def test_without_a_way_to_the_hub_there_is_one_sentence(hub, hub_children, tmp_path, one_sentence, changes, words):
-    result = hub_children.run(PROGRAM, hub.environment(tmp_path) | changes)
+    result = hub_children.run(hub_programs.push, hub.environment(tmp_path) | changes)
     assert result.returncode == 2
     one_sentence(result.stderr.strip().splitlines()[-1], 'error: cannot write to the model repo org/name', *words)
     assert 'Traceback' not in result.stderr and not hub.requests
@@ -272,9 +237,7 @@ def test_without_a_way_to_the_hub_there_is_one_sentence(hub, hub_children, tmp_p
 
 def test_a_hub_that_does_not_answer_is_given_up(hub, hub_children, tmp_path, one_sentence):
     hub.fail('/commit/', 'hang', times=9)
-    program = PROGRAM.replace('@reports', 'import timm_tinyvit.base.hub_client as c\n'
-                              'c.TIMEOUT = c.httpx.Timeout(3.)\n@reports').replace('pauses=[.01]', 'pauses=[]')
-    result = hub_children.run(program, hub.environment(tmp_path))
+    result = hub_children.run(hub_programs.push_without_patience, hub.environment(tmp_path))
     assert result.returncode == 2
     one_sentence(result.stderr.strip().splitlines()[-1], 'org/name', 'does not answer in time')
     assert len(hub.commits('org/name')) == 1
@@ -432,14 +395,7 @@ def test_a_download_that_is_cut_is_done_again_and_wrong_bytes_are_not_noticed(hu
     hub.fail('GET /storage/.*cut', 'cut')
     hub.fail('GET /storage/.*wrong', 'wrong-bytes')
     hub.fail('GET /storage/.*short', 'short')
-    result = hub_children.run('''
-from pathlib import Path
-from huggingface_hub import hf_hub_download
-from timm_tinyvit.base.hub_client import retried
-for name in ('cut', 'wrong', 'short'):
-    path = retried(f'fetch {name}', lambda: hf_hub_download('org/name', f'{name}.arrow'))
-    print(name, Path(path).read_bytes() == name.encode() * 1000, Path(path).stat().st_size)
-''', hub.environment(tmp_path))
+    result = hub_children.run(hub_programs.download, hub.environment(tmp_path), 'cut', 'wrong', 'short')
     assert result.returncode == 0, result.stderr
     # The client compares sizes alone: who needs the right bytes checks them.
     assert result.stdout.split() == ['cut', 'True', '3000', 'wrong', 'False', '5000', 'short', 'True', '5000']

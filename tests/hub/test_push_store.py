@@ -19,8 +19,9 @@ import torch
 from conftest import EXAMPLES
 from huggingface_hub import DatasetCard
 from PIL import Image
-from support.hub_server import READ_TOKEN, TOKEN, card_problems
+from support import hub_programs
 from support.files import tree
+from support.hub_server import READ_TOKEN, TOKEN, card_problems
 
 from timm_tinyvit import cli
 from timm_tinyvit.base.errors import InputError
@@ -47,33 +48,17 @@ def push(hub, hub_children, tmp_path):
     """`push([store, flag, ...], ...)` runs `timm-tinyvit store push`, or with a teacher `fill`, for each list, in
     commits of 10 files, one after the other in a process whose Hub is the server; returns status, stdout and stderr of
     each."""
-    code = '''
-import contextlib, functools, io, json, os
-from timm_tinyvit import cli
-from timm_tinyvit.hub import push_store as publish_store
-publish_store.MAX_FILES = 10
-publish_store.Leases = functools.partial(publish_store.Leases, expire=0.5)
-ends = []
-for argv in json.loads(os.environ['COMMANDS']):
-    status, out, err = 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.main(argv)
-        except SystemExit as end:
-            status = end.code
-    ends.append([status, out.getvalue(), err.getvalue()])
-print(json.dumps(ends))
-'''
 
     def push(*commands, start=False, **environment):
         commands = [
             ['fill', '--logits', store, '--push-to-hub', 'org/logits', *flags] if '--teacher' in flags else
             ['store', 'push', store, *flags, *([] if '--repo' in flags else ['--repo', 'org/logits'])]
             for store, *flags in commands]
-        environment = hub.environment(tmp_path / 'home', COMMANDS=json.dumps(commands, default=str), **environment)
+        child = hub_children.start(
+            hub_programs.push_stores, hub.environment(tmp_path / 'home', **environment), *commands)
         if start:
-            return hub_children.start(code, environment)
-        ended = hub_children.run(code, environment)
+            return child
+        ended = child.wait()
         assert ended.returncode == 0 and 'Traceback' not in ended.stderr, ended.stderr
         return json.loads(ended.stdout.splitlines()[-1])
 
@@ -245,12 +230,7 @@ def test_a_store_is_filled_and_pushed_in_one_command_and_its_sample_is_what_data
     assert second[0] == 2 and 'another store' in second[2]
     assert not list((tmp_path / 'second').rglob('shard-*'))
     # The viewer and `datasets` see the sample alone.
-    loaded = hub_children.run('''
-import datasets
-found = datasets.load_dataset('org/logits')
-print(list(found), len(found['train']), datasets.get_dataset_config_names('org/logits'))
-print(sorted(found['train'][0]))
-''', hub.environment(tmp_path / 'home'))
+    loaded = hub_children.run(hub_programs.load_sample, hub.environment(tmp_path / 'home'))
     assert loaded.returncode == 0, loaded.stderr
     assert loaded.stdout.splitlines() == [
         "['train'] 60 ['sample']",

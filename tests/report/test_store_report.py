@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageColor
 
 from conftest import EXAMPLES
+from support import hub_programs
 from support.pages import check_self_contained, pixels_of
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset
@@ -645,17 +646,16 @@ def test_a_store_on_the_hub_is_reported_as_one_on_disk(hub, hub_children, filled
     files = {file.relative_to(filled_store).as_posix(): file.read_bytes() for file in filled_store.rglob('*.*')}
     hub.add_commit('org/logits', files, repo_type='dataset')
     page = tmp_path / 'page.html'
-    ended = hub_children.run(f"""
-from timm_tinyvit import cli
-cli.main(['report', 'hf://datasets/org/logits', *{DATA}, '--json', '--epochs', '0:4', '--html', '{page}'])
-print('|')
-cli.main(['report', 'hf://datasets/org/logits'])
-""", hub.environment(tmp_path / 'home'))
+    url = 'hf://datasets/org/logits'
+    ended = hub_children.run(
+        hub_programs.run_commands, hub.environment(tmp_path / 'home'),
+        ['report', url, *DATA, '--json', '--epochs', '0:4', '--html', page], ['report', url])
     assert ended.returncode == 0, ended.stderr
-    whole, _, brief = ended.stdout.partition('|')
+    (status, whole, _), (status_of_brief, brief, _) = json.loads(ended.stdout)
+    assert status == status_of_brief == 0
     assert json.loads(whole)['statistics'] == store_statistics(LogitStore.open(filled_store), labels).summary()
     found = check_self_contained(page.read_text())
-    assert len(found.all('img')) == 20 * 5 and 'hf://datasets/org/logits' in found.text
+    assert len(found.all('img')) == 20 * 5 and url in found.text
     # Each epoch is downloaded: without --epochs they are three.
     assert '3 of 4 epochs, 120 of 120 samples, 360 views' in brief and 'on the Hub' in brief
 

@@ -14,7 +14,7 @@ import pytest
 
 import train_distill
 from conftest import EXAMPLES
-from support import remote_programs
+from support import hub_programs, remote_programs
 from support.files import tree
 from support.hub_server import TOKEN
 from support.remote_programs import URL
@@ -222,12 +222,11 @@ def test_a_store_that_has_changed_is_noticed_when_a_run_is_resumed(run, hub, pus
 
 
 def test_the_programs_take_a_store_on_the_hub(hub, run, pushed, filled_store, tmp_path):
-    said = run(f'''
-from timm_tinyvit import cli
-for words in ('describe {URL}', 'verify {URL}', 'verify {URL} --epochs 1:3 --store-cache {tmp_path}/cache',
-              'copy {URL} --output {tmp_path}/copy --epochs 1:3'):
-    cli.main(['store', *words.split()])
-''')
+    ends = json.loads(run(hub_programs.run_commands, *(['store', *words.split()] for words in (
+        f'describe {URL}', f'verify {URL}', f'verify {URL} --epochs 1:3 --store-cache {tmp_path}/cache',
+        f'copy {URL} --output {tmp_path}/copy --epochs 1:3'))))
+    assert not any(status for status, _, _ in ends), ends
+    said = ''.join(out for _, out, _ in ends)
     assert f'{URL}@{pushed}' in said and '24 of 24' in said and 'on the Hub' in said
     assert '24 shards, every byte' in said and '12 shards, every byte' in said
     copied, there = tree(tmp_path / 'copy', hidden=False), tree(filled_store, hidden=False)
@@ -242,11 +241,7 @@ def test_an_evaluation_fetches_its_own_split_alone(hub, hub_children, fashion, t
         fashion.select(rows).to_parquet(buffer)
         files[f'data/{split}-00000-of-00001.parquet'] = buffer.getvalue()
     hub.add_commit('org/images', files, repo_type='dataset')
-    ended = hub_children.run('''
-from timm_tinyvit.data.sources import load_split
-rows = load_split('org/images', None, is_training=False)
-print(len(rows), rows.split, rows.features['label'].names[0], sum(rows['label']))
-''', hub.environment(tmp_path / 'home'))
+    ended = hub_children.run(hub_programs.load_validation_split, hub.environment(tmp_path / 'home'))
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f'20 test T-shirt/top {sum(fashion[40:60]["label"])}\n'
     assert hub.seen('GET .*test-00000') and not hub.seen('GET .*train-00000')
