@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 
+from support import plain_timm
 from support.hub_child import Children
 from support.hub_server import HubServer
 
@@ -102,6 +103,20 @@ def hub_children():
     """Real processes with an environment of their own that need not import torch: `hub_children.run(code, env)`."""
     with Children() as children:
         yield children
+
+
+@pytest.fixture
+def logits_in_plain_timm(hub_children, tmp_path):
+    """`logits_in_plain_timm(folder, images)` runs the model in a folder in a process without this package."""
+
+    def run(folder, images):
+        torch.save(images, tmp_path / 'images.pth')
+        child = hub_children.run(
+            plain_timm.save_logits, os.environ, folder, tmp_path / 'images.pth', tmp_path / 'logits.pth')
+        assert child.returncode == 0, child.stderr
+        return torch.load(tmp_path / 'logits.pth')
+
+    return run
 
 
 @pytest.fixture

@@ -35,24 +35,7 @@ def run(*args):
         capture_output=True, text=True, timeout=300)
 
 
-PLAIN_TIMM = '''
-import sys, timm, torch
-model = timm.create_model('local-dir:' + sys.argv[1], pretrained=True).eval()
-assert 'timm_tinyvit' not in sys.modules
-with torch.inference_mode():
-    torch.save(model(torch.load(sys.argv[2])), sys.argv[3])
-'''
-
-
-def logits_in_plain_timm(folder, image, tmp_path):
-    torch.save(image, tmp_path / 'image.pth')
-    subprocess.run(
-        [sys.executable, '-c', PLAIN_TIMM, folder, tmp_path / 'image.pth', tmp_path / 'logits.pth'],
-        check=True, timeout=300)
-    return torch.load(tmp_path / 'logits.pth')[0]
-
-
-def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(official, tmp_path):
+def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(official, logits_in_plain_timm, tmp_path):
     torch.save({'model': official}, tmp_path / 'official.pth')
     result = run(tmp_path / 'official.pth', '--model', 'tiny_vit_5m_224', '--output', tmp_path / 'out')
     assert result.returncode == 0, result.stderr
@@ -61,7 +44,7 @@ def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(official
     assert written == ['README.md', 'config.json', 'model.safetensors']
 
     golden = GOLDEN['builds']['tiny_vit_5m_224']
-    logits = logits_in_plain_timm(tmp_path / 'out', golden_image(224), tmp_path)
+    logits = logits_in_plain_timm(tmp_path / 'out', golden_image(224))[0]
     assert relative_difference(logits[:8], torch.tensor(golden['logits_first8'])) <= 1e-4
     assert logits.norm().item() == pytest.approx(golden['logits_l2'], rel=1e-4)
 
@@ -84,7 +67,7 @@ def test_the_config_says_windows_classes_and_the_official_test_crop(build, crop_
     assert (data['crop_pct'], data['crop_mode'], data['interpolation']) == (crop_pct, crop_mode, 'bicubic')
 
 
-def test_the_teacher_converts_to_the_name_that_plain_timm_knows(tmp_path, monkeypatch):
+def test_the_teacher_converts_to_the_name_that_plain_timm_knows(logits_in_plain_timm, tmp_path, monkeypatch):
     weights = {name: golden_tensor(name, shape) for name, shape in TEACHER['reduced']['state_dict'].items()}
     torch.save({'model': weights}, tmp_path / 'teacher.pth')
     create_model = timm.create_model
@@ -94,7 +77,7 @@ def test_the_teacher_converts_to_the_name_that_plain_timm_knows(tmp_path, monkey
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['architecture'] == 'vit_large_patch14_clip_quickgelu_224'
     assert config['pretrained_cfg']['mean'] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
-    logits = logits_in_plain_timm(tmp_path / 'out', golden_image(56), tmp_path)
+    logits = logits_in_plain_timm(tmp_path / 'out', golden_image(56))[0]
     assert relative_difference(logits, torch.tensor(TEACHER['reduced']['logits'])) <= 1e-4
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from support import plain_timm
 from support.hub_server import READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -93,37 +94,6 @@ def test_what_others_put_in_the_repo_stays_and_what_a_push_no_longer_has_goes(hu
     assert 'metrics.png' not in files[CARD].decode()
 
 
-BLOCK = """
-import sys
-from importlib.abc import MetaPathFinder
-
-class Block(MetaPathFinder):
-    def find_spec(self, name, *_):
-        if name.partition('.')[0] in ('timm_tinyvit', 'train_distill'):
-            raise ImportError(f'{name} is blocked')
-
-sys.meta_path.insert(0, Block())
-try:
-    import timm_tinyvit
-except ImportError:
-    pass
-else:
-    raise SystemExit('timm_tinyvit is not blocked')
-"""
-PULL = """
-import json, timm, torch
-from safetensors.torch import save_file
-
-model = timm.create_model('hf-hub:org/student', pretrained=True).eval()
-data = timm.data.resolve_model_data_config(model)
-images = torch.linspace(-1, 1, 2 * data['input_size'][1] ** 2 * 3).view(2, *data['input_size'])
-with torch.inference_mode():
-    logits = model(images)
-save_file({**model.state_dict(), 'images': images, 'logits': logits}, 'pulled.safetensors')
-print(json.dumps(dict(module=type(model).__module__, data=data, names=model.pretrained_cfg['label_names'])))
-"""
-
-
 @pytest.mark.parametrize('name, size', [('tiny', 64), ('vit', 32)])
 def test_a_pushed_model_is_pulled_with_its_tensors_logits_labels_and_preprocessing(
         hub, hub_children, runs, tmp_path, name, size):
@@ -131,8 +101,9 @@ def test_a_pushed_model_is_pulled_with_its_tensors_logits_labels_and_preprocessi
     assert result.returncode == 0, result.stderr
     model = timm.create_model(f'local-dir:{runs / name / "last"}', pretrained=True).eval()
     expected, data = load_file(runs / name / 'last' / 'model.safetensors'), timm.data.resolve_model_data_config(model)
-    for start, package in ((BLOCK, 'timm'), ('import timm_tinyvit\n', 'timm_tinyvit' if name == 'tiny' else 'timm')):
-        pulled = hub_children.run(start + PULL, hub.environment(tmp_path / package, token=None), folder=tmp_path)
+    for imported, package in (('timm', 'timm'), ('timm_tinyvit', 'timm_tinyvit' if name == 'tiny' else 'timm')):
+        pulled = hub_children.run(
+            plain_timm.pull, hub.environment(tmp_path / package, token=None), imported, folder=tmp_path)
         assert pulled.returncode == 0, pulled.stderr
         said, tensors = json.loads(pulled.stdout), load_file(tmp_path / 'pulled.safetensors')
         assert said['module'].partition('.')[0] == package
@@ -153,7 +124,8 @@ def test_the_card_of_a_pushed_model_does_what_it_says(hub, hub_children, runs, t
     example = next(block.removeprefix('python\n') for block in blocks if block.startswith('python\nimport timm'))
     from PIL import Image
     Image.effect_noise((80, 60), 50).save(tmp_path / 'image.jpg')
-    shown = hub_children.run(BLOCK + example, hub.environment(tmp_path, token=None), folder=tmp_path)
+    shown = hub_children.run(
+        plain_timm.run_example, hub.environment(tmp_path, token=None), example, folder=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert len(shown.stdout.splitlines()) == 5 and '% ' in shown.stdout
 

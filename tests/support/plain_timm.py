@@ -1,0 +1,45 @@
+"""What children do with timm as people have it who know nothing of this package: load a model, and run it."""
+
+import importlib
+import json
+import sys
+
+
+def block() -> None:
+    """Let this package be as if it were not installed: to import it raises."""
+    sys.modules.update(timm_tinyvit=None, train_distill=None)
+
+
+def save_logits(folder: str, images: str, logits: str) -> None:
+    """Run the model in a folder on the images in a file, and write its logits to another."""
+    block()
+    import timm
+    import torch
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert type(model).__module__.startswith('timm.models.')
+    with torch.inference_mode():
+        torch.save(model(torch.load(images)), logits)
+
+
+def pull(package: str) -> None:
+    """Load a model from the Hub with timm, or after an import of timm_tinyvit.
+
+    Writes its tensors, images and their logits to `pulled.safetensors`, and prints what it says of itself.
+    """
+    block() if package == 'timm' else importlib.import_module(package)
+    import timm
+    import torch
+    from safetensors.torch import save_file
+    model = timm.create_model('hf-hub:org/student', pretrained=True).eval()
+    data = timm.data.resolve_model_data_config(model)
+    images = torch.linspace(-1, 1, 2 * data['input_size'][1] ** 2 * 3).view(2, *data['input_size'])
+    with torch.inference_mode():
+        logits = model(images)
+    save_file({**model.state_dict(), 'images': images, 'logits': logits}, 'pulled.safetensors')
+    print(json.dumps(dict(module=type(model).__module__, data=data, names=model.pretrained_cfg['label_names'])))
+
+
+def run_example(code: str) -> None:
+    """Run the code of a card."""
+    block()
+    exec(code, {'__name__': '__main__'})
