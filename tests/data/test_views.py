@@ -1,9 +1,8 @@
 """Replay: a view is a pure function of (seed, epoch, index), and it is timm's own view."""
 
-import hashlib
 import json
+import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment,
 from torch.utils.data import DataLoader
 
 import timm_tinyvit
+from support.view_digests import print_view_digests, view_digests
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.view_config import ViewConfig
@@ -23,6 +23,7 @@ from timm_tinyvit.data.views import (
     Replay, check_probe, decode_image, library_versions, preserve_random_state, seed_view,
 )
 
+PHOTOGRAPH = Path(timm_tinyvit.__file__).parent / 'data' / 'probe.jpg'
 SIZE = (3, 40, 48)
 PAPER = dict(auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25, re_mode='pixel', color_jitter=0.4)
 # Every augmentation, as arguments of timm's create_transform beside the size.
@@ -58,8 +59,7 @@ CASES = {
 @pytest.fixture(scope='module')
 def images(fashion):
     """A photograph, as the package carries it for its probe, and real small images."""
-    photograph = decode_image(Path(timm_tinyvit.__file__).parent / 'data' / 'probe.jpg')
-    return [photograph, *(image.convert('RGB') for image in fashion.select(range(3))['image'])]
+    return [decode_image(PHOTOGRAPH), *(image.convert('RGB') for image in fashion.select(range(3))['image'])]
 
 
 def make_config(**changes):
@@ -222,37 +222,14 @@ def test_views_of_many_epochs_may_stand_in_one_batch(view_of):
     assert all(torch.equal(sample['view'], expected[key]) for sample, key in zip(views, keys))
 
 
-FRESH = '''
-import hashlib, json, random, sys
-import torch
-from timm_tinyvit.data.view_config import *
-from timm_tinyvit.data.views import *
-torch.randn(5), random.random()
-found = {}
-for name, arguments in json.loads(sys.argv[1]).items():
-    replay = Replay(ViewConfig.from_dict(arguments), 17)
-    digest = hashlib.sha256()
-    for index in reversed(range(8)):
-        digest.update(replay(decode_image(sys.argv[2]), 1, index).numpy().tobytes())
-    found[name] = [digest.hexdigest(), replay.probe()]
-print(json.dumps(found))
-'''
-
-
-def test_views_and_probes_are_the_same_in_a_fresh_process(images):
+def test_views_and_probes_are_the_same_in_a_fresh_process(hub_children):
     configs = {name: make_config(**arguments).to_dict() for name, arguments in CASES.items()}
-    photograph = Path(timm_tinyvit.__file__).parent / 'data' / 'probe.jpg'
-    fresh = subprocess.run(
-        [sys.executable, '-c', FRESH, json.dumps(configs), str(photograph)], capture_output=True, text=True, check=True)
-    found = json.loads(fresh.stdout)
-    for name, arguments in configs.items():
-        replay = Replay(ViewConfig.from_dict(arguments), 17)
-        digest = hashlib.sha256()
-        for index in reversed(range(8)):
-            digest.update(replay(images[0], 1, index).numpy().tobytes())
-        assert found[name] == [digest.hexdigest(), replay.probe()], name
+    fresh = hub_children.run(print_view_digests, os.environ, configs, PHOTOGRAPH)
+    assert fresh.returncode == 0, fresh.stderr
+    digests = view_digests(configs, PHOTOGRAPH)
+    assert json.loads(fresh.stdout) == digests
     # Erasing is left out without augmentation; all other configs make other views.
-    assert len({probe for _, probe in found.values()}) == len(configs)
+    assert len({probe for _, probe in digests.values()}) == len(configs)
 
 
 def test_a_view_config_comes_back_from_json():

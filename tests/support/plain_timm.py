@@ -4,6 +4,10 @@ import importlib
 import json
 import sys
 
+import timm
+import torch
+from safetensors.torch import save_file
+
 
 def block() -> None:
     """Let this package be as if it were not installed: to import it raises."""
@@ -13,8 +17,6 @@ def block() -> None:
 def save_logits(folder: str, images: str, logits: str) -> None:
     """Run the model in a folder on the images in a file, and write its logits to another."""
     block()
-    import timm
-    import torch
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     assert type(model).__module__.startswith('timm.models.')
     with torch.inference_mode():
@@ -27,9 +29,6 @@ def pull(package: str) -> None:
     Writes its tensors, images and their logits to `pulled.safetensors`, and prints what it says of itself.
     """
     block() if package == 'timm' else importlib.import_module(package)
-    import timm
-    import torch
-    from safetensors.torch import save_file
     model = timm.create_model('hf-hub:org/student', pretrained=True).eval()
     data = timm.data.resolve_model_data_config(model)
     images = torch.linspace(-1, 1, 2 * data['input_size'][1] ** 2 * 3).view(2, *data['input_size'])
