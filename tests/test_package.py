@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from support import fresh_programs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,14 +37,7 @@ def test_the_wheel_holds_the_package_its_recipes_and_the_programs(wheel):
 
 def test_the_training_script_runs_as_a_module_from_the_wheel_alone(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
-    code = f"""
-import runpy, sys
-sys.path[:] = [{str(tmp_path / 'site')!r}] + [entry for entry in sys.path if entry not in ('', {str(ROOT)!r})]
-sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]
-sys.argv[1:] = ['--config', 'demo', '--help']
-import timm_tinyvit
-assert timm_tinyvit.__file__.startswith({str(tmp_path)!r}), timm_tinyvit.__file__
-runpy.run_module('train_distill', run_name='__main__')
-"""
-    said = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, fresh_programs.__file__, 'help_from', tmp_path / 'site'], cwd=tmp_path, capture_output=True,
+        text=True)
     assert said.returncode == 0 and '--logits' in said.stdout, said.stderr

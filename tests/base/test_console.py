@@ -17,6 +17,7 @@ import datasets
 import pytest
 
 import train_distill
+from support import fresh_programs
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base import console
 
@@ -36,16 +37,8 @@ def speaking():
 def test_who_stops_reading_ends_a_program_in_peace(tmp_path):
     """As `head` does."""
     ended = subprocess.run(
-        ['bash', '-c', f'"{sys.executable}" -c "$0" | true; exit ${{PIPESTATUS[0]}}', """
-import time
-from timm_tinyvit.base.errors import reports_input_errors
-@reports_input_errors
-def main(argv):
-    time.sleep(0.5)
-    for _ in range(100_000):
-        print('a line', flush=True)
-main([])
-"""], capture_output=True, text=True)
+        ['bash', '-c', '"$@" | true; exit ${PIPESTATUS[0]}', 'bash', sys.executable, fresh_programs.__file__,
+         'print_lines'], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (141, '')
 
 

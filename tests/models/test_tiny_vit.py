@@ -2,15 +2,15 @@
 
 import copy
 import json
+import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
 import pytest
 import timm
 import torch
+from support import registry_program
 from support.golden_weights import golden_image, golden_tensor, relative_difference
 from safetensors.torch import save_file
 from timm.models import group_parameters, save_for_hf
@@ -134,37 +134,10 @@ def test_create_model_gives_this_packages_model_with_the_windows_of_its_size(nam
     assert model.pretrained_cfg['hf_hub_id'] == f'timm/{name}.dist_in22k_ft_in1k'
 
 
-def run_python(code, *flags):
-    result = subprocess.run([sys.executable, *flags, '-c', code], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_importing_changes_nothing_in_timm_but_the_five_models():
-    out = run_python('''
-import importlib, json, warnings
-import timm
-from timm.models import _registry as r
-def snapshot():
-    return (
-        {k: (v.__module__, v.__name__) for k, v in r._model_entrypoints.items()},
-        sorted(r._model_pretrained_cfgs), sorted(timm.list_models(include_tags=True)),
-        sorted(timm.list_models(pretrained=True)), sorted(timm.list_models(module='tiny_vit')))
-before = snapshot()
-filters = list(warnings.filters)
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
-    import timm_tinyvit
-    once = snapshot()
-    importlib.reload(timm_tinyvit.models.tiny_vit)
-    importlib.reload(timm_tinyvit)
-    twice = snapshot()
-assert once == twice
-changed = {k for k in before[0] if before[0][k] != once[0][k]}
-print(json.dumps([sorted(changed), sorted(set(once[0]) - set(before[0])), before[1:] == once[1:],
-                  [str(w.message) for w in caught], filters == list(warnings.filters)]))
-''')
-    changed, added, same_names, caught, same_filters = json.loads(out)
+def test_importing_changes_nothing_in_timm_but_the_five_models(hub_children):
+    child = hub_children.run(registry_program.print_changes, os.environ)
+    assert child.returncode == 0, child.stderr
+    changed, added, same_names, caught, same_filters = json.loads(child.stdout)
     assert changed == sorted(VARIANTS)
     assert not [name for name in added if name.startswith('tiny_vit')]
     assert caught == []

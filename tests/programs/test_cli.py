@@ -8,30 +8,19 @@ import pytest
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import timm_tinyvit
+from support import fresh_programs
 from timm_tinyvit import cli
 from timm_tinyvit.config import commands
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.hub.convert import TEACHER, TINY_VITS
 
-HEAVY = ('torch', 'timm', 'datasets', 'huggingface_hub', 'transformers', 'pyarrow', 'numpy')
 FILL = ['fill', '--dataset', 'x', '--teacher', 't', '--logits', 'l', '--epochs', '1']
 
 
-def light(*argv: str, module: str = 'timm_tinyvit') -> subprocess.CompletedProcess:
+def run_light(*argv: str, module: str = 'timm_tinyvit') -> subprocess.CompletedProcess:
     """A module as a program, in a process that fails if it has imported anything heavy by its end."""
-    code = f"""
-import atexit, os, runpy, sys
-def check():
-    heavy = [name for name in {HEAVY} if name in sys.modules]
-    if heavy:
-        print('imported', *heavy, file=sys.stderr, flush=True)
-        os._exit(99)
-atexit.register(check)
-# As Python has them while it looks for the module.
-sys.argv, sys.orig_argv = ['-m', *sys.argv[1:]], ['python', '-m', {module!r}, *sys.argv[1:]]
-runpy.run_module({module!r}, run_name='__main__', alter_sys=True)
-"""
-    return subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, fresh_programs.__file__, 'run_light', module, *argv], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize('argv, words', [
@@ -39,7 +28,7 @@ runpy.run_module({module!r}, run_name='__main__', alter_sys=True)
     (['fill', '--config', 'demo', '--help'], '--push-to-hub'), (['--version'], timm_tinyvit.__version__),
 ])
 def test_help_is_printed_before_torch_is_imported(argv, words):
-    said = light(*argv)
+    said = run_light(*argv)
     assert (said.returncode, said.stderr) == (0, '') and words in said.stdout
 
 
@@ -62,14 +51,14 @@ def test_help_is_printed_before_torch_is_imported(argv, words):
     (['export', '--model', 'm', '--format', 'tflite', '--output', 'o'], "invalid choice: 'tflite'"),
 ])
 def test_a_typing_error_is_one_sentence_before_torch_is_imported(argv, words, one_sentence):
-    said = light(*argv)
+    said = run_light(*argv)
     assert (said.returncode, said.stdout) == (2, ''), said.stderr
     assert said.stderr.startswith('error: ')
     one_sentence(said.stderr.strip(), words)
 
 
 def test_a_launched_filling_parses_its_arguments_as_early():
-    said = light(*FILL[1:], '--datset', 'x', module='timm_tinyvit.save_logits')
+    said = run_light(*FILL[1:], '--datset', 'x', module='timm_tinyvit.save_logits')
     assert (said.returncode, said.stderr) == (2, 'error: unknown argument --datset; did you mean --dataset?\n')
 
 
@@ -80,11 +69,7 @@ def test_a_launched_filling_parses_its_arguments_as_early():
     'import sys; sys.argv, sys.orig_argv = ["-m", "x"], ["python", "-m", "tool.main", "x"]; import timm_tinyvit',
 ])
 def test_importing_the_package_registers_the_models(run):
-    code = f"""
-{run}
-import timm
-print(timm.create_model('tiny_vit_5m_224', device='meta').__class__.__module__)
-"""
+    code = f'{run}; import timm; print(type(timm.create_model("tiny_vit_5m_224", device="meta")).__module__)'
     said = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', code], capture_output=True, text=True)
     assert (said.stdout, said.stderr) == ('timm_tinyvit.models.tiny_vit\n', '')
 
