@@ -100,7 +100,7 @@ def warm_processes():
 
 @pytest.fixture(scope='session')
 def hub_children():
-    """Real processes with an environment of their own that need not import torch: `hub_children.run(code, env)`."""
+    """Real processes with an environment of their own that need not import torch: `hub_children.run(function, env)`."""
     with Children() as children:
         yield children
 

@@ -57,7 +57,7 @@ class Children:
 
     def start(
             self,
-            program: str | Callable[..., None] | Sequence[str],
+            program: Callable[..., None] | Sequence[str],
             environment: Mapping[str, str],
             *arguments: Any,
             folder: str | Path | None = None,
@@ -66,8 +66,8 @@ class Children:
         """Start a child.
 
         Args:
-            program: Source text to run as a main program, a function of a module in tests/support, which the child
-                imports, or a command line without the interpreter: `['-m', 'MODULE', ...]` or `['FILE.py', ...]`.
+            program: A function of a module in tests/support, which the child imports, or a command line without the
+                interpreter: `['-m', 'MODULE', ...]` or `['FILE.py', ...]`.
             environment: All of its environment.
             arguments: Those of the function, as JSON brings them; paths arrive as text.
             folder: Its working directory; the tests' by default.
@@ -79,13 +79,10 @@ class Children:
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
         out = Path(tempfile.mkdtemp(dir=self.folder.name))
-        call = None
-        if callable(program):
-            call, program = arguments, [program.__module__, program.__name__]
-        elif not isinstance(program, str):
-            program = [str(word) for word in program]
-        request = dict(program=program, call=call, environment=dict(environment), folder=folder or os.getcwd(),
-                       out=out, max_sleep=max_sleep)
+        is_function = callable(program)
+        words = [program.__module__, program.__name__] if is_function else [str(word) for word in program]
+        request = dict(words=words, arguments=arguments if is_function else None, environment=dict(environment),
+                       folder=folder or os.getcwd(), out=out, max_sleep=max_sleep)
         connection.sendall(json.dumps(request, default=str).encode() + b'\n')
         return Child(connection, out)
 
@@ -163,8 +160,9 @@ def attend(connection: socket.socket) -> None:
     os._exit(0)
 
 
-def be_child(program: str | list[str], call: list | None, environment: dict, folder: str, out: str,
-             max_sleep: float | None) -> None:
+def be_child(
+        words: list[str], arguments: list | None, environment: dict, folder: str, out: str, max_sleep: float | None,
+) -> None:
     """Become the process that was asked for; never returns."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -183,18 +181,16 @@ def be_child(program: str | list[str], call: list | None, environment: dict, fol
         time.sleep = lambda seconds: sleep(min(seconds, max_sleep))
     status = 0
     try:
-        if isinstance(program, str):
-            sys.argv = ['-c']
-            exec(compile(program, '<child>', 'exec'), {'__name__': '__main__'})
-        elif call is not None:
+        if arguments is not None:
             sys.path.append(str(TESTS))
-            getattr(importlib.import_module(program[0]), program[1])(*call)
-        elif program[0] == '-m':
-            sys.argv = program[1:]
-            runpy.run_module(program[1], run_name='__main__', alter_sys=True)
+            module, name = words
+            getattr(importlib.import_module(module), name)(*arguments)
+        elif words[0] == '-m':
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name='__main__', alter_sys=True)
         else:
-            sys.argv = program
-            runpy.run_path(program[0], run_name='__main__')
+            sys.argv = words
+            runpy.run_path(words[0], run_name='__main__')
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):

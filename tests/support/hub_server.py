@@ -1,7 +1,7 @@
 """A small server of the Hub's HTTP interface on 127.0.0.1, for the real clients of the tests.
 
     with HubServer() as hub:
-        run_child([...], hub.environment(tmp_path))     # see hub_child.py
+        hub_children.run([...], hub.environment(tmp_path))     # see hub_child.py
         assert hub.files('org/name')['config.json'] == ...
 
 Repos live in memory. As with the real Hub, large files go to and come from another server, the storage, by signed
