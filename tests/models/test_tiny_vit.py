@@ -136,7 +136,6 @@ def test_create_model_gives_this_packages_model_with_the_windows_of_its_size(nam
 
 def test_importing_changes_nothing_in_timm_but_the_five_models(hub_children):
     child = hub_children.run(registry_program.print_changes, os.environ)
-    assert child.returncode == 0, child.stderr
     changed, added, same_names, caught, same_filters = json.loads(child.stdout)
     assert changed == sorted(VARIANTS)
     assert not [name for name in added if name.startswith('tiny_vit')]

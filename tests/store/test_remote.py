@@ -36,9 +36,7 @@ def run(hub, hub_children, filled_store, tmp_path):
         environment = hub.environment(tmp_path / 'home', **{'LOCAL': str(filled_store), **environment})
         if start:
             return hub_children.start(function, environment, *arguments)
-        result = hub_children.run(function, environment, *arguments)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        return hub_children.run(function, environment, *arguments).stdout
 
     return run
 
@@ -62,9 +60,8 @@ def test_a_student_learns_the_same_from_the_hub_with_two_epochs_on_disk(
         '--epochs', '4', '--val-interval', '4', '--batch-size', '30', '--workers', '1', '--warmup-epochs', '0',
         '--output', tmp_path / 'runs', '--experiment']
     train_distill.main([str(word) for word in (*flags, 'local', '--logits', filled_store)])
-    ended = hub_children.run(
+    hub_children.run(
         ['-m', 'train_distill', *flags, 'hub', '--logits', URL], hub.environment(tmp_path / 'home'))
-    assert ended.returncode == 0, ended.stderr
     weights = [(tmp_path / 'runs' / name / 'last' / 'model.safetensors').read_bytes() for name in ('hub', 'local')]
     assert weights[0] == weights[1]
     # Every shard came once, and no epoch for what would follow the last one.
@@ -242,7 +239,6 @@ def test_an_evaluation_fetches_its_own_split_alone(hub, hub_children, fashion, t
         files[f'data/{split}-00000-of-00001.parquet'] = buffer.getvalue()
     hub.add_commit('org/images', files, repo_type='dataset')
     ended = hub_children.run(hub_programs.load_validation_split, hub.environment(tmp_path / 'home'))
-    assert ended.returncode == 0, ended.stderr
     assert ended.stdout == f'20 test T-shirt/top {sum(fashion[40:60]["label"])}\n'
     assert hub.seen('GET .*test-00000') and not hub.seen('GET .*train-00000')
 

@@ -86,9 +86,11 @@ class Children:
         connection.sendall(json.dumps(request, default=str).encode() + b'\n')
         return Child(connection, out)
 
-    def run(self, *program: Any, timeout: float = 120., **options: Any) -> Result:
-        """Start a child and wait for its end; arguments as of `start`."""
-        return self.start(*program, **options).wait(timeout)
+    def run(self, *program: Any, status: int = 0, timeout: float = 120., **options: Any) -> Result:
+        """Start a child and wait for its end with this exit status; arguments as of `start`."""
+        result = self.start(*program, **options).wait(timeout)
+        assert result.returncode == status, result.stdout + result.stderr
+        return result
 
 
 class Child:
