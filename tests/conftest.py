@@ -20,14 +20,13 @@ import timm
 import torch
 
 from support import plain_timm
+from support.flags import DATA, SMALL_VIEWS, small_data
 from support.hub_child import Children
 from support.hub_server import HubServer
 
 from timm_tinyvit import save_logits
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.models.saving import export_model
-
-EXAMPLES = Path(__file__).parents[1] / 'examples' / 'fashion_mnist'
 
 
 # Fixtures that start processes, and files whose tests do by themselves.
@@ -48,7 +47,7 @@ def pytest_collection_modifyitems(items):
 def fashion(tmp_path_factory):
     """The 1,000 committed training images of Fashion-MNIST: grey PNGs of 28x28 with a label."""
     return datasets.load_dataset(
-        'parquet', data_files=str(EXAMPLES / 'train.parquet'), split='train',
+        'parquet', data_files=f'{DATA}/train.parquet', split='train',
         cache_dir=str(tmp_path_factory.mktemp('cache')))
 
 
@@ -140,9 +139,8 @@ def filled_store(tmp_path_factory, teacher) -> Path:
     """A store of 4 epochs of 120 images, in 6 shards each; not to be written to."""
     path = tmp_path_factory.mktemp('stores') / 'logits'
     save_logits.main([
-        '--dataset', str(EXAMPLES), '--train-split', 'train[:120]', '--teacher', teacher, '--logits', str(path),
-        '--epochs', '4', '--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--topk', '3',
-        '--shard-size', '20', '--workers', '0', '--quiet'])
+        *small_data(120), *SMALL_VIEWS, '--teacher', teacher, '--logits', str(path), '--epochs', '4', '--topk', '3',
+        '--shard-size', '20', '--quiet'])
     return path
 
 

@@ -18,10 +18,9 @@ import pytest
 
 import train_distill
 from support import fresh_programs
+from support.flags import DATA, small_data
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base import console
-
-DATA = train_distill.Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist'
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +152,7 @@ def test_a_notebook_draws_though_its_streams_are_no_terminal(monkeypatch, capsys
     assert capsys.readouterr().err.count('\r') == 0
 
 
-SMALL = ['--dataset', str(DATA), '--train-split', 'train[:32]', '-j', '0', '--img-size', '32', '--quiet']
+SMALL = [*small_data(32), '--quiet']
 
 
 def test_quiet_programs_say_their_results(tmp_path, teacher, capsys):
@@ -165,7 +164,7 @@ def test_quiet_programs_say_their_results(tmp_path, teacher, capsys):
     assert 'teacher: 100%, 64 of 64, ' in capsys.readouterr().err
     with screen() as read:
         for quiet in ([], ['--quiet']):
-            cli.main(['report', store[1], '--dataset', str(DATA), '--train-split', 'train[:32]', *quiet])
+            cli.main(['report', store[1], '--dataset', DATA, '--train-split', 'train[:32]', *quiet])
             said = read()
             assert 'teacher accuracy' in said and ('\r' in said.replace('\r\n', '')) == (not quiet)
     capsys.readouterr()

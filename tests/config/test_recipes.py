@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from pathlib import Path
 
 import pytest
 import timm
@@ -15,12 +14,11 @@ from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.config.arguments import recipe_names
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k
+from support.flags import DATA, ROOT, small_data
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.train.optimization import create_optimizer, create_schedule, learning_rates
 from timm_tinyvit.train.student import create_student, freeze_batch_norm
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = str(ROOT / 'examples' / 'fashion_mnist')
 OFFICIAL = json.loads((ROOT / 'tests' / 'golden' / 'training.json').read_text())
 STAGES = OFFICIAL['stages']
 
@@ -116,9 +114,8 @@ def test_a_linear_schedule_falls_in_a_straight_line():
 @pytest.mark.parametrize('recipe', recipe_names())
 def test_every_recipe_runs_two_updates_on_real_images(recipe, teacher, tmp_path, capsys):
     flags = [
-        '--config', recipe, '--dataset', DATA, '--train-split', 'train[:8]', '--val-split', 'test[:4]', '--target-key',
-        'label', '--img-size', '32', '-b', '4', '--grad-accum-steps', '1', '--epochs', '1', '--warmup-epochs', '0',
-        '-j', '0', '--output', str(tmp_path), '--experiment', 'run']
+        '--config', recipe, *small_data(8, 4), '--target-key', 'label', '-b', '4', '--grad-accum-steps', '1',
+        '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'run']
     if recipe != 'demo_teacher':
         flags += ['--model', 'test_efficientnet']
     if 'distill' in recipe or recipe == 'cifar100':
@@ -171,9 +168,8 @@ def test_windows_grow_from_one_resolution_to_the_next(tmp_path):
 
 def test_frozen_batch_norms_keep_their_statistics_and_learn_their_weights(tmp_path):
     export_model(tmp_path, timm.create_model('test_resnet', num_classes=10))
-    flags = ['--dataset', DATA, '--train-split', 'train[:8]', '--val-split', 'test[:4]', '--img-size', '32', '-b', '4',
-             '--model', 'test_resnet', '--initial-checkpoint', str(tmp_path), '--epochs', '1', '--warmup-epochs', '0',
-             '--lr', '0.1', '-j', '0', '--quiet', '--output', str(tmp_path), '--experiment']
+    flags = [*small_data(8, 4), '-b', '4', '--model', 'test_resnet', '--initial-checkpoint', str(tmp_path), '--epochs',
+             '1', '--warmup-epochs', '0', '--lr', '0.1', '--quiet', '--output', str(tmp_path), '--experiment']
     train_distill.main([*flags, 'frozen', '--freeze-bn'])
     train_distill.main([*flags, 'free'])
     before, frozen, free = (timm.create_model(f'local-dir:{tmp_path / name}', pretrained=True).state_dict()

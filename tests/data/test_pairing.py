@@ -2,7 +2,6 @@
 
 import csv
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.utils.data import DataLoader
 
 import train_distill
+from support.flags import DATA, SMALL_VIEWS, SMALL_VIT, small_data
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
@@ -27,7 +27,6 @@ from timm_tinyvit.data.views import Replay, preserve_random_state, seed_view
 from timm_tinyvit.teacher.copy import copy_range
 from timm_tinyvit.teacher.teacher import Teacher
 
-DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
 SPLIT = 'train[:61]'
 RECIPE = dict(input_size=(3, 24, 20), re_prob=0.25)
 MIXINGS = {
@@ -38,10 +37,9 @@ MIXINGS = {
     'now and then': dict(mixup=0.4, cutmix=0.5, mixup_prob=0.5),
 }
 PAPER = dict(mixup=0.8, cutmix=1.)
-FLAGS = ['--mixup', '0.8', '--cutmix', '1', '--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0']
+FLAGS = ['--mixup', '0.8', '--cutmix', '1', *SMALL_VIEWS]
 TRAINING = [
-    '--dataset', DATA, '--train-split', SPLIT, '--val-split', 'test[:16]', '--model', 'test_vit', '--model-kwargs',
-    'img_size=32', '--epochs', '2', '-b', '10', '--lr', '1e-3', '--warmup-epochs', '1', '-j', '0', '--quiet',
+    *small_data(61, 16), *SMALL_VIT, '--epochs', '2', '-b', '10', '--lr', '1e-3', '--warmup-epochs', '1', '--quiet',
     '--crop-pct', '1', '--alpha', '0.5']
 
 

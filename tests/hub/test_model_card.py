@@ -19,6 +19,7 @@ import torch
 import yaml
 from datasets import load_dataset
 from huggingface_hub import ModelCard
+from support.flags import DATA, ROOT, SMALL_VIT, small_data
 from support.golden_weights import golden_tensor
 
 from timm_tinyvit import cli, save_logits
@@ -34,9 +35,7 @@ from timm_tinyvit.train.checkpoint import FREE_FLAGS
 from timm_tinyvit.train.record import read_run
 import train_distill
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / 'timm_tinyvit' / 'config' / 'recipes'
-DATA = str(ROOT / 'examples' / 'fashion_mnist')
 
 
 @pytest.fixture(scope='module')
@@ -44,10 +43,9 @@ def run(tmp_path_factory, teacher):
     """A run of a small student, distilled, with averaged weights."""
     output = tmp_path_factory.mktemp('run')
     train_distill.main([
-        '--dataset', DATA, '--train-split', 'train[:48]', '--val-split', 'test[:40]', '--img-size', '32', '--model',
-        'test_vit', '--model-kwargs', 'img_size=32', '--epochs', '3', '-b', '16', '--lr', '1e-3', '--warmup-epochs',
-        '0', '--model-ema', '--model-ema-decay', '0.5', '--alpha', '0.75', '--teacher', teacher, '--logits',
-        str(output / 'logits'), '--topk', '3', '--shard-size', '48', '-j', '0', '--quiet', '--output', str(output),
+        *small_data(48, 40), *SMALL_VIT, '--epochs', '3', '-b', '16', '--lr', '1e-3', '--warmup-epochs', '0',
+        '--model-ema', '--model-ema-decay', '0.5', '--alpha', '0.75', '--teacher', teacher, '--logits',
+        str(output / 'logits'), '--topk', '3', '--shard-size', '48', '--quiet', '--output', str(output),
         '--experiment', 'run'])
     return output / 'run'
 

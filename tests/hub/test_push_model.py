@@ -3,12 +3,12 @@
 import json
 import shlex
 import shutil
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from support import plain_timm
+from support.flags import ROOT, SMALL_VIT, small_data
 from support.hub_server import READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -20,13 +20,10 @@ from timm_tinyvit.hub.model_card import CARD, NO_REPO, read_weights
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.train.checkpoint import FREE_FLAGS
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = str(ROOT / 'examples' / 'fashion_mnist')
 REPO = 'org/student'
 FILES = {'README.md', 'config.json', 'model.safetensors', 'metrics.csv', 'metrics.png', 'recipe.yaml'}
-FLAGS = ['--dataset', DATA, '--train-split', 'train[:32]', '--val-split', 'test[:40]', '-b', '16', '--lr', '1e-3',
-         '--epochs', '1', '--warmup-epochs', '0', '-j', '0', '--quiet']
-VIT = [*FLAGS, '--img-size', '32', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--model-ema']
+FLAGS = [*small_data(32, 40), '-b', '16', '--lr', '1e-3', '--epochs', '1', '--warmup-epochs', '0', '--quiet']
+VIT = [*FLAGS, *SMALL_VIT, '--model-ema']
 
 
 @pytest.fixture(scope='module')

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from conftest import EXAMPLES
 from huggingface_hub import DatasetCard
 from PIL import Image
 from support import hub_programs
+from support.flags import DATA
 from support.files import tree
 from support.hub_server import READ_TOKEN, TOKEN, card_problems
 
@@ -33,7 +33,7 @@ from timm_tinyvit.report.labels import LabelledViews, data_name, labelled_views,
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_teacher
 
-DATA = ['--dataset', EXAMPLES, '--train-split', 'train[:120]']
+FIRST = ['--dataset', DATA, '--train-split', 'train[:120]']
 BESIDES = {'store.json', 'README.md', 'sample.parquet'}
 
 
@@ -74,7 +74,7 @@ def messages(hub) -> list[str]:
 
 
 def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_store, keyed_store, tmp_path):
-    (status, said, _), = push([filled_store, *DATA, '--private'])
+    (status, said, _), = push([filled_store, *FIRST, '--private'])
     assert status == 0 and 'pushed to hf://datasets/org/logits: 4 epochs' in said
     commits = hub.commits('org/logits', 'dataset')
     added = [set(after.files) - set(before.files) for before, after in zip(commits, commits[1:])]
@@ -86,7 +86,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     assert card_problems(there['README.md'].decode()) == ([], [])
     assert len(there['views.png']) < 300_000 and Image.open(io.BytesIO(there['views.png'])).width > 500
     # Without the data set nothing that it gave is taken away, and with it the same bytes come out.
-    *ends, keyed = push([filled_store], [filled_store, *DATA], [keyed_store[1], '--repo', 'org/keyed'])
+    *ends, keyed = push([filled_store], [filled_store, *FIRST], [keyed_store[1], '--repo', 'org/keyed'])
     assert all(status == 0 and 'nothing was pushed' in said for status, said, _ in ends), ends
     commits_of_keyed = hub.commits('org/keyed', 'dataset')
     assert keyed[0] == 0 and set(commits_of_keyed[-1].files) - set(commits_of_keyed[-2].files) == {
@@ -136,7 +136,7 @@ def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, 
     card = there['README.md'].decode().replace('pretty_name', 'license: cc-by-4.0\npretty_name', 1)
     hub.add_commit('org/logits', {'README.md': card.encode()}, repo_type='dataset')
     before = len(messages(hub))
-    (status, *_), = push([filled_store, '--epochs', '2:4', *DATA])
+    (status, *_), = push([filled_store, '--epochs', '2:4', *FIRST])
     assert status == 0
     there = published(hub)
     manifest = json.loads(there['store.json'])
@@ -215,7 +215,7 @@ def test_a_push_waits_for_one_that_lives_and_says_so_once(store, monkeypatch, ca
 def test_a_store_is_filled_and_pushed_in_one_command_and_its_sample_is_what_datasets_loads(
         hub, hub_children, push, teacher, tmp_path):
     hub.add_commit('org/logits', {'README.md': b'---\nlicense: cc-by-nc-4.0\n---\n'}, repo_type='dataset')
-    fill = ['--dataset', EXAMPLES, '--teacher', teacher, '--epochs', '2', '--config', 'demo', '--workers', '0']
+    fill = ['--dataset', DATA, '--teacher', teacher, '--epochs', '2', '--config', 'demo', '--workers', '0']
     first, second = push([tmp_path / 'new', *fill, '--train-split', 'train[:30]'],
                          [tmp_path / 'second', *fill, '--train-split', 'train[:40]'])
     assert first[0] == 0, first
@@ -239,7 +239,7 @@ def test_a_store_is_filled_and_pushed_in_one_command_and_its_sample_is_what_data
 @pytest.fixture(scope='module')
 def views(filled_store) -> tuple[LogitStore, LabelledViews]:
     opened = LogitStore.open(filled_store)
-    return opened, labelled_views(opened, str(EXAMPLES), 'train[:120]')
+    return opened, labelled_views(opened, DATA, 'train[:120]')
 
 
 def test_the_sample_says_what_the_teacher_says(views, teacher):

@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import timm_tinyvit
 from support import fresh_programs
+from support.flags import DATA
 from timm_tinyvit import cli
 from timm_tinyvit.config import commands
 from timm_tinyvit.data.view_config import ViewConfig
@@ -87,8 +87,7 @@ def test_what_is_known_without_timm_is_what_timm_says():
 
 
 def test_the_program_trains_and_evaluates(tmp_path, capsys):
-    data = ['--dataset', str(Path(__file__).parents[2] / 'examples' / 'fashion_mnist'), '--val-split', 'test[:16]',
-            '-j', '0', '-b', '8', '--quiet']
+    data = ['--dataset', DATA, '--val-split', 'test[:16]', '-j', '0', '-b', '8', '--quiet']
     cli.main(['train', *data, '--train-split', 'train[:16]', '--img-size', '32', '--model', 'test_resnet', '--epochs',
               '1', '--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'run'])
     assert 'finished:' in capsys.readouterr().out

@@ -12,6 +12,7 @@ import timm
 import torch
 
 from support import programs
+from support.flags import DATA, SMALL_VIEWS
 from support.files import tree
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base import console
@@ -24,8 +25,7 @@ from timm_tinyvit.targets.sparse import SparseTargets
 from timm_tinyvit.teacher.creating import stored_names
 from timm_tinyvit.teacher.teacher import Teacher
 
-DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
-VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--aa', 'rand-m9-mstd0.5-inc1']
+VIEWS = [*SMALL_VIEWS, '--aa', 'rand-m9-mstd0.5-inc1']
 DATA_FLAGS = ['--dataset', DATA, '--train-split', 'train[:100]']
 COMMON = [*DATA_FLAGS, *VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3', '--codec', 'float16']
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.utils import dispatch_clip_grad
 
 import train_distill
+from support.flags import DATA, ROOT, SMALL_VIEWS
 from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.data.sources import load_split
@@ -26,9 +27,7 @@ from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.train import batches, sharding
 from timm_tinyvit.train.optimization import clip_gradients
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = str(ROOT / 'examples' / 'fashion_mnist')
-VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0', '--reprob', '0.25']
+VIEWS = [*SMALL_VIEWS, '--reprob', '0.25']
 SPLITS = ['--train-split', 'train[:96]', '--val-split', 'test[:64]']
 SMALL = [
     '--dataset', DATA, *VIEWS, *SPLITS, '--model', 'tiny_vit_5m_224', '--epochs', '2', '-b', '16', '--lr', '1e-3',

@@ -36,12 +36,12 @@ from timm_tinyvit.train.metrics import suffixed
 from timm_tinyvit.train.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
 from timm_tinyvit.train.teacher_comparison import StoredViews, compare_views
 import train_distill
+from support.flags import DATA, small_data
 from support.runs import write_record
 
-DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
 SMALL = [
-    '--dataset', DATA, '--train-split', 'train[:96]', '--val-split', 'test[:63]', '--img-size', '32', '--crop-pct', '1',
-    '--model', 'test_resnet', '--epochs', '2', '--warmup-epochs', '0', '-b', '16', '--lr', '3e-2', '-j', '0']
+    *small_data(96, 63), '--crop-pct', '1', '--model', 'test_resnet', '--epochs', '2', '--warmup-epochs', '0', '-b',
+    '16', '--lr', '3e-2']
 
 
 @pytest.fixture(scope='module')

@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 
-from conftest import EXAMPLES
 from support import hub_programs
+from support.flags import DATA
 from support.pages import check_self_contained, pixels_of
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset
@@ -36,13 +36,13 @@ from timm_tinyvit.train.calibration import calibration
 from timm_tinyvit.train.predictions import Predictions, confused_pairs
 
 SPLIT = 'train[:120]'
-DATA = ['--dataset', str(EXAMPLES), '--train-split', SPLIT]
+FIRST = ['--dataset', DATA, '--train-split', SPLIT]
 KINDS = {'few classes': (3, 'compact'), 'most classes': (6, 'float16'), 'all classes': (7, 'float16')}
 
 
 @pytest.fixture(scope='module')
 def labels():
-    return np.array(load_split(str(EXAMPLES), SPLIT, True)['label'])
+    return np.array(load_split(DATA, SPLIT, True)['label'])
 
 
 @pytest.fixture
@@ -280,9 +280,9 @@ def refusal(capsys, *flags):
 
 
 def test_text_and_json_say_the_same(filled_store, labels, capsys):
-    run(filled_store, *DATA)
+    run(filled_store, *FIRST)
     text = capsys.readouterr().out
-    run(filled_store, *DATA, '--json')
+    run(filled_store, *FIRST, '--json')
     found = json.loads(capsys.readouterr().out)
     statistics = found['statistics']
     assert statistics == store_statistics(LogitStore.open(filled_store), labels).summary()
@@ -346,9 +346,9 @@ def test_the_most_frequent_confusions_are_counted_by_view(make_store, monkeypatc
 
 
 def test_describe_says_what_the_report_says(filled_store, capsys):
-    run(filled_store, *DATA)
+    run(filled_store, *FIRST)
     said = capsys.readouterr().out
-    cli.main(['store', 'describe', str(filled_store), *DATA])
+    cli.main(['store', 'describe', str(filled_store), *FIRST])
     described = capsys.readouterr().out.strip()
     assert described in said and 'top-1 on the views of 4 epochs, ' in described
 
@@ -367,7 +367,7 @@ def test_without_data_nothing_is_said_of_labels(filled_store, tmp_path, capsys):
 
 
 def test_the_page_shows_the_replayed_views_with_what_the_teacher_said(filled_store, labels, tmp_path, capsys):
-    run(filled_store, *DATA, '--html', tmp_path / 'page.html', '--max-samples', '30')
+    run(filled_store, *FIRST, '--html', tmp_path / 'page.html', '--max-samples', '30')
     page = check_self_contained((tmp_path / 'page.html').read_text())
     for heading in ('Some samples', 'The easiest samples', 'The hardest samples',
                     'The most disputed samples', 'The most frequent confusions', 'store.json'):
@@ -411,16 +411,16 @@ def test_bars_are_the_stored_targets_of_the_view(filled_store, labels):
 
 
 def open_data(path, split=SPLIT):
-    return labelled_views(LogitStore.open(path), str(EXAMPLES), split)
+    return labelled_views(LogitStore.open(path), DATA, split)
 
 
 def test_the_gallery_is_a_picture_of_views(filled_store, tmp_path):
-    run(filled_store, *DATA, '--gallery', tmp_path / 'gallery.png')
+    run(filled_store, *FIRST, '--gallery', tmp_path / 'gallery.png')
     picture = Image.open(tmp_path / 'gallery.png').convert('RGB')
     # Five samples in four epochs, and the images.
     assert picture.width == 10 + 5 * 154 and picture.height > 10 + 5 * (144 + 18 * 4 + 10)
     data, statistics = open_data(filled_store), store_statistics(LogitStore.open(filled_store))
-    labels = np.array(load_split(str(EXAMPLES), SPLIT, True)['label'])
+    labels = np.array(load_split(DATA, SPLIT, True)['label'])
     position = choose_samples(store_statistics(LogitStore.open(filled_store), labels))['varied'][0]
     view = data.views[statistics.epochs[2], int(position)]['view'].numpy()
     cell = picture.crop((10 + 3 * 154, 10, 3 * 154 + 154, 154)).resize((32, 32), Image.Resampling.NEAREST)
@@ -444,7 +444,7 @@ def test_bars_are_filled_as_far_as_a_class_is_probable_and_green_for_the_label()
 
 
 def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
-    split = ['--dataset', EXAMPLES, '--train-split', 'train[:20]']
+    split = ['--dataset', DATA, '--train-split', 'train[:20]']
     save_logits.main(list(map(str, [
         *split, '--teacher', teacher, '--logits', tmp_path / 'mixed', '--epochs', '2', '--img-size', '32', '--cutmix',
         '1', '--topk', '3', '--workers', '0', '--quiet'])))
@@ -591,16 +591,16 @@ def test_another_machine_shows_no_views_and_says_so(filled_store, tmp_path, caps
         for shard in range(6):
             LogitStore(tmp_path / 'logits', other).write_shard(
                 epoch, shard, LogitStore.open(filled_store).read(epoch, range(20 * shard, 20 * shard + 20)))
-    run(tmp_path / 'logits', *DATA, '--html', tmp_path / 'page.html', '--max-samples', '5')
+    run(tmp_path / 'logits', *FIRST, '--html', tmp_path / 'page.html', '--max-samples', '5')
     page = check_self_contained((tmp_path / 'page.html').read_text())
     assert not page.all('img') and 'this machine makes other views' in page.text and 'top-1' in page.text
-    said = refusal(capsys, tmp_path / 'logits', *DATA, '--gallery', tmp_path / 'gallery.png')
+    said = refusal(capsys, tmp_path / 'logits', *FIRST, '--gallery', tmp_path / 'gallery.png')
     assert 'this machine makes other views' in said and not (tmp_path / 'gallery.png').exists()
 
 
 def test_without_matplotlib_the_page_has_all_but_plots(filled_store, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    run(filled_store, *DATA, '--html', tmp_path / 'page.html', '--max-samples', '10')
+    run(filled_store, *FIRST, '--html', tmp_path / 'page.html', '--max-samples', '10')
     page = check_self_contained((tmp_path / 'page.html').read_text())
     assert not page.all('svg') and page.all('img') and "pip install 'timm_tinyvit[plots]'" in page.text
 
@@ -611,7 +611,7 @@ def test_an_empty_store_is_described(filled_store, tmp_path, capsys):
     said = capsys.readouterr().out
     assert '0 of 24 (20 samples each), 0 of 4 epochs complete' in said and 'none of it is filled yet' in said
     assert 'holds nothing to show yet' in refusal(capsys, tmp_path / 'empty', '--html', tmp_path / 'page.html')
-    cli.main(['store', 'describe', str(tmp_path / 'empty'), *DATA])
+    cli.main(['store', 'describe', str(tmp_path / 'empty'), *FIRST])
 
 
 def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
@@ -624,7 +624,7 @@ def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
     cases = [
         ([], 'the following arguments are required: STORE|RUN; see timm-tinyvit report --help'),
         ([tmp_path / 'none'], 'there is no logit store at'),
-        ([filled_store, *DATA[:2], '--train-split', 'train[:119]'], 'this is not the data set'),
+        ([filled_store, *FIRST[:2], '--train-split', 'train[:119]'], 'this is not the data set'),
         ([filled_store, '--epochs', '3:5'], 'is meant to hold epochs 0:4, but 3:5 are asked for'),
         ([filled_store, '--html', tmp_path], 'cannot be written: it is a folder'),
         ([filled_store, '--gallery', tmp_path / 'gallery.png'], 'give --dataset'),
@@ -649,7 +649,7 @@ def test_a_store_on_the_hub_is_reported_as_one_on_disk(hub, hub_children, filled
     url = 'hf://datasets/org/logits'
     ended = hub_children.run(
         hub_programs.run_commands, hub.environment(tmp_path / 'home'),
-        ['report', url, *DATA, '--json', '--epochs', '0:4', '--html', page], ['report', url])
+        ['report', url, *FIRST, '--json', '--epochs', '0:4', '--html', page], ['report', url])
     (status, whole, _), (status_of_brief, brief, _) = json.loads(ended.stdout)
     assert status == status_of_brief == 0
     assert json.loads(whole)['statistics'] == store_statistics(LogitStore.open(filled_store), labels).summary()

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 import train_distill
-from conftest import EXAMPLES
 from support import hub_programs, remote_programs
+from support.flags import DATA
 from support.files import tree
 from support.hub_server import TOKEN
 from support.remote_programs import URL
@@ -56,7 +56,7 @@ def shards_fetched(hub) -> list[str]:
 def test_a_student_learns_the_same_from_the_hub_with_two_epochs_on_disk(
         hub, hub_children, pushed, filled_store, tmp_path):
     flags = [
-        '--dataset', EXAMPLES, '--train-split', 'train[:120]', '--val-split', 'test[:20]', '--model', 'test_resnet',
+        '--dataset', DATA, '--train-split', 'train[:120]', '--val-split', 'test[:20]', '--model', 'test_resnet',
         '--epochs', '4', '--val-interval', '4', '--batch-size', '30', '--workers', '1', '--warmup-epochs', '0',
         '--output', tmp_path / 'runs', '--experiment']
     train_distill.main([str(word) for word in (*flags, 'local', '--logits', filled_store)])

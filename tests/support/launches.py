@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -18,9 +17,6 @@ try:
     import resource
 except ImportError:
     resource = None
-
-ROOT = Path(__file__).resolve().parents[2]
-DATA = str(ROOT / 'examples' / 'fashion_mnist')
 
 
 def train(environment, argv, out, file_limit=None):

@@ -9,6 +9,7 @@ import torch
 
 import train_distill
 from support import programs
+from support.flags import SMALL_VIEWS
 from support.files import tree
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -21,8 +22,7 @@ from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.targets.sparse import ensemble_loss
 
-VIEWS = ['--img-size', '32', '--scale', '0.6', '1', '--color-jitter', '0']
-SETTINGS = [*VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3', '--codec', 'float16']
+SETTINGS = [*SMALL_VIEWS, '-j', '0', '--shard-size', '32', '--topk', '3', '--codec', 'float16']
 
 
 @pytest.fixture(scope='module')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from conftest import EXAMPLES
+from support.flags import DATA
 from timm_tinyvit import cli
 from timm_tinyvit.teacher.estimate import estimate_store
 
@@ -30,7 +30,7 @@ def test_the_program_prints_it_without_a_store_a_teacher_or_data(capsys):
 
 
 def test_the_program_counts_the_samples_of_a_data_set(capsys):
-    cli.main(['store', 'estimate', '--dataset', str(EXAMPLES), '--teacher-num-classes', '10', '--epochs', '2:5'])
+    cli.main(['store', 'estimate', '--dataset', DATA, '--teacher-num-classes', '10', '--epochs', '2:5'])
     assert '1,000 samples x 3 epochs' in capsys.readouterr().out
 
 

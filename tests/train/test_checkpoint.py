@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import train_distill
+from support.flags import ROOT, small_data
 from support.launches import (
-    DATA, ROOT, assert_same, checkpoints, finish, free_port, kill, launches, resource, wait_for, weights,
+    assert_same, checkpoints, finish, free_port, kill, launches, resource, wait_for, weights,
 )
 from timm_tinyvit.base.launch import StepFlags
 from timm_tinyvit.train import checkpoint
@@ -24,9 +25,8 @@ from timm_tinyvit.train import checkpoint
 CPU = torch.device('cpu')
 # Drop path, dropout and mixup draw from the generators of torch and numpy; the average has a memory of its own.
 SMALL = [
-    '--dataset', DATA, '--train-split', 'train[:96]', '--val-split', 'test[:16]', '--img-size', '32', '--model',
-    'test_efficientnet', '--drop-path', '0.2', '--drop', '0.1', '--mixup', '0.8', '--model-ema', '--lr', '1e-2',
-    '--warmup-epochs', '1', '--epochs', '2', '-j', '0']
+    *small_data(96, 16), '--model', 'test_efficientnet', '--drop-path', '0.2', '--drop', '0.1', '--mixup', '0.8',
+    '--model-ema', '--lr', '1e-2', '--warmup-epochs', '1', '--epochs', '2']
 EVERY_STEP = ['--recovery-interval', '1']
 
 

@@ -17,12 +17,11 @@ from timm_tinyvit import cli
 from timm_tinyvit.data.classes import is_imagenet1k
 from timm_tinyvit.data.sources import class_names, load_split
 from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
+from support.flags import DATA, ROOT
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.models.tiny_vit import rename_official
 from timm_tinyvit.train.evaluate import eval_config
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = str(ROOT / 'examples' / 'fashion_mnist')
 COMMON = ['--dataset', DATA, '--val-split', 'test[:32]', '-j', '0', '--quiet', '-b', '8']
 SMALL = [*COMMON, '--model', 'test_efficientnet']
 

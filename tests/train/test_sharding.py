@@ -18,8 +18,9 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from support.flags import ROOT, small_data
 from support.launches import (
-    DATA, ROOT, assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
+    assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
 )
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.launch import create_accelerator
@@ -32,10 +33,9 @@ from timm_tinyvit.train.sharding import (
 # Batch norms, groups of parameters by layer, summed gradients, and draws of numpy's and torch's generators. Without a
 # large epsilon AdamW makes whole steps of gradients that are nothing but rounding.
 RUN = [
-    '--dataset', DATA, '--train-split', 'train[:160]', '--val-split', 'test[:17]', '--img-size', '32', '--model',
-    'test_efficientnet', '--drop-path', '0.2', '--drop', '0.1', '--mixup', '0.8', '--model-ema', '--model-ema-decay',
-    '0.9', '--layer-decay', '0.8', '--opt-eps', '1e-2', '--lr', '1e-4', '--warmup-epochs', '1', '--epochs', '2', '-j',
-    '0']
+    *small_data(160, 17), '--model', 'test_efficientnet', '--drop-path', '0.2', '--drop', '0.1', '--mixup', '0.8',
+    '--model-ema', '--model-ema-decay', '0.9', '--layer-decay', '0.8', '--opt-eps', '1e-2', '--lr', '1e-4',
+    '--warmup-epochs', '1', '--epochs', '2']
 TWO = ['-b', '8', '--grad-accum-steps', '2']
 FSDP = {'fsdp_version': 2, 'fsdp_auto_wrap_policy': 'TRANSFORMER_BASED_WRAP'}
 # What accelerate's launcher makes of it.
