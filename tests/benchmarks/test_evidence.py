@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import train_distill
+from support.programs import refusal
 from support.runs import write_record
 
 ROOT = Path(__file__).parents[2]
@@ -195,10 +196,7 @@ def test_a_run_that_fails_leaves_the_others_and_a_failure(tmp_path, refused, cap
 
 
 def test_no_job_at_a_time_is_refused(capsys, one_sentence):
-    with pytest.raises(SystemExit) as exit:
-        evidence.main(['--grid', 'smoke', '--jobs', '0'])
-    assert exit.value.code == 2
-    one_sentence(capsys.readouterr().err.strip(), '--jobs is 0')
+    one_sentence(refusal(evidence.main, ['--grid', 'smoke', '--jobs', '0'], capsys), '--jobs is 0')
 
 
 def test_a_run_is_measured_by_its_last_epoch(tmp_path):

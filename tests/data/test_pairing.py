@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import train_distill
 from support.flags import DATA, SMALL_VIEWS, SMALL_VIT, small_data
+from support.programs import refusal
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
@@ -334,15 +335,13 @@ def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, teacher, cap
         SparseLogitDataset(whole.add_column('name', list(range(61))), replay, key_column='name')
     common = ['--dataset', DATA, '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--epochs', '1', *FLAGS]
     for flags in (['--train-split', SPLIT], ['--streaming']):
-        with pytest.raises(SystemExit):
-            save_logits.main([*common, *flags, '--key', 'label'])
-        one_sentence(capsys.readouterr().err.strip().splitlines()[-1], "column 'label'", '--streaming')
+        said = refusal(save_logits.main, [*common, *flags, '--key', 'label'], capsys)
+        one_sentence(said, "column 'label'", '--streaming')
     assert not (tmp_path / 'logits').exists()
     for flags, words in (
         (['-b', '5'], 'even --batch-size'),
         (['--streaming', '--alpha', '1', '--train-split', 'train'], 'leave --streaming out'),
         (['--mixup', '0.5'], 'mixup 0.5 instead of 0.8'),
     ):
-        with pytest.raises(SystemExit):
-            train(tmp_path, 'refused', '--logits', str(filled[0]), *flags)
-        one_sentence(capsys.readouterr().err.strip().splitlines()[-1], words)
+        said = refusal(lambda argv: train(tmp_path, 'refused', *argv), ['--logits', filled[0], *flags], capsys)
+        one_sentence(said, words)

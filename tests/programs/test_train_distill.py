@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.utils import dispatch_clip_grad
 
 import train_distill
+from support import programs
 from support.flags import DATA, ROOT, SMALL_VIEWS
 from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.base.machine import machine_name
@@ -55,15 +56,7 @@ def distilled(tmp_path_factory, teacher):
 
 
 def message_of(argv, capsys) -> str:
-    """What the script says as it refuses these arguments: one line, and no traceback."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        train_distill.main([str(argument) for argument in argv])
-    assert exit.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line.startswith('error: ')]
-    assert len(errors) == 1 and lines[-1] == errors[0]
-    return errors[0]
+    return programs.refusal(train_distill.main, argv, capsys)
 
 
 def test_the_arguments_of_a_run_are_a_recipe_for_the_same_run(distilled, tmp_path):

@@ -7,11 +7,11 @@ import pytest
 
 
 def refusal(main: Callable[[list[str]], None], argv: Sequence[Any], capsys: pytest.CaptureFixture) -> str:
-    """The one sentence, on the last line of stderr, with which a program refuses these arguments."""
+    """The one sentence, on the last line of stderr, with which a program refuses these arguments or ends."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         main([str(argument) for argument in argv])
     assert exit.value.code == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith('error: ')
-    return last
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if line.startswith('error: ')] == lines[-1:]
+    return lines[-1]

@@ -3,6 +3,7 @@
 import pytest
 
 from support.flags import DATA
+from support.programs import refusal
 from timm_tinyvit import cli
 from timm_tinyvit.teacher.estimate import estimate_store
 
@@ -35,10 +36,8 @@ def test_the_program_counts_the_samples_of_a_data_set(capsys):
 
 
 def test_what_the_program_needs_to_know_is_one_sentence(capsys, one_sentence):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(['store', 'estimate', '--num-samples', '10', '--epochs', '2'])
-    assert stopped.value.code == 2
-    one_sentence(capsys.readouterr().err.strip(), '--teacher-num-classes')
+    flags = ['--num-samples', '10', '--epochs', '2']
+    one_sentence(refusal(cli.main, ['store', 'estimate', *flags], capsys), '--teacher-num-classes')
 
 
 @pytest.mark.parametrize('arguments, words', [((2000,), ['2000', '--topk']), ((10, 'best'), ["'best'", '--codec'])])

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import train_distill
+from support import programs
 from support.flags import ROOT, small_data
 from support.launches import (
     assert_same, checkpoints, finish, free_port, kill, launches, resource, wait_for, weights,
@@ -200,11 +201,7 @@ def run(tmp_path, *argv):
 
 
 def message_of(capsys, tmp_path, *argv):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        run(tmp_path, *argv)
-    assert exit.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    return programs.refusal(lambda words: run(tmp_path, *words), argv, capsys)
 
 
 def test_fewer_images_per_update_on_fewer_processes_are_told(start, tmp_path):
