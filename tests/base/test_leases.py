@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from support.waiting import wait_until
 from timm_tinyvit.base import leases as leases_module
 from timm_tinyvit.base.leases import Leases, exclusive
 
@@ -67,10 +68,8 @@ def elsewhere(heartbeat=1):
 
 
 def wait_for_a_heartbeat(file):
-    before, deadline = Leases.path(file).read_bytes(), time.monotonic() + PATIENCE
-    while Leases.path(file).read_bytes() in (before, b''):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    before = Leases.path(file).read_bytes()
+    wait_until(lambda: Leases.path(file).read_bytes() not in (before, b''))
 
 
 def test_a_lease_is_one_small_file_that_goes_with_its_owner(file):
@@ -137,10 +136,8 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_at_once(is_waited_fo
         process.kill()
         if is_waited_for:
             process.join(PATIENCE)
-        deadline = time.monotonic() + PATIENCE
-        while not observer.acquire(file):
-            # A killed process takes a moment to end.
-            assert not is_waited_for and time.monotonic() < deadline
+        # A killed process takes a moment to end.
+        wait_until(lambda: observer.acquire(file), alive=lambda: not is_waited_for)
         assert names(file) == ['.shard-00012.arrow.lease']
     assert names(file) == []
 
@@ -186,10 +183,7 @@ def test_an_owner_that_slept_too_long_leaves_the_lease_to_its_successor(owner, f
     process, pipe = owner()
     os.kill(process.pid, signal.SIGSTOP)
     with Leases(expire=0.1, heartbeat=NEVER) as successor:
-        deadline = time.monotonic() + PATIENCE
-        while not successor.acquire(file):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: successor.acquire(file))
         content = Leases.path(file).read_bytes()
         os.kill(process.pid, signal.SIGCONT)
         pipe.send('release')

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from support.flags import DATA
 from support.files import tree
 from support.programs import refusal
 from support.hub_server import READ_TOKEN, TOKEN, card_problems
+from support.waiting import wait_until
 
 from timm_tinyvit import cli
 from timm_tinyvit.base.errors import InputError
@@ -105,10 +105,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
 def test_a_push_that_is_killed_leaves_no_manifest_and_the_next_one_sends_what_is_missing(hub, push, filled_store):
     hub.fail('POST /api/datasets/org/logits/commit/', 'hang', skip=1, seconds=60)
     child = push([filled_store], start=True)
-    end = time.monotonic() + 100
-    while len(hub.seen('POST /api/datasets/org/logits/commit/')) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_until(lambda: len(hub.seen('POST /api/datasets/org/logits/commit/')) == 2)
     child.kill(signal.SIGKILL)
     child.wait()
     assert len(published(hub)) == 10 and 'store.json' not in published(hub)

@@ -5,13 +5,13 @@ import os
 import signal
 import socket
 import sys
-import time
 from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load_file
 
 import train_distill
+from support.waiting import wait_until
 
 try:
     import resource
@@ -85,11 +85,8 @@ def checkpoints(folder):
     return sorted(file.name for file in folder.glob('checkpoint-*.pt'))
 
 
-def wait_for(condition, launch, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline and all(process.is_alive() for process in launch)
-        time.sleep(0.005)
+def wait_for(condition, launch):
+    wait_until(condition, alive=lambda: all(process.is_alive() for process in launch))
 
 
 def weights(folder, name='last'):

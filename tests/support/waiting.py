@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 60., alive: Callable[[], bool] = lambda: True) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 120., alive: Callable[[], bool] = lambda: True) -> Any:
     """Wait until a condition is true, and return what it gave; fail after some seconds, or if nobody is alive."""
     end = time.monotonic() + seconds
     while not (result := condition()):

@@ -24,6 +24,7 @@ import timm
 import torch
 
 from support.files import tree
+from support.waiting import wait_until
 from timm_tinyvit import save_logits
 from timm_tinyvit.base import files as aside_module
 from timm_tinyvit.base.errors import reports_input_errors
@@ -54,14 +55,6 @@ def hidden(path):
 
 def shards(path):
     return sorted(str(file.relative_to(path)) for file in path.glob('epoch-*/shard-*.arrow'))
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
 
 
 def make_teacher():
