@@ -5,23 +5,17 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from support.golden_weights import golden_image, golden_tensor, relative_difference
+from support.golden_weights import golden, golden_image, golden_tensor, official_state_dict, relative_difference
 
 from timm_tinyvit.hub import convert
 from timm_tinyvit.models import clip_teacher
 
-GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'tinyvit.json').read_text())
-TEACHER = json.loads((Path(__file__).parents[1] / 'golden' / 'clip_teacher.json').read_text())
-
-
-def official_state_dict(build):
-    return {
-        name: golden_tensor(name, shape) for name, shape in zip(GOLDEN['names'], GOLDEN['builds'][build]['shapes'])}
+GOLDEN = golden('tinyvit')
+TEACHER = golden('clip_teacher')
 
 
 @pytest.fixture(scope='module')

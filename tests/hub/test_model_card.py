@@ -20,7 +20,7 @@ import yaml
 from datasets import load_dataset
 from huggingface_hub import ModelCard
 from support.flags import DATA, ROOT, SMALL_VIT, small_data
-from support.golden_weights import golden_tensor
+from support.golden_weights import official_state_dict
 
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.machine import source_commit
@@ -489,10 +489,7 @@ def test_a_card_has_the_published_accuracy_and_its_source(checkpoint):
 
 
 def test_a_converted_checkpoint_has_its_card_beside_it(tmp_path):
-    golden = json.loads((ROOT / 'tests' / 'golden' / 'tinyvit.json').read_text())
-    weights = {name: golden_tensor(name, shape) for name, shape in zip(
-        golden['names'], golden['builds']['tiny_vit_5m_224']['shapes'])}
-    torch.save({'model': weights}, tmp_path / 'tiny_vit_5m_1k.pth')
+    torch.save({'model': official_state_dict('tiny_vit_5m_224')}, tmp_path / 'tiny_vit_5m_1k.pth')
     convert.convert_checkpoint(tmp_path / 'tiny_vit_5m_1k.pth', 'tiny_vit_5m_224', tmp_path / 'official')
     assert (tmp_path / 'official' / 'README.md').read_text() == str(card_of('tiny_vit_5m_224.in1k'))
     config = timm.create_model(f'local-dir:{tmp_path / "official"}', device='meta').pretrained_cfg

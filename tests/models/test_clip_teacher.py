@@ -1,17 +1,15 @@
 """The paper's CLIP teacher: the official code's logits and checkpoint, as a timm model."""
 
-import json
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from support.golden_weights import golden_image, golden_tensor, relative_difference
+from support.golden_weights import golden, golden_image, golden_tensor, relative_difference
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from timm_tinyvit.models import clip_teacher
 
-GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'clip_teacher.json').read_text())
+GOLDEN = golden('clip_teacher')
 NAME = 'clip_vit_large_patch14_224'
 
 

@@ -4,14 +4,13 @@ import copy
 import json
 import os
 import pickle
-from pathlib import Path
 
 import accelerate
 import pytest
 import timm
 import torch
 from support import registry_program
-from support.golden_weights import golden_image, golden_tensor, relative_difference
+from support.golden_weights import golden, golden_image, official_state_dict, relative_difference
 from safetensors.torch import save_file
 from timm.models import group_parameters, save_for_hf
 from timm.models import tiny_vit as timm_tiny_vit
@@ -30,17 +29,13 @@ from timm_tinyvit.models.tiny_vit import (
     resize_attention_biases,
 )
 
-GOLDEN = json.loads((Path(__file__).parents[1] / 'golden' / 'tinyvit.json').read_text())
+GOLDEN = golden('tinyvit')
 BUILDS = GOLDEN['builds']
 VARIANTS = ['tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512']
 TAGS = [
     *(f'{name}.{tag}' for name in VARIANTS[:3] for tag in ('dist_in22k', 'dist_in22k_ft_in1k', 'in1k')),
     *(f'{name}.dist_in22k_ft_in1k' for name in VARIANTS[3:]),
 ]
-
-
-def official_state_dict(build):
-    return {name: golden_tensor(name, shape) for name, shape in zip(GOLDEN['names'], BUILDS[build]['shapes'])}
 
 
 def create_golden(build, **kwargs):

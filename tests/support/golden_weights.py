@@ -1,9 +1,26 @@
 """Weights that anyone can make again from the names of the tensors, and the image that the golden figures belong to."""
 
+import functools
+import json
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
+
+from support.flags import ROOT
+
+
+@functools.cache
+def golden(name: str) -> dict[str, Any]:
+    """The figures of a file in tests/golden."""
+    return json.loads((ROOT / 'tests' / 'golden' / f'{name}.json').read_text())
+
+
+def official_state_dict(build: str) -> dict[str, torch.Tensor]:
+    """The golden weights of a model of the official code, by its names."""
+    names, shapes = golden('tinyvit')['names'], golden('tinyvit')['builds'][build]['shapes']
+    return {name: golden_tensor(name, shape) for name, shape in zip(names, shapes)}
 
 
 def golden_tensor(name, shape):

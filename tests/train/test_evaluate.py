@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from timm_tinyvit import cli
 from timm_tinyvit.data.classes import is_imagenet1k
 from timm_tinyvit.data.sources import class_names, load_split
 from timm_tinyvit.models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
-from support.flags import DATA, ROOT
+from support.flags import DATA
+from support.golden_weights import golden
 from support.programs import refusal
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.models.tiny_vit import rename_official
@@ -171,7 +171,7 @@ def test_an_official_checkpoint_is_evaluated_under_its_own_names(tmp_path, capsy
     torch.manual_seed(0)
     model = timm.create_model('tiny_vit_5m_224', num_classes=10)
     export_model(tmp_path / 'model', model)
-    known = json.loads((ROOT / 'tests' / 'golden' / 'tinyvit.json').read_text())['names']
+    known = golden('tinyvit')['names']
     weights = model.state_dict()
     official = {theirs: weights[ours] for ours, theirs in rename_official({name: name for name in known}).items()}
     torch.save({'model': official}, tmp_path / 'official.pth')
