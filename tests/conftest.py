@@ -18,6 +18,7 @@ import datasets
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 
 from support import plain_timm
 from support.flags import DATA, SMALL_VIEWS, small_data
@@ -87,6 +88,13 @@ def encode_image():
         return buffer.getvalue()
 
     return encode
+
+
+@pytest.fixture
+def one_launch_each():
+    """accelerate keeps the settings of a process's first run; each run of such a test is a launch of its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope='session')

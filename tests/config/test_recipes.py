@@ -7,7 +7,6 @@ import math
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 
 import train_distill
 from timm_tinyvit.base.errors import InputError
@@ -23,11 +22,7 @@ OFFICIAL = json.loads((ROOT / 'tests' / 'golden' / 'training.json').read_text())
 STAGES = OFFICIAL['stages']
 
 
-@pytest.fixture(autouse=True)
-def one_launch_each():
-    """accelerate keeps the precision of a process's first run; each run here is a launch of its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures('one_launch_each')
 
 
 def settings_of(stage, *flags):

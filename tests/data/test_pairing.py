@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from timm.data import FastCollateMixup
 from timm.data.mixup import mixup_target
@@ -59,11 +58,7 @@ def real(fashion):
     return fashion.select(range(61))
 
 
-@pytest.fixture(autouse=True)
-def one_launch_each():
-    """accelerate keeps the settings of a process's first run; each run here is a launch of its own."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures('one_launch_each')
 
 
 # Pairs

@@ -7,7 +7,6 @@ import tarfile
 import datasets
 import numpy as np
 import pytest
-import timm
 import torch
 from torch.utils.data import DataLoader
 
@@ -21,7 +20,6 @@ from timm_tinyvit.data.fingerprint import keyed_fingerprint
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sources import class_names, find_column, load_split, read_labels
 from timm_tinyvit.data.streaming import SparseLogitStream, StreamedRows, StreamLoader
-from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
 
 ROWS = 90
@@ -66,14 +64,6 @@ def folders(tmp_path_factory, named):
     for number in range(3):
         named.shard(3, number, contiguous=True).to_parquet(str(folder / 'parquet' / f'train-{number}.parquet'))
     return folder
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp('teacher')
-    export_model(folder, timm.create_model('test_resnet', num_classes=10), data_config={'input_size': (3, 32, 32)})
-    return str(folder)
 
 
 @pytest.fixture(scope='module')
