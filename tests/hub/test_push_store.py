@@ -19,7 +19,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 from support import hub_programs
 from support.flags import DATA
-from support.files import tree
+from support.files import flip_bit, tree
 from support.programs import refusal
 from support.hub_server import READ_TOKEN, TOKEN, card_problems
 from support.waiting import wait_until
@@ -165,9 +165,7 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
     lacking = {name: content for name, content in whole.items() if 'epoch-00001/' not in name}
     hub.add_commit('org/lacking', lacking, repo_type='dataset')
     damaged = store / 'epoch-00002' / 'shard-00004.arrow'
-    content = bytearray(damaged.read_bytes())
-    content[600] ^= 1
-    damaged.write_bytes(content)
+    flip_bit(damaged)
     expected = [
         (filled_store, 'images', ['something else', 'data/train.parquet']),
         (filled_store, 'words', ['something else', 'README.md']),

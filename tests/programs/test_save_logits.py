@@ -13,7 +13,7 @@ import torch
 
 from support import programs
 from support.flags import DATA, SMALL_VIEWS
-from support.files import tree
+from support.files import flip_bit, tree
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base import console
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -123,9 +123,7 @@ def test_verify_finds_every_damage_without_data_or_teacher(store, tmp_path, caps
     shutil.copytree(store, path)
     (path / 'epoch-00001' / 'shard-00003.arrow').unlink()
     damaged = path / 'epoch-00001' / 'shard-00001.arrow'
-    content = bytearray(damaged.read_bytes())
-    content[-100] ^= 1
-    damaged.write_bytes(content)
+    flip_bit(damaged)
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         cli.main(['store', 'verify', str(path)])

@@ -20,6 +20,7 @@ from timm.utils import dispatch_clip_grad
 
 import train_distill
 from support import programs
+from support.files import flip_bit
 from support.flags import DATA, ROOT, SMALL_VIEWS
 from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.base.machine import machine_name
@@ -399,17 +400,11 @@ def damaged(store: Path, to: Path, damage) -> Path:
     return to / 'logits'
 
 
-def flip(shard: Path) -> None:
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-
-
 @pytest.mark.parametrize('damage, expected', [
     (lambda shard: shard.unlink(), 'lacks 1 shards, the first of epoch 1'),
     (lambda shard: shard.write_bytes(shard.read_bytes()[:-40]), 'is cut short'),
     (lambda shard: shard.write_bytes(b''), 'is cut short: 0 bytes, expected '),
-    (flip, 'is damaged'),
+    (flip_bit, 'is damaged'),
     (lambda shard: shutil.copy(shard.with_name('shard-00000.arrow'), shard), 'a shard of another store, epoch or'),
 ], ids=['missing', 'truncated', 'empty', 'flipped bit', 'swapped'])
 @pytest.mark.parametrize('workers', [0, 1])

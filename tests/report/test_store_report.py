@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageColor
 
 from support import hub_programs, programs
+from support.files import flip_bit
 from support.flags import DATA
 from support.pages import check_self_contained, pixels_of
 from timm_tinyvit import cli, save_logits
@@ -613,10 +614,7 @@ def test_an_empty_store_is_described(filled_store, tmp_path, capsys):
 def test_bad_input_gets_one_clear_sentence(filled_store, tmp_path, capsys):
     damaged = tmp_path / 'damaged'
     shutil.copytree(filled_store, damaged)
-    shard = damaged / 'epoch-00002' / 'shard-00003.arrow'
-    content = bytearray(shard.read_bytes())
-    content[-60] ^= 1
-    shard.write_bytes(content)
+    flip_bit(damaged / 'epoch-00002' / 'shard-00003.arrow')
     cases = [
         ([], 'the following arguments are required: STORE|RUN; see timm-tinyvit report --help'),
         ([tmp_path / 'none'], 'there is no logit store at'),

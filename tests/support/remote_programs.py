@@ -14,6 +14,7 @@ from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.remote import RemoteStore, open_reader
 
+from support.files import flip_bit
 from support.waiting import wait_until
 
 URL = 'hf://datasets/org/logits'
@@ -270,10 +271,7 @@ def read_what_was_removed_or_damaged():
     store.prefetch([0])
     assert store.wait() and same(store, 0)
     path = store.shard_path(0, 3)
-    content = bytearray(path.read_bytes())
-    content[700] ^= 1
-    path.unlink()
-    path.write_bytes(content)
+    flip_bit(path)
     store.forget(0)
     assert same(store, 0)
     for shard in path.parent.glob('shard-*'):

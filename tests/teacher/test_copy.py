@@ -10,7 +10,7 @@ import torch
 import train_distill
 from support import programs
 from support.flags import SMALL_VIEWS
-from support.files import tree
+from support.files import flip_bit, tree
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
@@ -174,9 +174,7 @@ def test_the_keys_of_a_part_copied_out_give_the_store_of_that_part(stores, data,
 def test_damage_is_not_copied(stores, tmp_path, capsys):
     shutil.copytree(stores / 'placed', tmp_path / 'damaged')
     file = tmp_path / 'damaged' / 'epoch-00001' / 'shard-00002.arrow'
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
+    flip_bit(file)
     said = refusal(['copy', tmp_path / 'damaged', '--output', tmp_path / 'copy'], capsys)
     assert str(file) in said and 'damaged' in said
     assert not (tmp_path / 'copy' / 'epoch-00001' / 'shard-00002.arrow').exists()

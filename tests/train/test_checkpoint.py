@@ -229,15 +229,19 @@ def test_losses_are_means_over_updates_of_two_sizes(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
-    real = checkpoint.nn.functional.log_softmax
-    calls = []
+def poison(monkeypatch):
+    """The loss of the sixth step is NaN."""
+    real, calls = checkpoint.nn.functional.log_softmax, []
 
     def poisoned(*args, **kwargs):
         calls.append(None)
         return real(*args, **kwargs) * (float('nan') if len(calls) == 6 else 1)
 
     monkeypatch.setattr('torch.nn.functional.log_softmax', poisoned)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, capsys, monkeypatch):
+    poison(monkeypatch)
     said = message_of(capsys, tmp_path)
     assert 'the loss or the gradient of step 5 in epoch 0 is not finite' in said and str(tmp_path / 'run') in said
     name, = checkpoints(tmp_path / 'run')
@@ -253,13 +257,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(tmp_path, capsys, m
 @pytest.mark.parametrize('interval, kept', [('0', []), ('1', ['checkpoint-000000-000000000040.pt'])])
 def test_a_loss_that_is_found_a_step_late_is_in_no_checkpoint(tmp_path, capsys, monkeypatch, interval, kept):
     """As on a GPU, where the weights have gone by then: the checkpoint before it is the last good one."""
-    real, calls = checkpoint.nn.functional.log_softmax, []
-
-    def poisoned(*args, **kwargs):
-        calls.append(None)
-        return real(*args, **kwargs) * (float('nan') if len(calls) == 6 else 1)
-
-    monkeypatch.setattr('torch.nn.functional.log_softmax', poisoned)
+    poison(monkeypatch)
     monkeypatch.setattr(train_distill, 'StepFlags', lambda accelerator: StepFlags(accelerator, delay=1))
     message = message_of(capsys, tmp_path, '--recovery-interval', interval)
     assert 'the loss or the gradient of step 5 in epoch 0 is not finite' in message
