@@ -1,6 +1,5 @@
 """What several test files share: real images, a warm parent of real processes, and what a refusal must look like."""
 
-import io
 import multiprocessing
 import os
 import signal
@@ -76,18 +75,6 @@ def check_sentence(message, *words):
 def one_sentence():
     """Check that a message is one sentence with these words in it."""
     return check_sentence
-
-
-@pytest.fixture(scope='session')
-def encode_image():
-    """The bytes of a PIL image in a file format."""
-
-    def encode(image, file_format='PNG', **options):
-        buffer = io.BytesIO()
-        image.save(buffer, format=file_format, **options)
-        return buffer.getvalue()
-
-    return encode
 
 
 @pytest.fixture

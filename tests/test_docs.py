@@ -1,7 +1,6 @@
 """The code on every page of the documentation, run as it stands there; what takes a cluster is made small."""
 
 import io
-from pathlib import Path
 
 import datasets
 import pytest
@@ -9,10 +8,12 @@ import timm
 import torch
 from PIL import Image
 
+from support.files import encode_image
+from support.flags import ROOT
+
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.models.saving import export_model
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = ['README.md', *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob('docs/*.md'))]
 
 
@@ -29,7 +30,7 @@ def model_files(folder, name, **kwargs):
 
 
 @pytest.fixture(scope='module')
-def published(tmp_path_factory, fashion, encode_image):
+def published(tmp_path_factory, fashion):
     """What the pages take from the Hub, by repo and kind: a few images under the names of large data sets, models."""
     images = [encode_image(Image.open(io.BytesIO(row['bytes'])).convert('RGB').resize((48, 40)))
               for row in fashion.cast_column('image', datasets.Image(decode=False))['image'][:32]]

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
+from support.files import encode_image
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.data.dataset import ImageDataset, SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import check_fingerprint, dataset_fingerprint
@@ -105,7 +106,7 @@ def make_store(path, dataset, epochs=2):
 # Images
 
 
-def kinds_of_images(picture, encode_image):
+def kinds_of_images(picture):
     """Encoded images of many kinds, each with the RGB pixels that it stands for."""
     grey = picture.convert('L')
     alpha = Image.fromarray(np.arange(grey.width * grey.height, dtype=np.uint32).astype(np.uint8).reshape(
@@ -133,8 +134,8 @@ def kinds_of_images(picture, encode_image):
     }
 
 
-def test_every_kind_of_image_becomes_rgb(picture, encode_image):
-    kinds = kinds_of_images(picture, encode_image)
+def test_every_kind_of_image_becomes_rgb(picture):
+    kinds = kinds_of_images(picture)
     dataset = ImageDataset(make_dataset([data for data, _ in kinds.values()]), to_tensor)
     for (name, (_, expected)), sample in zip(kinds.items(), dataset.__getitems__(list(range(len(kinds))))):
         assert sample['view'].shape == (3, *picture.size[::-1]), name
@@ -145,7 +146,7 @@ def test_every_kind_of_image_becomes_rgb(picture, encode_image):
 
 
 @pytest.mark.parametrize('file_format', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
-def test_images_are_turned_upright_by_each_of_the_eight_orientations(file_format, picture, encode_image):
+def test_images_are_turned_upright_by_each_of_the_eight_orientations(file_format, picture):
     options = {'JPEG': dict(quality=95), 'WEBP': dict(lossless=True)}.get(file_format, {})
     contents = []
     for orientation in range(1, 9):
@@ -165,7 +166,7 @@ def test_images_are_turned_upright_by_each_of_the_eight_orientations(file_format
         assert len({view.numpy().tobytes() for view in views}) == 8
 
 
-def test_an_orientation_that_does_not_exist_is_ignored(picture, encode_image):
+def test_an_orientation_that_does_not_exist_is_ignored(picture):
     exif = Image.Exif()
     exif[0x0112] = 77
     dataset = ImageDataset(make_dataset([encode_image(picture, exif=exif)]), to_tensor)
@@ -317,7 +318,7 @@ def broken(real):
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'text', 'empty', 'missing', 'flipped', 'tiny', 'huge'])
-def test_an_image_that_cannot_be_decoded_names_its_sample(damage, broken, replay, encode_image, refused):
+def test_an_image_that_cannot_be_decoded_names_its_sample(damage, broken, replay, refused):
     contents, labels = broken
     contents[6] = {
         'truncated': contents[6][:len(contents[6]) // 2], 'text': b'no image', 'empty': b'', 'missing': None,
@@ -331,7 +332,7 @@ def test_an_image_that_cannot_be_decoded_names_its_sample(damage, broken, replay
         data.__getitems__([(0, 5), (0, 6)])
 
 
-def test_damaged_files_of_every_kind_give_an_image_or_one_sentence(picture, encode_image, one_sentence):
+def test_damaged_files_of_every_kind_give_an_image_or_one_sentence(picture, one_sentence):
     picks = np.random.RandomState(0)
     exif = Image.Exif()
     exif[0x0112], exif[0x010f] = 6, 'maker'
@@ -433,7 +434,7 @@ def test_a_fingerprint_is_the_same_in_every_format_and_cache_folder(fashion, tmp
     assert json.loads(json.dumps(expected)) == expected
 
 
-def test_a_fingerprint_knows_labels_bytes_order_and_number(real, encode_image):
+def test_a_fingerprint_knows_labels_bytes_order_and_number(real):
     contents = [source['bytes'] for source in real.with_format('arrow')[:]['image'].to_pylist()]
     labels = real['label'][:]
     expected = dataset_fingerprint(make_dataset(contents, labels))

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import timm_tinyvit
+from support.files import encode_image
 from timm_tinyvit.data import decoding as tensor_images
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.decoding import as_tensor, decode_jpeg
@@ -30,7 +31,7 @@ def test_a_decoded_jpeg_has_the_pixels_that_pillow_gives_it():
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_a_jpeg_is_turned_upright_as_pillow_turns_it(orientation, encode_image):
+def test_a_jpeg_is_turned_upright_as_pillow_turns_it(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode_image(Image.open(JPEG).resize((40, 30)), 'JPEG', exif=exif)
@@ -46,7 +47,7 @@ def test_views_are_the_same_without_simplejpeg(monkeypatch):
 
 @pytest.mark.parametrize('mode, file_format', [
     ('L', 'JPEG'), ('CMYK', 'JPEG'), ('RGB', 'PNG'), ('RGBA', 'PNG'), ('P', 'PNG'), ('RGB', 'WEBP')])
-def test_every_other_image_is_decoded_by_pillow(mode, file_format, encode_image):
+def test_every_other_image_is_decoded_by_pillow(mode, file_format):
     data = encode_image(Image.open(JPEG).convert(mode), file_format)
     assert torch.equal(make_replay('torch').decode(data), as_tensor(decode_image(data)))
 
@@ -73,7 +74,7 @@ def test_a_view_is_the_same_in_any_order_and_its_probe_is_its_own():
         'pillow', auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25).probe()
 
 
-def test_the_data_set_decodes_as_the_view_config_says(encode_image):
+def test_the_data_set_decodes_as_the_view_config_says():
     rows = [dict(bytes=JPEG.read_bytes(), path=None), dict(bytes=encode_image(Image.open(JPEG), 'PNG'), path=None)]
     dataset = datasets.Dataset.from_dict({'image': rows, 'label': [0, 1]}).cast_column('image', datasets.Image())
     replay = make_replay('torch')

@@ -10,18 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from support.files import encode_image
 from timm_tinyvit.data import decoding
 from timm_tinyvit.data.dataset import decode_source
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay, decode_image
 
 RAMP = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (48, 1))
-
-
-def encoded(image, file_format, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def tiff(values, bits, photometric=1, file_format='<H'):
@@ -44,7 +39,7 @@ def tiff(values, bits, photometric=1, file_format='<H'):
 
 def photo(orientation, *entries, size=(48, 32)):
     """A JPEG with a hand-made EXIF block: the orientation, and entries of (tag, type, count, bytes)."""
-    base = encoded(Image.linear_gradient('L').resize(size).convert('RGB'), 'JPEG')
+    base = encode_image(Image.linear_gradient('L').resize(size).convert('RGB'), 'JPEG')
     entries = sorted([(0x112, 3, 1, struct.pack('<H', orientation)), *entries])
     place, body, more = 8 + 2 + 12 * len(entries) + 4, b'', b''
     for tag, kind, count, raw in entries:
@@ -58,7 +53,7 @@ def photo(orientation, *entries, size=(48, 32)):
 
 @pytest.mark.parametrize('file_format', ['PNG', 'TIFF', 'PPM', 'JPEG2000'])
 def test_16_bit_grey_keeps_its_high_byte_as_16_bit_rgb_does(file_format):
-    rgb = np.asarray(decode_image(encoded(Image.fromarray(RAMP), file_format)))
+    rgb = np.asarray(decode_image(encode_image(Image.fromarray(RAMP), file_format)))
     assert np.array_equal(rgb, np.repeat((RAMP >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
@@ -81,7 +76,7 @@ def test_grey_of_any_depth_becomes_8_bits(data, expected):
     ((RAMP.astype(np.int32) - 30000).astype(np.int32), ('32-bit integers',))])
 def test_pixels_of_no_known_range_are_refused(values, words, refused):
     with refused('sample 7', *words):
-        decode_source({'bytes': encoded(Image.fromarray(values), 'TIFF'), 'path': None}, 7)
+        decode_source({'bytes': encode_image(Image.fromarray(values), 'TIFF'), 'path': None}, 7)
 
 
 @pytest.mark.parametrize('mode, file_format', [
@@ -90,7 +85,7 @@ def test_pixels_of_no_known_range_are_refused(values, words, refused):
 def test_every_other_mode_becomes_rgb_as_pillow_makes_it(mode, file_format):
     picture = Image.linear_gradient('L').resize((32, 32)).convert('RGB' if mode == 'PA' else mode)
     picture = picture.convert('PA') if mode == 'PA' else picture
-    data = encoded(picture, file_format)
+    data = encode_image(picture, file_format)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(image.convert('RGB'))
     assert np.array_equal(np.asarray(decode_image(data)), expected) and expected.std() > 50
@@ -98,7 +93,7 @@ def test_every_other_mode_becomes_rgb_as_pillow_makes_it(mode, file_format):
 
 def test_transparency_is_dropped_and_leaves_the_colour_below_it():
     image = Image.new('RGBA', (2, 1), (10, 200, 30, 0))
-    assert np.asarray(decode_image(encoded(image, 'PNG'))).tolist() == [[[10, 200, 30]] * 2]
+    assert np.asarray(decode_image(encode_image(image, 'PNG'))).tolist() == [[[10, 200, 30]] * 2]
 
 
 @pytest.mark.parametrize('decoder', ['pillow', 'torch'])
@@ -143,7 +138,7 @@ def png_with_text(length):
     def chunk(name, data):
         return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
 
-    data = encoded(Image.new('RGB', (4, 4), (9, 8, 7)), 'PNG')
+    data = encode_image(Image.new('RGB', (4, 4), (9, 8, 7)), 'PNG')
     end = data.rindex(b'IEND') - 4
     return data[:end] + chunk(b'zTXt', b'Comment\0\0' + zlib.compress(b'x' * length)) + data[end:]
 
@@ -156,7 +151,7 @@ def test_text_of_some_megabytes_in_a_png_does_not_matter_and_a_bomb_of_it_is_ref
 
 def test_images_of_more_than_179_megapixels_can_be_allowed(monkeypatch, refused):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', Image.MAX_IMAGE_PIXELS)
-    data = encoded(Image.new('1', (20_000, 9_000)), 'PNG')
+    data = encode_image(Image.new('1', (20_000, 9_000)), 'PNG')
     with refused('sample 0', '180000000 pixels', decoding.MAX_PIXELS):
         decode_source(dict(bytes=data, path=None), 0)
     monkeypatch.setenv(decoding.MAX_PIXELS, '200000000')
@@ -170,7 +165,7 @@ def test_images_of_more_than_179_megapixels_can_be_allowed(monkeypatch, refused)
 @pytest.mark.parametrize('size', [(1, 1), (2, 1), (1, 2), (2, 2), (1, 900)])
 def test_a_view_of_one_or_two_pixels_is_a_view_of_them(size, decoder):
     replay = Replay(ViewConfig(input_size=(3, 16, 16), decoder=decoder, color_jitter=0.), 1)
-    image = replay.decode(encoded(Image.new('RGB', size, (200, 30, 60)), 'PNG'))
+    image = replay.decode(encode_image(Image.new('RGB', size, (200, 30, 60)), 'PNG'))
     for view in replay.views([image] * 200, [(0, index) for index in range(200)]):
         assert view.shape == (3, 16, 16) and (view == torch.tensor([200, 30, 60])[:, None, None]).all()
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import train_distill
 from support.flags import DATA, SMALL_VIEWS, SMALL_VIT, small_data
+from support.launches import assert_same
 from support.programs import refusal
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -275,10 +276,6 @@ def train(output, name, *flags):
     """Weights after a run of two epochs."""
     train_distill.main([*TRAINING, '--output', str(output), '--experiment', name, *flags])
     return load_file(output / name / 'last' / 'model.safetensors')
-
-
-def assert_same(one, two):
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_run_on_mixed_views_goes_on_from_the_middle_of_an_epoch_with_the_same_bits(filled, tmp_path):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import train_distill
+from support.files import encode_image
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -211,7 +212,7 @@ def test_a_renamed_column_of_keys_is_named_by_a_flag(named, replay, store, refus
                        SparseLogitDataset(named, replay, store)[0, 9]['record'])
 
 
-def test_the_fingerprint_of_named_samples_knows_keys_order_and_images(named, encode_image):
+def test_the_fingerprint_of_named_samples_knows_keys_order_and_images(named):
     expected = keyed_fingerprint(named, 'name')[0]
     assert len(expected['samples']) == 256 and expected['num_samples'] == ROWS
     assert keyed_fingerprint(named.flatten_indices(), 'name')[0] == expected
@@ -248,7 +249,7 @@ def test_keys_that_are_doubled_missing_or_no_keys_are_refused(named, replay, tmp
             keyed_fingerprint(named.add_column('half', [0.5] * ROWS), column)
 
 
-def test_other_bytes_of_an_image_are_refused_wherever_it_went(named, replay, store, encode_image, refused):
+def test_other_bytes_of_an_image_are_refused_wherever_it_went(named, replay, store, refused):
     contents = encoded(named)
     hashes = keyed_fingerprint(named, 'name')[1]
     smallest = int(np.argsort(hashes)[40])

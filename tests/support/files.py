@@ -1,6 +1,9 @@
-"""What lies in a folder, to be compared before and after, and what damages it."""
+"""What lies in a folder, to be compared before and after, what damages it, and images as files."""
 
+import io
 from pathlib import Path
+
+from PIL import Image
 
 
 def tree(path: str | Path, hidden: bool = True) -> dict[str, bytes | None]:
@@ -17,3 +20,9 @@ def flip_bit(file: Path, at: int = -100) -> None:
     content[at] ^= 1
     file.unlink()
     file.write_bytes(content)
+
+
+def encode_image(image: Image.Image, file_format: str = 'PNG', **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format, **options)
+    return buffer.getvalue()

@@ -94,4 +94,4 @@ def weights(folder, name='last'):
 
 
 def assert_same(one, two):
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
