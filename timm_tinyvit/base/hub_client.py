@@ -279,7 +279,7 @@ class _Push:
         self.message = message
         self.parent = parent
         # What was at the paths when they were first looked at.
-        self.found: dict[str, str] | None = None
+        self.first_oids: dict[str, str] | None = None
         self.sent = False
 
     def attempt(self) -> str | None:
@@ -311,30 +311,30 @@ class _Push:
 
     def missing(self, revision: str | None) -> tuple[list[str], list[str]]:
         """The paths to write, and those to remove, at a commit."""
-        there = self.look(revision) if revision else {}
-        add = [path for path, content in self.files.items() if not content.equals(there.get(path))]
-        remove = [path for path, info in there.items() if path not in self.files and isinstance(info, RepoFile)]
-        found = {path: _oid(info) for path, info in there.items()}
-        if self.found is None:
-            self.found = found
-        theirs = [path for path in (*add, *remove) if found.get(path) != self.found.get(path)]
+        entries = self.look(revision) if revision else {}
+        add = [path for path, content in self.files.items() if not content.equals(entries.get(path))]
+        remove = [path for path, info in entries.items() if path not in self.files and isinstance(info, RepoFile)]
+        oids = {path: _oid(info) for path, info in entries.items()}
+        if self.first_oids is None:
+            self.first_oids = oids
+        theirs = [path for path in (*add, *remove) if oids.get(path) != self.first_oids.get(path)]
         if theirs:
             raise self.conflict(f'somebody else has just changed {_listed(theirs)} there')
         return add, remove
 
     def look(self, revision: str) -> dict[str, RepoFile | RepoFolder]:
         """What is at a commit of all that is to be written or removed, by path."""
-        found = []
+        entries = []
         paths = [*self.files, *(path for path in self.delete if not path.endswith('/'))]
         for start in range(0, len(paths), PATHS_PER_REQUEST):
-            found += self.api.get_paths_info(
+            entries += self.api.get_paths_info(
                 **self.repo, paths=paths[start:start + PATHS_PER_REQUEST], revision=revision)
         for folder in self.delete:
             if folder.endswith('/'):
                 with suppress(EntryNotFoundError):
-                    found += self.api.list_repo_tree(
+                    entries += self.api.list_repo_tree(
                         **self.repo, path_in_repo=folder.rstrip('/'), recursive=True, revision=revision)
-        return {info.path: info for info in found}
+        return {info.path: info for info in entries}
 
     def conflict(self, reason: str) -> InputError:
         return InputError(
@@ -478,7 +478,7 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def _reason_of_status(error: HfHubHTTPError) -> str:
-    status, said = error.response.status_code, _line(error.server_message or '')
+    status, detail = error.response.status_code, _in_brackets(_line(error.server_message or ''))
     if _has_expired(error):
         return 'the address that the Hub gave for a large file has expired (HTTP 403); run the same command again'
     if isinstance(error, GatedRepoError):
@@ -493,18 +493,18 @@ def _reason_of_status(error: HfHubHTTPError) -> str:
     if status == 401:
         return f'the Hub does not know you, or your token is wrong or expired; {LOG_IN}'
     if status == 403:
-        return f'your token may not do that{_said(said)}; take one with write access to this repo, and {LOG_IN}'
+        return f'your token may not do that{detail}; take one with write access to this repo, and {LOG_IN}'
     if status in (409, 412):
-        return f'somebody else committed in between{_said(said)}; look at the repo, and run the same command again'
+        return f'somebody else committed in between{detail}; look at the repo, and run the same command again'
     if status == 429:
         wait = requested_wait(error)
         return f'the Hub limits how often you may ask; run the same command again in {max(wait, 60):g} seconds'
     if status >= 500:
         return f'the Hub is in trouble (HTTP {status}); run the same command again later'
-    return f'the Hub refuses it with HTTP {status}{_said(said)}; fix that, and run the same command again'
+    return f'the Hub refuses it with HTTP {status}{detail}; fix that, and run the same command again'
 
 
-def _said(message: str) -> str:
+def _in_brackets(message: str) -> str:
     return f' ({message})' if message else ''
 
 
