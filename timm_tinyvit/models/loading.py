@@ -104,7 +104,7 @@ def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
 
 
 def look_at_zeros(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Give an empty image, [C, H, W], to a model: one of a fixed size says so only when it sees another one."""
+    """Run a forward pass on an empty image, [C, H, W]: a model of a fixed size refuses another one only then."""
     with torch.no_grad():
         model.eval()(torch.zeros(1, *input_size))
 
@@ -127,19 +127,20 @@ def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None 
     fit = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if fit is not None:
         weights = fit(weights, model)
-    there, classifier = num_classes_of(model, weights), _classifier(model)
+    num_classes, classifier = num_classes_of(model, weights), _classifier(model)
     try:
-        if is_22k_to_1k(there, model.num_classes):
+        if is_22k_to_1k(num_classes, model.num_classes):
             model.reset_classifier(NUM_CLASSES_22K)
             model.load_state_dict(weights)
             classifier_22k_to_1k(model)
             if log:
                 log(f'{path}: the classifier of ImageNet-22k gives the rows of the classes of ImageNet-1k')
-        elif log and there not in (None, model.num_classes) and isinstance(classifier, nn.Linear):
+        elif log and num_classes not in (None, model.num_classes) and isinstance(classifier, nn.Linear):
             name = next(name for name, module in model.named_modules() if module is classifier)
             zeros = {f'{name}.{key}': torch.zeros_like(value) for key, value in classifier.state_dict().items()}
             model.load_state_dict({**weights, **zeros})
-            log(f'{path}: its classifier has {there} classes, the student {model.num_classes}; it starts from zero')
+            log(f'{path}: its classifier has {num_classes} classes, the student {model.num_classes}; it starts from '
+                f'zero')
         else:
             model.load_state_dict(weights)
     except RuntimeError as error:
@@ -172,8 +173,8 @@ def num_classes_of(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | 
     """Classes of the weights' classifier, under timm's or the official code's name."""
     classifier = _classifier(model)
     names = [name for name, module in model.named_modules() if module is classifier]
-    found = [weights[f'{name}.bias'].shape[0] for name in (*names, 'head') if f'{name}.bias' in weights]
-    return found[0] if found else None
+    sizes = [weights[f'{name}.bias'].shape[0] for name in (*names, 'head') if f'{name}.bias' in weights]
+    return sizes[0] if sizes else None
 
 
 def _classifier(model: nn.Module) -> nn.Module | None:
