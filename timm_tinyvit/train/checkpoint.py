@@ -243,7 +243,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint aside, rename it, and remove all but the last ones.
+    """Write a checkpoint (an atomic write), and remove all but the last ones.
 
     Args:
         folder: The run's.
@@ -278,14 +278,14 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
         return None
     try:
         state = torch.load(files[-1], map_location='cpu', weights_only=True)
-        there, processes = state['settings'], state['world_size']
+        before, processes = state['settings'], state['world_size']
     except Exception as error:
         # Damaged archives and foreign pickles fail in as many ways as there are bytes.
         raise InputError(f'the checkpoint {files[-1]} cannot be read ({type(error).__name__}); delete it to go on '
                          f'from the one before')
     free = PER_PROCESS if processes != world_size else ()
-    other = [CONTENTS.get(key) or f'{key} {there.get(key)!r} there and {settings.get(key)!r} here'
-             for key in {**there, **settings} if there.get(key) != settings.get(key) and key not in free]
+    other = [CONTENTS.get(key) or f'{key} {before.get(key)!r} there and {settings.get(key)!r} here'
+             for key in {**before, **settings} if before.get(key) != settings.get(key) and key not in free]
     if other:
         raise InputError(f'the run in {folder} was started with other settings ({", ".join(other[:4])}); give the '
                          f'same ones to resume it, or another --experiment')
@@ -296,15 +296,15 @@ def what_changes(state: dict[str, Any], world_size: int, images_per_update: int,
     """A line on what can no longer be identical when a checkpoint goes on with another number of processes, or with a
     model that is sharded where it was whole or the other way round; None where all can be.
     """
-    there, images = state['world_size'], state['images_per_update']
-    if there == world_size:
+    processes, images = state['world_size'], state['images_per_update']
+    if processes == world_size:
         was_sharded = state['is_sharded']
         if was_sharded == is_sharded:
             return None
         kinds = {True: 'sharded', False: 'whole on each process'}
         return f'the model was {kinds[was_sharded]} and is {kinds[is_sharded]}: rounding can no longer be identical'
-    line = (f'{there} process(es) there, {world_size} here: dropout, drop path and rounding can no longer be identical '
-            f'to a run on {there}')
+    line = (f'{processes} process(es) there, {world_size} here: dropout, drop path and rounding can no longer be '
+            f'identical to a run on {processes}')
     if images != images_per_update:
         line += (f', nor can learning rates and the order of images, with {images_per_update} images per update '
                  f'instead of {images}; --batch-size and --grad-accum-steps could make them equal')

@@ -170,7 +170,7 @@ def evaluate(
         accelerator: Sums over the ranks.
         to_imagenet1k: The labels are those of ImageNet-1k, whatever the classifier.
         stopped: Whether to break off.
-        recorder: Takes what the model says of this rank's samples.
+        recorder: Takes the predictions of this rank's samples.
 
     Returns:
         `loss`, `top1` and `top5`, or None where any rank broke off.
@@ -200,7 +200,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
-    """What `evaluate` says of the weights that are named, or else of the pretrained ones.
+    """Metrics, as of `evaluate`, of the weights that are named, or else of the pretrained ones.
 
     Size, crop and normalisation come from the flags, else from the config.json beside the weights, else from the model.
 

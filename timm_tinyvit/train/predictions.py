@@ -1,4 +1,4 @@
-"""What a model says of each sample of a split, kept small: its five best classes with their probabilities.
+"""Top-5 predictions of every sample of a split: the five most probable classes with their probabilities, kept small.
 
 An evaluation has the logits at hand anyway, so that keeping this costs no forward pass; 50,000 samples take about
 1.5 MB. From it come calibration, confusion and the agreement of two models, long after the evaluation. Pictures of the
@@ -37,10 +37,10 @@ MAX_SIDE = 128
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of N samples.
+    """Top-5 predictions of N samples.
 
     Attributes:
-        ids: Its K best classes, most probable first, integers [N, K].
+        ids: The K most probable classes, best first, integers [N, K].
         probs: Their probabilities, float32 [N, K].
         labels: int64 [N]; -1 where there is none.
         label_log_probs: Log-probability of the label, float32 [N]; 0 where there is none.

@@ -240,17 +240,17 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
     if not {'batch_size', 'dtype'} <= manifest.teacher.keys():
         return None
     plain = ViewConfig().to_dict()
-    found: dict[str, Any] = {'epochs': manifest.epochs}
+    flags: dict[str, Any] = {'epochs': manifest.epochs}
     if manifest.recipe['input_size'] != plain['input_size']:
-        found['img_size'] = manifest.recipe['input_size'][-1]
-    found |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
+        flags['img_size'] = manifest.recipe['input_size'][-1]
+    flags |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
               if manifest.recipe[entry] != plain[entry]}
     settings = store_settings(manifest)
-    found |= {flag: value for flag, value in settings.items() if value != STORE_DEFAULTS[flag]}
+    flags |= {flag: value for flag, value in settings.items() if value != STORE_DEFAULTS[flag]}
     if manifest.teacher['dtype'] != 'float32':
-        found['teacher_amp_dtype'] = manifest.teacher['dtype']
+        flags['teacher_amp_dtype'] = manifest.teacher['dtype']
     words = []
-    for flag, value in found.items():
+    for flag, value in flags.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f'--{flag.replace("_", "-")}', *map(str, values)]
     return words

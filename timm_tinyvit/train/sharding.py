@@ -107,11 +107,11 @@ def prepare_student(
 
 def block_classes(model: nn.Module) -> list[str]:
     """Names of the classes in the sequences that timm calls `blocks`."""
-    found = [module for name, module in model.named_modules() if name.rpartition('.')[2] == 'blocks']
+    blocks = [module for name, module in model.named_modules() if name.rpartition('.')[2] == 'blocks']
     names = set()
-    for module in found:
+    for module in blocks:
         if isinstance(module, nn.Sequential | nn.ModuleList):
-            found.extend(module)
+            blocks.extend(module)
         else:
             names.add(type(module).__name__)
     return sorted(names)
@@ -163,12 +163,12 @@ def load_whole_state(owner: nn.Module | Optimizer, state: dict[str, Any]) -> Non
         return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
     if isinstance(owner, nn.Module):
-        here = owner.state_dict()
-        parts = {name: part(value, here.get(name)) for name, value in state.items()}
+        current = owner.state_dict()
+        parts = {name: part(value, current.get(name)) for name, value in state.items()}
     else:
         # An optimiser numbers its weights through all groups; what it keeps of one has mostly the same shape.
-        here = [weight for group in owner.param_groups for weight in group['params']]
-        parts = {'state': {index: {name: part(value, here[index]) for name, value in entry.items()}
+        weights = [weight for group in owner.param_groups for weight in group['params']]
+        parts = {'state': {index: {name: part(value, weights[index]) for name, value in entry.items()}
                            for index, entry in state['state'].items()}}
     state = copy(state)
     state.update(parts)

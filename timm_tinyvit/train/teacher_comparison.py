@@ -36,11 +36,11 @@ SECONDS = 60.
 
 @dataclass(frozen=True)
 class StoredViews:
-    """What a student and its teacher say of the same N views.
+    """Predictions of a student and its teacher for the same N views.
 
     Attributes:
-        student: What the student says.
-        teacher: What the store says that the teacher did; the average of several teachers.
+        student: Those of the student.
+        teacher: Those of the teacher, from the stored targets; the average of several teachers.
         divergence: KL divergence of the student from the teacher at temperature 1, in nats, float32 [N].
         epoch: Epoch of the training, from 0, whose views they are.
         stored_epochs: The epochs of the store that it takes.
@@ -129,12 +129,12 @@ def compare_views(
         weights: str = 'student',
         views_per_image: int = 1,
 ) -> StoredViews | None:
-    """Let a student look at up to 1,000 views of the store, or as many as it can in a minute; in one process.
+    """Run a student on up to 1,000 views of the store, or as many as it can in a minute; in one process.
 
     Args:
         model: The bare student.
         normalize: Normalises uint8 views on the device.
-        batches: Training batches with records; as many are taken as are looked at.
+        batches: Training batches with records; as many are taken as are compared.
         store: Decodes the records.
         accelerator: Knows the device and the precision.
         epoch: Epoch of the training, from 0, whose batches they are.
@@ -163,11 +163,12 @@ def compare_views(
         targets = store.codec.decode(batch['record'].to(device))
         targets = [targets] if isinstance(targets, SparseTargets) else targets
         probs = sum(part.densify() for part in targets) / len(targets)  # [B, C]
-        expected, found = probs.log(), logits.float().log_softmax(dim=1)
-        student.add(found, labels)
-        teacher.add(expected, labels)
+        teacher_log_probs, student_log_probs = probs.log(), logits.float().log_softmax(dim=1)  # [B, C] each
+        student.add(student_log_probs, labels)
+        teacher.add(teacher_log_probs, labels)
         # A class without probability has no part in the sum.
-        divergence.append(torch.where(probs > 0, probs * (expected - found), 0.).sum(dim=1).float().cpu())
+        products = torch.where(probs > 0, probs * (teacher_log_probs - student_log_probs), 0.)
+        divergence.append(products.sum(dim=1).float().cpu())
         if stopped():
             return None
         bar.update(len(labels))
