@@ -84,6 +84,12 @@ def one_launch_each():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """What the library datasets makes of files goes with the tests."""
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'datasets')
+
+
 @pytest.fixture(scope='session')
 def warm_processes():
     """Real processes that need not import torch and timm: they are forked from a parent that did nothing else."""

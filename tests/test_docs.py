@@ -10,7 +10,6 @@ from PIL import Image
 
 from support.files import encode_image
 from support.flags import ROOT
-
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.models.saving import export_model
 

@@ -26,6 +26,8 @@ from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
 from timm_tinyvit.targets.sparse import SparseTargets
 
+pytestmark = pytest.mark.usefixtures('own_cache')
+
 
 def to_tensor(image):
     """The pixels of an RGB image, uint8 [3, H, W]."""
@@ -531,11 +533,6 @@ def parquet(real, tmp_path_factory):
     real.select(range(60)).to_parquet(str(path / 'train.parquet'))
     real.select(range(60, 100)).to_parquet(str(path / 'test.parquet'))
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'datasets')
 
 
 def test_a_folder_of_parquet_files_has_its_splits_by_name(parquet, real):

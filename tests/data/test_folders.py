@@ -17,20 +17,16 @@ import pytest
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from support.files import encode_image
 from timm_tinyvit.data.dataset import ImageDataset
 from timm_tinyvit.data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from timm_tinyvit.data.sources import class_names, load_split
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'datasets')
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 
 def picture(number=0, kind='PNG'):
-    buffer = io.BytesIO()
-    Image.new('RGB', (8, 8), (number * 7 % 256, 90, 30)).save(buffer, kind)
-    return buffer.getvalue()
+    return encode_image(Image.new('RGB', (8, 8), (number * 7 % 256, 90, 30)), kind)
 
 
 def write(root, *paths, data=None):

@@ -1,5 +1,6 @@
 """Streams: webdataset's tar files and parquet read from front to back see what a map-style data set sees."""
 
+import functools
 import io
 import json
 import tarfile
@@ -25,6 +26,7 @@ from timm_tinyvit.store.local import LogitStore
 ROWS = 90
 SETTINGS = ['--img-size', '32', '--color-jitter', '0', '--reprob', '0.5', '-j', '0', '--shard-size', '16', '--topk',
             '3', '--codec', 'float16', '--teacher-batch-size', '7']
+refusal = functools.partial(programs.refusal, save_logits.main)
 
 
 def write_tars(rows, folder, label_format, split='train', files=3):
@@ -300,10 +302,6 @@ def test_a_stream_and_its_rows_have_the_same_fingerprint(name, folders):
 
 
 # What does not fit
-
-
-def refusal(argv, capsys):
-    return programs.refusal(save_logits.main, argv, capsys)
 
 
 def test_a_stream_that_does_not_fit_is_one_sentence(folders, stores, teacher, named, tmp_path, capsys, refused):

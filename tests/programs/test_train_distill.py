@@ -1,6 +1,7 @@
 """The training script on real images: what it leaves behind, that it resumes exactly, and what bad input gets."""
 
 import csv
+import functools
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ SPLITS = ['--train-split', 'train[:96]', '--val-split', 'test[:64]']
 SMALL = [
     '--dataset', DATA, *VIEWS, *SPLITS, '--model', 'tiny_vit_5m_224', '--epochs', '2', '-b', '16', '--lr', '1e-3',
     '--warmup-epochs', '1', '--drop-path', '0.2', '-j', '0', '--crop-pct', '1']
+message_of = functools.partial(programs.refusal, train_distill.main)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -54,10 +56,6 @@ def distilled(tmp_path_factory, teacher):
         *SMALL, '--teacher', teacher, '--logits', str(store), '--topk', '3', '--shard-size', '40',
         '--output', str(output), '--experiment', 'run', '--recovery-interval', '2'])
     return output / 'run', store
-
-
-def message_of(argv, capsys) -> str:
-    return programs.refusal(train_distill.main, argv, capsys)
 
 
 def test_the_arguments_of_a_run_are_a_recipe_for_the_same_run(distilled, tmp_path):
