@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from support import fresh_programs
-
-ROOT = Path(__file__).resolve().parents[1]
+from support.flags import ROOT
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,6 @@ FILL = ['fill', '--dataset', 'x', '--teacher', 't', '--logits', 'l', '--epochs',
 
 
 def run_light(*argv: str, module: str = 'timm_tinyvit') -> subprocess.CompletedProcess:
-    """A module as a program, in a process that fails if it has imported anything heavy by its end."""
     return subprocess.run(
         [sys.executable, fresh_programs.__file__, 'run_light', module, *argv], capture_output=True, text=True)
 
