@@ -36,12 +36,12 @@ def test_the_wheel_holds_the_package_its_recipes_and_the_programs(wheel):
 
 def test_the_installed_wheel_works_outside_the_checkout(wheel, tmp_path):
     site = tmp_path / 'site'
-    subprocess.run([
-        sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--target', str(site), str(wheel)],
-        check=True)
+    install = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--target', site, wheel]
+    subprocess.run(install, check=True)
     code = 'import timm, timm_tinyvit; timm.create_model("tiny_vit_5m_224"); print(timm_tinyvit.__file__)'
     environment = os.environ | {'PYTHONPATH': str(site)}
-    for command in ([sys.executable, '-c', code], [site / 'bin' / 'timm-tinyvit', 'train', '--config', 'demo', '--help']):
+    program = [site / 'bin' / 'timm-tinyvit', 'train', '--config', 'demo', '--help']
+    for command in ([sys.executable, '-c', code], program):
         said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert said.returncode == 0 and (str(site) in said.stdout or '--logits' in said.stdout), said.stderr
     assert (site / 'timm_tinyvit' / 'py.typed').is_file()
