@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint dist clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,12 @@ test-fast: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+
+# What a release uploads: the source archive and the wheel, as the package index wants them.
+dist: .venv/installed
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

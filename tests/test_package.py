@@ -1,5 +1,6 @@
 """What `pip install .` installs."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -32,6 +33,19 @@ def test_the_wheel_holds_the_package_its_recipes_and_the_programs(wheel):
     modules = {f'timm_tinyvit/{file.name}' for file in (ROOT / 'timm_tinyvit').glob('*.py')}
     assert modules <= names
     assert not [name for name in names if name.startswith(('tests/', 'examples/', 'benchmarks/'))]
+
+
+def test_the_installed_wheel_works_outside_the_checkout(wheel, tmp_path):
+    site = tmp_path / 'site'
+    install = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', '--target', site, wheel]
+    subprocess.run(install, check=True)
+    code = 'import timm, timm_tinyvit; timm.create_model("tiny_vit_5m_224"); print(timm_tinyvit.__file__)'
+    environment = os.environ | {'PYTHONPATH': str(site)}
+    program = [site / 'bin' / 'timm-tinyvit', 'train', '--config', 'demo', '--help']
+    for command in ([sys.executable, '-c', code], program):
+        said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert said.returncode == 0 and (str(site) in said.stdout or '--logits' in said.stdout), said.stderr
+    assert (site / 'timm_tinyvit' / 'py.typed').is_file()
 
 
 def test_the_training_script_runs_as_a_module_from_the_wheel_alone(wheel, tmp_path):
