@@ -6,8 +6,8 @@ import random
 import re
 import resource
 import struct
+import zlib
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import count as count_from
 from math import comb
 from pathlib import Path
@@ -22,7 +22,8 @@ from timm_tinyvit.store.arrow import HEADER_SIZE
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, MAGIC
-from timm_tinyvit.targets.codecs import create_codec
+from timm_tinyvit.targets.codecs import create_codec, create_feature_codec
+from timm_tinyvit.targets.features import FeatureTargets
 from timm_tinyvit.targets.sparse import SparseTargets
 
 SPECIFICATION = Path(__file__).resolve().parents[2] / 'docs' / 'format.md'
@@ -46,6 +47,25 @@ def make_store(path, codec='compact', classes=1000, k=10, seed=0):
         scale = torch.linspace(1, 8, 10)[:, None]
         logits = scale * torch.randn(10, classes, generator=generator)
         records.append(store.codec.encode(SparseTargets.from_logits(logits, k)))
+        for shard in range(3):
+            store.write_shard(epoch, shard, records[-1][4 * shard:4 * shard + 4])
+    return store, np.stack(records)
+
+
+def make_feature_store(path, codec='int8', dim=12, grid=2, seed=0):
+    """The same of features, and their records by epoch."""
+    manifest = Manifest(
+        num_samples=10, num_classes=0, k=0, record_width=create_feature_codec(codec, dim, grid).width, epochs=2,
+        seed=seed, shard_size=4, codec=codec, teacher=TEACHER, recipe={'vflip': 0.0, 'input_size': [3, 32, 32]},
+        dataset={'num_samples': 10, 'hash': '0'},
+        features={'dim': dim, 'grid': grid, 'projection': '', 'variance': 1.0})
+    store = LogitStore.create(path, manifest)
+    records = []
+    for epoch in range(2):
+        generator = torch.Generator().manual_seed(10 * seed + epoch)
+        scale = torch.logspace(-3, 3, 10)[:, None, None]
+        vectors = scale * torch.randn(10, max(1, grid ** 2), dim, generator=generator)
+        records.append(store.codec.encode(FeatureTargets(vectors)))
         for shard in range(3):
             store.write_shard(epoch, shard, records[-1][4 * shard:4 * shard + 4])
     return store, np.stack(records)
@@ -158,10 +178,30 @@ def test_a_reader_made_from_the_specification_reads_the_same(codec, classes, k, 
                 np.testing.assert_allclose(targets.log_rest[row].exp().item(), rest, rtol=1e-4)
 
 
+@pytest.mark.parametrize('codec', ['int8', 'float16'])
+@pytest.mark.parametrize('dim, grid', [(384, 0), (7, 1), (5, 3), (256, 8)])
+def test_a_reader_made_from_the_specification_reads_the_same_features(codec, dim, grid, tmp_path):
+    store, _ = make_feature_store(tmp_path / 'store', codec, dim, grid)
+    manifest = json.loads((tmp_path / 'store' / 'store.json').read_text())
+    assert manifest['features'] == {'dim': dim, 'grid': grid, 'projection': '', 'variance': 1.0}
+    cells = max(1, grid * grid)
+    for epoch in range(2):
+        found = store.codec.decode(torch.from_numpy(store.read(epoch, range(10))), check=True).vectors.numpy()
+        for row in range(10):
+            record = read_shard(tmp_path / 'store', epoch, row // 4)[0][row % 4]
+            if codec == 'int8':
+                scales = np.frombuffer(record, '<f2', cells).astype(np.float32)
+                vectors = scales[:, None] * np.frombuffer(record, 'i1', cells * dim, 2 * cells).reshape(cells, dim)
+            else:
+                vectors = np.frombuffer(record, '<f2', cells * dim).astype(np.float32).reshape(cells, dim)
+            assert record[-5:] == struct.pack('<I', zlib.crc32(record[:-5])) + b'\1'
+            np.testing.assert_array_equal(found[row], vectors)
+
+
 def specified_header(store, epoch, shard):
     """The header of a shard: the bytes in docs/format.md with the shard's numbers in their places."""
     lines = re.findall(r'^ *\d+  ((?:[0-9a-f]{8} ?){8})$', SPECIFICATION.read_text(), re.MULTILINE)
-    header, manifest = bytearray.fromhex(''.join(lines)), asdict(store.manifest)
+    header, manifest = bytearray.fromhex(''.join(lines)), store.manifest.to_dict()
     text = f'{{"format": "timm_tinyvit.logits", "store": "{identity_of(manifest)}", '
     text += f'"epoch":{epoch:9}, "shard":{shard:9}}}'
     header[236:236 + len(text)] = text.encode()
@@ -276,11 +316,16 @@ def outcome(path, expected, epoch, index, check=False):
     return 'right' if record.shape == expected.shape and (record == expected).all() else 'wrong data'
 
 
+def some_stores(folder, seed=0):
+    return [make_store(folder / 'compact', 'compact', seed=seed), make_store(folder / 'float16', 'float16', seed=seed),
+            make_feature_store(folder / 'int8', 'int8', seed=seed)]
+
+
 def attack_shards(folder, num_cases, report):
     """Read shards that are damaged, exchanged or hostile, and say how it went."""
     chance = random.Random(0)
-    stores = [make_store(folder / codec, codec) for codec in ('compact', 'float16')]
-    others = [make_store(folder / f'other-{codec}', codec, seed=1)[0] for codec in ('compact', 'float16')]
+    stores = some_stores(folder)
+    others = [store for store, _ in some_stores(folder / 'others', seed=1)]
     files = [file.read_bytes() for store in [*(store for store, _ in stores), *others]
              for file in sorted(store.path.glob('*/*.arrow'))]
     streams = [[list(foreign_streams(records[0, :rows])) for rows in (4, 2)] for _, records in stores]
@@ -321,11 +366,11 @@ REPEATED_K, ABSURD_K = '"k": 10, "k": 11', ['"k": 1e999', '"k": NaN', '"k": -Inf
 
 def hostile_manifest(manifest, chance):
     """The bytes of a manifest in which something is wrong, or absurd."""
-    values = asdict(manifest)
+    values = {'features': {}} | manifest.to_dict()
     kind, = chance.choices(range(6), weights=(8, 8, 8, 1, 8, 8))
     where = values
     if chance.random() < 0.3:
-        where = values[chance.choice(['teacher', 'recipe', 'versions', 'dataset'])]
+        where = values[chance.choice(['teacher', 'recipe', 'versions', 'dataset', 'features'])]
     name = chance.choice([*where, 'a new one'])
     value = chance.choice(HOSTILE)
     if kind == 0:
@@ -351,7 +396,7 @@ def hostile_manifest(manifest, chance):
     except RecursionError:
         text = manifest.to_json().replace('"resnet50"', '[' * 100_000 + ']' * 100_000)
     if kind == 4:
-        text = text.replace('"k": 10', chance.choice([REPEATED_K, *ABSURD_K]))
+        text = text.replace(f'"k": {manifest.k}', chance.choice([REPEATED_K, *ABSURD_K]))
     data = text.encode('utf-8', 'surrogatepass')
     return data.replace(b'resnet50', chance.randbytes(8)) if kind == 5 else data
 
@@ -359,7 +404,7 @@ def hostile_manifest(manifest, chance):
 def attack_manifests(folder, num_cases, report):
     """Open stores with manifests of every kind, and say how it went."""
     chance = random.Random(1)
-    stores = [make_store(folder / codec, codec) for codec in ('compact', 'float16')]
+    stores = some_stores(folder)
     for case in range(num_cases):
         store, records = chance.choice(stores)
         file = store.path / 'store.json'

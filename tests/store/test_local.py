@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -62,7 +62,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
     store = LogitStore.create(tmp_path / 'store', manifest)
     assert LogitStore.open(tmp_path / 'store').manifest == store.manifest == manifest
     assert Manifest.from_json(manifest.to_json(), 'here') == manifest
-    assert json.loads((tmp_path / 'store' / 'store.json').read_text()) == asdict(manifest)
+    assert json.loads((tmp_path / 'store' / 'store.json').read_text()) == manifest.to_dict()
 
 
 def test_the_last_shard_holds_the_rest():
@@ -135,7 +135,7 @@ def test_text_that_is_no_manifest_is_refused(text, words, tmp_path, refused):
     (dict(teacher={'batch_size': '32'}), ["teacher has batch_size '32'"]),
 ])
 def test_a_damaged_manifest_is_refused(changes, words, tmp_path, refused):
-    values = {**asdict(make_manifest()), **changes}
+    values = {**make_manifest().to_dict(), **changes}
     (tmp_path / 'store.json').write_text(json.dumps(values))
     with refused(str(tmp_path / 'store.json'), *words):
         LogitStore.open(tmp_path)
@@ -164,9 +164,9 @@ def test_a_store_that_could_not_be_opened_again_is_not_made(tmp_path, refused):
     assert LogitStore.open(store.path).manifest == store.manifest
 
 
-@pytest.mark.parametrize('name', sorted(asdict(make_manifest()).keys() - {'format', 'version'}))
+@pytest.mark.parametrize('name', sorted(make_manifest().to_dict().keys() - {'format', 'version'}))
 def test_a_manifest_without_one_of_its_entries_is_refused(name, tmp_path, refused):
-    values = asdict(make_manifest())
+    values = make_manifest().to_dict()
     del values[name]
     (tmp_path / 'store.json').write_text(json.dumps(values))
     with refused('missing', name):

@@ -6,7 +6,6 @@ where matplotlib is not installed; it says so.
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from collections.abc import Sequence
@@ -260,7 +259,7 @@ def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: S
 def plain_report(store: StoreReader, statistics: StoreStatistics | None, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The same as plain JSON values: the manifest, how much is filled, and the statistics or None."""
     return {
-        'store': str(store.path), 'manifest': asdict(store.manifest), 'size': store_size(store),
+        'store': str(store.path), 'manifest': store.manifest.to_dict(), 'size': store_size(store),
         'statistics': statistics and statistics.summary(), 'notes': list(notes)}
 
 

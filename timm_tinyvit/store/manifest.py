@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from ..base.errors import InputError
 from ..base.types import is_like
-from ..targets.codecs import create_codec
+from ..targets.codec import Codec
+from ..targets.codecs import create_codec, create_feature_codec
 
 __all__ = ['FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'Manifest', 'stored_epoch']
 
@@ -22,12 +23,15 @@ FORMAT = 'timm_tinyvit.logits'
 FORMAT_VERSION = 3
 MAX_MANIFEST_SIZE = 1 << 20
 MAX_SHARDS = 1 << 20
+MAX_WIDTH = 1 << 24
 MAX_DEPTH = 8
 MAX_EXCERPT = 200
 # What others rely on in the entry `teacher`, where it is given.
 TEACHER = dict(
     name='resnet50', weights='0', dtype='float32', device='cpu', batch_size=1, input_size=[3, 224, 224],
     mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+# What the entry `features` holds in a store of features.
+FEATURES = dict(dim=384, grid=0, projection='0', variance=0.9)
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Manifest:
 
     Attributes:
         num_samples: Rows of the data set.
-        num_classes: Classes of the teacher.
-        k: Entries per record.
+        num_classes: Classes of the teacher; 0 in a store of features.
+        k: Entries per record; 0 in a store of features.
         record_width: Bytes per record.
         epochs: How many passes over the data the store is meant to hold.
         seed: The store's seed; a view is a function of (seed, epoch, sample).
@@ -52,6 +56,9 @@ class Manifest:
         versions: Versions of everything that has a hand in the views.
         probe: Hash of probe views; where it differs, so do the views.
         dataset: Fingerprint of the data set.
+        features: In a store of features alone: `dim`, numbers of a vector; `grid`, cells of one side, or 0 for one
+            pooled vector; `projection`, the hash of the file that projects the teacher's vectors, or empty; and
+            `variance`, the share of their variance that is kept.
         format: Always `timm_tinyvit.logits`.
         version: Version of the format.
     """
@@ -72,6 +79,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     probe: str = ''
     dataset: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     version: int = FORMAT_VERSION
 
@@ -80,10 +88,29 @@ class Manifest:
         """Shards of one epoch."""
         return -(-self.num_samples // self.shard_size)
 
+    @property
+    def targets(self) -> str:
+        """What is kept of the teacher: `classes` or `features`."""
+        return 'features' if self.features else 'classes'
+
+    def create_codec(self) -> Codec:
+        """The codec of the records.
+
+        Raises:
+            ValueError: There is none of this name, or it does not fit.
+        """
+        if self.features:
+            return create_feature_codec(self.codec, self.features['dim'], self.features['grid'])
+        return create_codec(self.codec, self.num_classes, self.k)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What stands in `store.json`: of a store of classes nothing about features."""
+        return {name: value for name, value in asdict(self).items() if name != 'features' or value}
+
     def _decisive(self) -> dict[str, Any]:
         """All that decides a shard's bytes: not which epochs there are, and no name or version behind the same hash."""
         free = ('epochs', 'first_epoch', 'versions', 'class_names')
-        values = {key: value for key, value in asdict(self).items() if key not in free}
+        values = {key: value for key, value in self.to_dict().items() if key not in free}
         values['teacher'].pop('name', None)
         return values
 
@@ -105,8 +132,8 @@ class Manifest:
     def differences(self, other: 'Manifest') -> list[str]:
         """Which fields make another manifest's shards different ones, each as `name: here, there`."""
         pairs = []
-        others = other._decisive()
-        for name, value in self._decisive().items():
+        others = {'features': {}} | other._decisive()
+        for name, value in ({'features': {}} | self._decisive()).items():
             if isinstance(value, dict):
                 entries = {**value, **others[name]}
                 pairs += [(f'{name} {entry}', value.get(entry), others[name].get(entry)) for entry in entries]
@@ -115,7 +142,7 @@ class Manifest:
         return [f'{name}: {_excerpt(here)}, {_excerpt(there)}' for name, here, there in pairs if here != there]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + '\n'
+        return json.dumps(self.to_dict(), indent=2) + '\n'
 
     def check(self, source: str) -> None:
         """Refuse what no store can be.
@@ -125,9 +152,11 @@ class Manifest:
                 needs; the message begins with `source`.
         """
         limits = dict(
-            num_samples=(1, 1 << 40), num_classes=(1, 1 << 31), k=(1, 1 << 16), record_width=(1, 1 << 20),
+            num_samples=(1, 1 << 40), num_classes=(1, 1 << 31), k=(1, 1 << 16), record_width=(1, MAX_WIDTH),
             shard_size=(1, 1 << 32), epochs=(0, 100_000), first_epoch=(0, 100_000), first_sample=(0, 1 << 40),
             seed=(-1 << 63, (1 << 63) - 1))
+        if self.features:
+            limits |= dict(num_classes=(0, 0), k=(0, 0))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise InputError(
@@ -138,7 +167,7 @@ class Manifest:
                 f'{source} cannot be: {shards:,} shards of {self.shard_size:,} samples, expected {MAX_SHARDS:,} at '
                 f'most; choose a larger --shard-size')
         try:
-            width = create_codec(self.codec, self.num_classes, self.k).width
+            width = self.create_codec().width
         except ValueError as error:
             raise InputError(f'{source} cannot be: {str(error)[:MAX_EXCERPT]}')
         if width != self.record_width:
@@ -164,8 +193,7 @@ class Manifest:
                 f'{source} has format version {_excerpt(values.get("version"))}, this package reads {FORMAT_VERSION}; '
                 f'fill the store again, or install the version of timm_tinyvit that wrote it')
         types = {item.name: item.type for item in fields(cls)}
-        if set(values) != set(types):
-            odd = sorted(set(values) ^ set(types))
+        if odd := sorted(set(values | {'features': None}) ^ set(types)):
             raise InputError(f'{source} is damaged: unknown or missing entries {_excerpt(odd)}')
         for name, value in values.items():
             kind = get_origin(types[name]) or types[name]
@@ -184,6 +212,10 @@ class Manifest:
             if not is_like(value, example):
                 raise InputError(
                     f'{source} is damaged: the teacher has {name} {_excerpt(value)}, expected the like of {example!r}')
+        features = values.get('features')
+        if features and (set(features) != set(FEATURES) or not all(
+                is_like(features[name], example) for name, example in FEATURES.items())):
+            raise InputError(f'{source} is damaged: features is {_excerpt(features)}, expected the like of {FEATURES}')
         manifest = cls(**values)
         manifest.check(source)
         return manifest

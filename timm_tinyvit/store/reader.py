@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from ..base.errors import InputError
-from ..targets.codecs import create_codec
 from .base import StoreReader
 from .keys import KeyIndex
 from .manifest import Manifest
@@ -43,7 +42,7 @@ class ShardStore(StoreReader):
         self.path = path
         self.folder = folder
         self.manifest = manifest
-        self.codec = create_codec(manifest.codec, manifest.num_classes, manifest.k)
+        self.codec = manifest.create_codec()
         self._format = ShardFormat(manifest)
         # Records of mapped shards by epoch and shard; the epoch that was read last stands last.
         self._maps: dict[int, dict[int, memoryview]] = {}

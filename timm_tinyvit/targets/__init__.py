@@ -1,11 +1,16 @@
-"""What is kept of a teacher's output: its k most probable classes, the loss on them, and their records on disk.
+"""What is kept of a teacher's output, the loss on it, and its records on disk.
 
-Knows torch and numpy alone. `SparseTargets.from_logits` keeps classes, `sparse_soft_target_cross_entropy` learns from
-them, and a `Codec` turns them into bytes and back.
+Knows torch and numpy alone. `SparseTargets.from_logits` keeps a teacher's most probable classes, and
+`sparse_soft_target_cross_entropy` learns from them; `FeatureTargets` are the vectors of any backbone, and
+`feature_loss` learns from those. A `Codec` turns either into bytes and back.
 """
 
-from .codec import Codec
-from .codecs import create_codec
+from .codec import ClassCodec, Codec
+from .codecs import create_codec, create_feature_codec
+from .features import FeatureTargets, feature_loss
 from .sparse import SparseTargets, sparse_soft_target_cross_entropy
 
-__all__ = ['Codec', 'SparseTargets', 'create_codec', 'sparse_soft_target_cross_entropy']
+__all__ = [
+    'ClassCodec', 'Codec', 'FeatureTargets', 'SparseTargets', 'create_codec', 'create_feature_codec', 'feature_loss',
+    'sparse_soft_target_cross_entropy',
+]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .bitfields import Array, FieldLayout, FieldReader, refuse
-from .codec import Codec
+from .codec import ClassCodec
 from .elias_fano import ClassSets
 from .sparse import SparseTargets
 
@@ -26,7 +26,7 @@ POWER = 8  # of a level; its root is what is quantised
 LOWEST_REST = -10.  # as a logit; 5e-5 of the mass
 
 
-class CompactCodec(Codec):
+class CompactCodec(ClassCodec):
     """The codec of choice: 18 bytes for 10 of 1,000 classes, 137 for 100 of 1,000, 194 for 100 of 21,841.
 
     Decoded entries are in class order, and their masses and the rest mass sum to one. Records in main memory are

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from .codec import Codec
+from .codec import ClassCodec
 from .sparse import SparseTargets
 
 __all__ = ['Float16Codec']
 
 
-class Float16Codec(Codec):
+class Float16Codec(ClassCodec):
     """The readable codec: plain little-endian numbers, 4k + 6 bytes (6k + 6 above 65,536 classes).
 
     k class ids as uint16 (uint32 above 65,536 classes), most probable first; k float16 log-probabilities; unless k is
