@@ -44,7 +44,7 @@ from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import STORED_VIEWS
 from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.teacher.creating import create_store, create_teacher, views_to_fill
+from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.train.batches import TrainBatches
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
@@ -83,7 +83,7 @@ def open_or_fill(
             config if args.mixup_mode == 'pair' else unmixed, args.store_seed or STORE_DEFAULTS['store_seed'])
     num_epochs = args.epochs + args.cooldown_epochs
     if args.teacher:
-        teacher = create_teacher(args, accelerator.device)
+        teacher = create_teacher(args, accelerator.device, grid_of(target_settings(args.logits[0], args)))
         # A teacher of other classes is refused before it works for days.
         resolve_classes(args, train_set, val_set, teacher)
         with accelerator.main_process_first():

@@ -69,17 +69,22 @@ def check(args: argparse.Namespace) -> None:
     from .teacher.creating import create_teacher
 
     dataset = load_split(args.dataset, args.train_split, is_training=True)
-    teacher = create_teacher(args, create_accelerator().device)
     store, replay = open_store(args.store, {}, info, args.keep_epochs, args.store_cache)
+    teacher = create_teacher(args, create_accelerator().device, store.manifest.features.get('grid'))
+    teacher.project(store.open_projection())
     data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
     if teacher.weights != store.manifest.teacher['weights']:
         raise InputError(
             f'{args.teacher} is not the teacher of the store {args.store}: it was made with '
             f'{store.manifest.teacher["name"]} of other weights; give --teacher that one')
     found = check_store(store, teacher, data)
+    same = f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '
+    if 'mean_cosine' in found:
+        print_result(f'{same}vectors have a cosine of {found["mean_cosine"]:.6f} in the mean, '
+                     f'{found["least_cosine"]:.6f} at least, with the rounding of the codec {store.manifest.codec}')
+        return
     print_result(
-        f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '
-        f'{100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
+        f'{same}{100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
         f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most, with the rounding of the '
         f'codec {store.manifest.codec}')
 
@@ -118,7 +123,7 @@ def estimate(args: argparse.Namespace) -> None:
     num_samples = args.num_samples or len(load_split(args.dataset, args.train_split, is_training=True))
     print_result(estimate_store(
         num_samples, args.teacher_num_classes, len(args.epochs), args.topk, args.codec, args.views_per_second,
-        args.processes, args.keep_epochs))
+        args.processes, args.keep_epochs, args.feature_dim, args.feature_grid))
 
 
 def push(args: argparse.Namespace) -> None:

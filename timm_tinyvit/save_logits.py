@@ -29,7 +29,7 @@ def fill(args: argparse.Namespace) -> None:
     from .data.sources import load_split
     from .hub.push_store import PublishedStore, publish_store
     from .report.labels import labelled_views
-    from .teacher.creating import create_store, create_teacher, views_to_fill
+    from .teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
     from .teacher.fill import fill_store
 
     stop_with_launcher()
@@ -37,7 +37,7 @@ def fill(args: argparse.Namespace) -> None:
     setup_console(accelerator.is_main_process, args.quiet)
     with accelerator.main_process_first():
         dataset = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
-    teacher = create_teacher(args, accelerator.device)
+    teacher = create_teacher(args, accelerator.device, grid_of(target_settings(args.logits, args)))
     with accelerator.main_process_first():
         store, replay = create_store(args.logits, args, teacher, dataset, args.epochs.stop)
         if accelerator.is_main_process:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..store.manifest import Manifest
 
 __all__ = [
+    'FEATURE_DEFAULTS', 'FEATURE_SHARD_BYTES',
     'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'KeyValues', 'add_data_arguments', 'add_image_arguments',
     'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_store_arguments', 'add_teacher_arguments',
     'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments', 'check_store_flags', 'folder',
@@ -36,7 +37,11 @@ RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
 
 # What a new store gets where no flag says otherwise.
 STORE_DEFAULTS = dict(
-    topk=10, codec='compact', key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
+    targets='classes', topk=10, feature_grid=0, feature_dim=0, codec='compact', key='', shard_size=16384, store_seed=0,
+    teacher_batch_size=256)
+# The same for features. A grid of vectors may be large, and whoever fills has a shard in memory.
+FEATURE_DEFAULTS = STORE_DEFAULTS | dict(targets='features', topk=0, codec='int8')
+FEATURE_SHARD_BYTES = 1 << 28
 
 # Flag of timm's train.py -> entry of ViewConfig.
 VIEW_FLAGS = {
@@ -52,8 +57,10 @@ VIEW_FLAGS = {
 
 def store_settings(manifest: 'Manifest') -> dict[str, Any]:
     """The settings of `STORE_DEFAULTS` as a store has them."""
+    features = manifest.features
     return dict(
-        topk=manifest.k, codec=manifest.codec, key=manifest.key,
+        targets=manifest.targets, topk=manifest.k, feature_grid=features.get('grid', 0),
+        feature_dim=features['dim'] if features.get('projection') else 0, codec=manifest.codec, key=manifest.key,
         shard_size=manifest.shard_size, store_seed=manifest.seed,
         teacher_batch_size=manifest.teacher.get('batch_size'))
 
@@ -148,7 +155,7 @@ AT_LEAST = dict(
     val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0, recovery_interval=0,
     warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0, clip_grad=0,
     momentum=0, model_ema_decay=0, keep_epochs=1, warmup_lr=0, min_lr=0, num_samples=1, max_samples=1, processes=1,
-    teacher_num_classes=1)
+    teacher_num_classes=1, feature_grid=0, feature_dim=1)
 AT_MOST = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
 ABOVE = dict(
     temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0, views_per_second=0)
@@ -267,8 +274,11 @@ def add_store_arguments(
     """How a new store keeps what the teacher predicts: settings of `STORE_DEFAULTS`; returns their group."""
     group = parser.add_argument_group('store')
     for name, kind, metavar, help in (
+        ('targets', str, 'KIND', 'what is kept of the teacher: its most probable classes, or its features'),
         ('topk', int, 'K', 'most probable classes that are kept of a view'),
-        ('codec', str, 'NAME', 'format of the records, as in compact or float16'),
+        ('feature_grid', int, 'G', 'features: G x G cells of the map of the teacher; 0 for its pooled vector'),
+        ('feature_dim', int, 'D', 'features: project vectors to D numbers, by their principal components'),
+        ('codec', str, 'NAME', 'format of the records, as in compact or float16; of features int8 or float16'),
         ('key', str, 'NAME', 'column of strings or integers that identify samples; without one, their position does'),
         ('shard_size', int, 'N', 'samples per file of the store'),
         ('store_seed', int, 'S', 'seed of the views'),
@@ -277,6 +287,7 @@ def add_store_arguments(
         if name in names:
             group.add_argument(
                 f'--{name.replace("_", "-")}', type=kind, metavar=metavar,
+                choices=('classes', 'features') if name == 'targets' else None,
                 help=f'{help} (default: the store\'s, or {STORE_DEFAULTS[name] or "none"} for a new one)')
     return group
 
@@ -382,7 +393,10 @@ def check_store_flags(store: 'StoreReader', args: argparse.Namespace) -> None:
     """
     for part in store.stores:
         there = store_settings(part.manifest)
-        for name in ('topk', 'codec', 'store_seed'):
+        # A recipe for classes says how many of them.
+        names = ('targets', 'topk', 'codec', 'store_seed') if part.manifest.targets == 'classes' else (
+            'feature_grid', 'feature_dim', 'store_seed')
+        for name in names:
             given, value = getattr(args, name), there[name]
             if given not in (None, value):
                 flag = f'--{name.replace("_", "-")}'

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..base.errors import InputError
 from .arguments import (
-    STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_image_arguments, add_keep_arguments, add_push_arguments,
+    FEATURE_DEFAULTS, STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_image_arguments, add_keep_arguments,
+    add_push_arguments,
     add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments,
     check_push_arguments, folder, parse_range, view_arguments,
 )
@@ -15,7 +16,7 @@ OFFICIAL_MODELS = (
     'tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512',
     'clip_vit_large_patch14_224')
 # Of `STORE_DEFAULTS`, those that the size of a record depends on.
-RECORD_SETTINGS = ('topk', 'codec')
+RECORD_SETTINGS = ('targets', 'topk', 'feature_grid', 'feature_dim', 'codec')
 FORMATS = ('onnx', 'torch', 'aotinductor')
 
 
@@ -100,7 +101,7 @@ def add_estimate_arguments(parser: ArgumentParser) -> None:
     """Of `store estimate`."""
     parser.finish = _finish_estimate
     parser.add_argument('--epochs', required=True, type=parse_range, metavar='A:B', help='epochs of the store')
-    parser.add_argument('--teacher-num-classes', required=True, type=int, metavar='N', help='classes of the teacher')
+    parser.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of the teacher')
     rows = parser.add_mutually_exclusive_group(required=True)
     rows.add_argument('--num-samples', type=int, metavar='N', help='rows of the data set')
     rows.add_argument('--dataset', metavar='NAME', help='the data set, whose rows are counted')
@@ -113,9 +114,15 @@ def add_estimate_arguments(parser: ArgumentParser) -> None:
 
 
 def _finish_estimate(args: argparse.Namespace) -> argparse.Namespace:
+    defaults = FEATURE_DEFAULTS if args.targets == 'features' else STORE_DEFAULTS
     for name in RECORD_SETTINGS:
         if getattr(args, name) is None:
-            setattr(args, name, STORE_DEFAULTS[name])
+            setattr(args, name, defaults[name])
+    if args.targets == 'features' and not args.feature_dim:
+        raise InputError('the bytes of features depend on the numbers of a vector; give --feature-dim, those of the '
+                         'teacher or those that they are projected to')
+    if args.targets == 'classes' and args.teacher_num_classes is None:
+        raise InputError('the bytes of classes depend on the classes of the teacher; give --teacher-num-classes')
     return args
 
 

@@ -131,7 +131,7 @@ def export_pretrained(
     Raises:
         InputError: As `export`, or there is no such model, or none of that size.
     """
-    model = create_pretrained(name, checkpoint, num_classes)
+    model = create_pretrained(name, checkpoint, num_classes, needs_classifier=False)
     if img_size is not None:
         _set_size(model, name, img_size)
     difference = export(model, format, path)

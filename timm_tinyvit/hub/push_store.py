@@ -27,6 +27,7 @@ from ..store.cache import HubCommit
 from ..store.keys import FILE_NAME
 from ..store.local import LogitStore
 from ..store.manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
+from ..store.projection import PROJECTION_NAME
 from ..store.shard import SHARD_PATH
 from ..train.record import PUBLISHED, mark_published
 from .model_card import CARD, has_text
@@ -270,13 +271,15 @@ def _last_files(
     files: dict[str, bytes | Path] = {MANIFEST_NAME: manifest.to_json().encode()}
     if manifest.key:
         files[FILE_NAME] = store.path / FILE_NAME
+    if manifest.features.get('projection'):
+        files[PROJECTION_NAME] = store.path / PROJECTION_NAME
     # Without the data, what was published with them is not replaced by less.
     if data is not None or published.manifest != manifest or CARD not in published.files:
         sample, statistics = sample_table(store, epochs, data), card_statistics(store, epochs, data)
         files[SAMPLE] = parquet_bytes(sample)
-        if data is not None:
+        if data is not None and not manifest.features:
             files[PICTURE] = draw_views(data, statistics)
-        else:
+        elif not manifest.features:
             info('the card has no accuracy and no new picture: give --dataset for them')
         files[CARD] = dataset_card(
             manifest, published.repo_id, size, sample, statistics, data,

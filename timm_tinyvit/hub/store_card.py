@@ -7,6 +7,7 @@ publishing it again changes nothing.
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +19,11 @@ from ..base.text import percent
 from ..data.dataset import read_records
 from ..data.view_config import ViewConfig
 from ..models.names import hub_repo_of
+from ..report.features import FeatureStatistics, feature_statistics
 from ..report.labels import LabelledViews, teacher_classes
 from ..report.pictures import choose_samples, draw_pictures, show_samples
 from ..report.statistics import StoreStatistics, evenly, store_statistics
+from ..report.store import targets_of
 from ..store.base import StoreReader
 from ..store.manifest import Manifest
 from .model_card import CITATION, card_metadata, kept_metadata, render_card
@@ -35,6 +38,7 @@ SAMPLE, PICTURE = 'sample.parquet', 'views.png'
 SAMPLE_ROWS = 1000
 SAMPLE_EPOCHS = 10
 SAMPLE_CLASSES = 10
+SAMPLE_NUMBERS = 1 << 20  # of a sample of features
 STATISTICS_SAMPLES = 10_000
 
 # Arguments of SparseLogitDataset, and the programs' flags for them.
@@ -44,7 +48,11 @@ PICTURE_COLUMNS, PICTURE_ROWS = 4, 3
 MAX_PICTURE_BYTES = 300_000
 
 
-def card_statistics(store: StoreReader, epochs: Sequence[int], data: LabelledViews | None = None) -> StoreStatistics:
+def card_statistics(
+        store: StoreReader,
+        epochs: Sequence[int],
+        data: LabelledViews | None = None,
+) -> StoreStatistics | FeatureStatistics:
     """The statistics of a store that its card gives, and that the samples of its picture are chosen by.
 
     Args:
@@ -52,6 +60,8 @@ def card_statistics(store: StoreReader, epochs: Sequence[int], data: LabelledVie
         epochs: Complete epochs of it.
         data: Its data set, for the accuracy.
     """
+    if store.manifest.features:
+        return feature_statistics(store, epochs)
     return store_statistics(
         store, data and data.teacher_labels, data and np.sort(data.rows), epochs, STATISTICS_SAMPLES)
 
@@ -66,25 +76,39 @@ def sample_table(store: StoreReader, epochs: Sequence[int], data: LabelledViews 
     """
     names, label_names = teacher_classes(store.manifest, data), data and data.label_names
     chosen = [epochs[place] for place in evenly(len(epochs), SAMPLE_EPOCHS)]
-    rows = evenly(store.manifest.num_samples, SAMPLE_ROWS // len(chosen))
+    is_features = bool(store.manifest.features)
+    num_rows = SAMPLE_ROWS
+    if is_features:
+        num_rows = max(len(chosen), min(SAMPLE_ROWS, SAMPLE_NUMBERS // (store.codec.cells * store.codec.dim)))
+    rows = evenly(store.manifest.num_samples, num_rows // len(chosen))
     views = []
     for epoch in chosen:
         targets = store.codec.decode(read_records(store, np.full(len(rows), epoch), rows))
+        if is_features:
+            views += [{**_label_of(row, data), 'epoch': epoch, 'index': row, 'vectors': vectors}
+                      for row, vectors in zip(rows.tolist(), targets.vectors.tolist())]
+            continue
         probs, order = targets.log_probs.double().exp().topk(min(SAMPLE_CLASSES, targets.k), dim=1)
         for row, classes, shares in zip(rows.tolist(), targets.ids.gather(1, order).tolist(), probs.tolist()):
-            label = -1 if data is None else int(data.labels[row])
             views.append({
-                'epoch': epoch, 'index': row, 'label': None if label < 0 else label,
-                'label_name': label_names[label] if label_names and label >= 0 else None, 'classes': classes,
+                **_label_of(row, data), 'epoch': epoch, 'index': row, 'classes': classes,
                 'names': names and [names[index] for index in classes], 'probabilities': shares,
                 'rest': max(0., 1. - sum(shares))})
     columns = {
         'epoch': pa.int32(), 'index': pa.int64(), 'label': pa.int64(), 'label_name': pa.string(),
-        'classes': pa.list_(pa.int32()), 'names': pa.list_(pa.string()), 'probabilities': pa.list_(pa.float32()),
-        'rest': pa.float32()}
+        **({'vectors': pa.list_(pa.list_(pa.float32()))} if is_features else {
+            'classes': pa.list_(pa.int32()), 'names': pa.list_(pa.string()), 'probabilities': pa.list_(pa.float32()),
+            'rest': pa.float32()})}
     unknown = {'label': data, 'label_name': label_names, 'names': names}
     return pa.Table.from_pylist(views, pa.schema([
         pa.field(name, kind) for name, kind in columns.items() if unknown.get(name, name) is not None]))
+
+
+def _label_of(row: int, data: LabelledViews | None) -> dict[str, Any]:
+    """Number and name of a sample's label, None where they are not known."""
+    label = -1 if data is None else int(data.labels[row])
+    names = data and data.label_names
+    return {'label': None if label < 0 else label, 'label_name': names[label] if names and label >= 0 else None}
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -119,7 +143,7 @@ def dataset_card(
         repo_id: str,
         size: int,
         sample: pa.Table,
-        statistics: StoreStatistics,
+        statistics: StoreStatistics | FeatureStatistics,
         data: LabelledViews | None = None,
         has_picture: bool = False,
         before: str = '',
@@ -142,10 +166,10 @@ def dataset_card(
     teacher = dict(name='unknown', weights='', dtype='', device='', input_size=[]) | manifest.teacher
     on_hub = data is not None and data.on_hub
     card_data = DatasetCardData(**{
-        'pretty_name': f'Logits of {teacher["name"]}',
-        'task_categories': ['image-classification'],
+        'pretty_name': f'{"Features" if manifest.features else "Logits"} of {teacher["name"]}',
+        'task_categories': ['image-feature-extraction' if manifest.features else 'image-classification'],
         'size_categories': [_size_category(views)],
-        'tags': ['knowledge-distillation', 'logits', 'timm', 'timm_tinyvit'],
+        'tags': ['knowledge-distillation', 'features' if manifest.features else 'logits', 'timm', 'timm_tinyvit'],
         'source_datasets': [data.name] if on_hub else None,
         # Only these files are the data set that the Hub's viewer and `load_dataset` see.
         'configs': [{'config_name': 'sample', 'default': True, 'data_files': [{'split': 'train', 'path': SAMPLE}]}],
@@ -155,19 +179,23 @@ def dataset_card(
     flags = ['--dataset', source, *(['--train-split', split] if split != 'train' else []),
              *(word for key, name in columns.items() for word in (COLUMN_FLAGS[key], name))]
     summary = statistics.summary()
-    figures = {
-        'Top-1 accuracy': summary['accuracy'],
-        'Top-1 accuracy of the majority vote of the epochs': summary['majority_accuracy'],
-        'Mean confidence': summary['confidence'],
-        'Probability mass of the stored classes': list(summary['mass'].values())[-1],
-        'Agreement of the predictions in two epochs': None if statistics.is_mixed else summary['agreement'],
-    }
+    is_mixed = ViewConfig.from_dict(manifest.recipe).is_mixed
+    if manifest.features:
+        figures = {name.capitalize(): text for name, text in statistics.figures().items() if name != 'read'}
+    else:
+        shares = {
+            'Top-1 accuracy': summary['accuracy'],
+            'Top-1 accuracy of the majority vote of the epochs': summary['majority_accuracy'],
+            'Mean confidence': summary['confidence'],
+            'Probability mass of the stored classes': list(summary['mass'].values())[-1],
+            'Agreement of the predictions in two epochs': None if is_mixed else summary['agreement'],
+        }
+        figures = {name: percent(share) for name, share in shares.items() if share is not None}
     return render_card(
         'store_card.md', card_data, manifest=manifest, teacher=teacher, teacher_repo=hub_repo_of(str(teacher['name'])),
         repo=repo_id, views=views, size=size, data=data, source=source, split=split,
         data_flags=shlex.join(flags), columns=''.join(f', {key}={name!r}' for key, name in columns.items()),
-        is_mixed=ViewConfig.from_dict(manifest.recipe).is_mixed, summary=summary,
-        figures={name: percent(share) for name, share in figures.items() if share is not None},
+        is_mixed=is_mixed, summary=summary, figures=figures, targets=targets_of(manifest),
         picture=PICTURE if has_picture else '', num_rows=len(sample), columns_of_sample=[
             name for name in sample.column_names if sample[name].null_count < len(sample)],
         most_listed=min(manifest.k, SAMPLE_CLASSES),

@@ -43,7 +43,12 @@ class Normalize(nn.Module):
         return (x * self.scale).add_(self.shift)
 
 
-def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int | None = None) -> nn.Module:
+def create_pretrained(
+        name: str,
+        checkpoint: str | None = None,
+        num_classes: int | None = None,
+        needs_classifier: bool = True,
+) -> nn.Module:
     """A timm model with its weights.
 
     Args:
@@ -51,6 +56,7 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
             timm `config.json`.
         checkpoint: A file of weights for the model of that name; its own pretrained weights by default.
         num_classes: Classes of the checkpoint's head.
+        needs_classifier: Refuse a model without a classifier.
 
     Raises:
         InputError: There is no such model, or its weights cannot be had.
@@ -78,8 +84,9 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
                 raise
             raise InputError(f'{error}; give the model {name} and the number of classes ({model.num_classes} here) '
                              f'that they were trained with')
-    if not getattr(model, 'num_classes', 0):
-        raise InputError(f'the model {name} has no classifier; a teacher needs one')
+    if needs_classifier and not getattr(model, 'num_classes', 0):
+        raise InputError(f'the model {name} has no classifier; a teacher needs one, or fills a store of features with '
+                         f'--targets features')
     return model
 
 

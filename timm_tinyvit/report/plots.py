@@ -13,6 +13,7 @@ from ..base.files import write_atomic
 from ..base.text import short_percent
 from ..train.calibration import Reliability
 from ..train.metrics import read_metrics
+from .features import FeatureStatistics
 from .page import Page
 from .run_folder import metric
 from .statistics import StoreStatistics
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    'PLOTS_MISSING', 'add_plots', 'agreement_plot', 'can_plot', 'confusion_plot', 'curve_plots', 'histogram_plots',
-    'plot_metrics', 'reliability_plot', 'store_plots',
+    'PLOTS_MISSING', 'add_plots', 'agreement_plot', 'can_plot', 'confusion_plot', 'curve_plots', 'feature_plots',
+    'histogram_plots', 'plot_metrics', 'reliability_plot', 'store_plots',
 ]
 
 Plot = tuple['Figure', str, str]  # with what it shows in words, and a caption
@@ -122,6 +123,18 @@ def store_plots(statistics: StoreStatistics) -> Iterator[Plot]:
         figure, axes = _axes('epoch', ylabel)
         _draw(axes, drawn)
         yield figure, alt, ''
+
+
+def feature_plots(statistics: FeatureStatistics) -> Iterator[Plot]:
+    """Lengths and variance of the vectors of a store of features."""
+    figure, axes = _axes('length of a vector', 'share of views (%)')
+    axes.hist(statistics.norms, bins=40, weights=np.full(len(statistics.norms), 100 / len(statistics.norms)))
+    yield figure, 'histogram of the lengths of the vectors', f'{len(statistics.norms):,} views'
+    shares = np.sort(statistics.variances)[::-1]
+    figure, axes = _axes('numbers of a vector, by their variance', 'share of the variance (%)')
+    axes.plot(range(1, len(shares) + 1), 100 * shares.cumsum() / max(shares.sum(), 1e-30))
+    axes.set_ylim(bottom=0)
+    yield figure, 'variance of the vectors by dimension', ''
 
 
 def histogram_plots(statistics: StoreStatistics) -> Iterator[Plot]:

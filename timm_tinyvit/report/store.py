@@ -19,20 +19,22 @@ from ..base.hub_client import is_hub_url
 from ..base.text import counted, decimal, percent, readable_bytes, text_table
 from ..data.views import check_probe
 from ..store.base import StoreReader
+from ..store.manifest import Manifest
 from ..store.remote import RemoteStore, open_reader
 from ..train.calibration import NUM_BINS
 from ..train.predictions import confused_pairs
+from .features import feature_statistics
 from .labels import LabelledViews, labelled_views, teacher_classes
 from .page import Page, check_output
 from .pictures import ShownSample, choose_samples, draw_pictures, show_samples
 from .plots import (
-    PLOTS_MISSING, add_plots, agreement_plot, can_plot, histogram_plots, reliability_plot, store_plots,
+    PLOTS_MISSING, add_plots, agreement_plot, can_plot, feature_plots, histogram_plots, reliability_plot, store_plots,
 )
 from .statistics import MAX_EPOCHS, MAX_SAMPLES, StoreStatistics, filled_shards, store_statistics
 
 __all__ = [
     'describe_store', 'figures_of', 'plain_report', 'report_store', 'shards_on_disk', 'store_facts', 'store_page',
-    'text_report',
+    'targets_of', 'text_report',
 ]
 
 # Each is downloaded.
@@ -92,6 +94,8 @@ def report_store(
     if not set(epochs) <= set(stored):
         raise InputError(f'the store {store.path} is meant to hold epochs {stored.start}:{stored.stop}, but '
                          f'{epochs.start}:{epochs.stop} are asked for; fix --epochs')
+    if store.manifest.features:
+        return _report_features(store, html, gallery, as_json, epochs, max_samples or MAX_SAMPLES, max_epochs)
     data, notes = labelled_views(store, dataset, train_split, input_key, target_key, key_column), []
     if data is None:
         notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
@@ -131,6 +135,44 @@ def report_store(
     return text
 
 
+def _report_features(
+        store: StoreReader,
+        html: str | Path | None,
+        gallery: str | Path | None,
+        as_json: bool,
+        epochs: Sequence[int],
+        max_samples: int,
+        max_epochs: int,
+) -> str:
+    """`report_store` of a store of features, whose views are not classified and so not shown."""
+    if gallery:
+        raise InputError(f'--gallery shows what a teacher predicts, and {store.path} holds features; leave it out')
+    statistics = feature_statistics(store, epochs, max_samples, max_epochs)
+    notes = ['none of it is filled yet'] if statistics is None else []
+    facts = store_facts(store)
+    figures = {} if statistics is None else statistics.figures()
+    if html:
+        if not isinstance(store, RemoteStore):
+            facts['store'] = store.path.resolve().name
+        page = Page(f'Feature store {facts["store"].rpartition("/")[2].partition("@")[0]}', facts['teacher'])
+        for note in notes:
+            page.warning(_sentence(note))
+        page.heading('The store')
+        page.facts(facts)
+        page.heading('Statistics')
+        page.facts(figures)
+        if statistics is not None:
+            add_plots(page, feature_plots(statistics))
+        page.heading('The manifest')
+        page.details('store.json', store.manifest.to_json())
+        page.write(html)
+    if as_json:
+        return json.dumps({
+            'store': str(store.path), 'manifest': store.manifest.to_dict(), 'size': store_size(store),
+            'statistics': statistics and statistics.summary(), 'notes': notes}, indent=2)
+    return '\n'.join([*(f'{name:<17}{fact}' for name, fact in (facts | figures).items()), *notes])
+
+
 def shards_on_disk(store: StoreReader) -> str:
     """Which part of the store is on disk."""
     size, manifest = store_size(store), store.manifest
@@ -168,9 +210,9 @@ def store_facts(store: StoreReader) -> dict[str, str]:
         'store': str(store.path),
         'teacher': f'{teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, {teacher["device"]}, '
                    f'input {teacher["input_size"][-2]}x{teacher["input_size"][-1]})',
-        'samples': f'{manifest.num_samples:,} of {manifest.num_classes:,} classes, '
+        'samples': f'{manifest.num_samples:,}{"" if manifest.features else f" of {manifest.num_classes:,} classes"}, '
                    f'{counted(manifest.epochs, "epoch")}, seed {manifest.seed}',
-        'targets': f'the {manifest.k} most probable classes, and the mass of the others',
+        'targets': targets_of(manifest),
         'codec': f'{manifest.codec}, records of {manifest.record_width} bytes per view',
         'shards': shards_on_disk(store),
         'size': f'{readable_bytes(size["bytes"])} on {where}, {readable_bytes(size["bytes_when_complete"])} when '
@@ -184,6 +226,17 @@ def store_facts(store: StoreReader) -> dict[str, str]:
         'views': ', '.join(f'{key}={value}' for key, value in manifest.recipe.items()),
         'made with': ', '.join(f'{key} {value}' for key, value in manifest.versions.items()),
     }
+
+
+def targets_of(manifest: Manifest) -> str:
+    """What a store keeps of its teacher, in words."""
+    features = manifest.features
+    if not features:
+        return f'the {manifest.k} most probable classes, and the mass of the others'
+    grid = f'{features["grid"]}x{features["grid"]} vectors' if features['grid'] else 'the pooled vector'
+    projected = (f', projected, with {percent(features["variance"])} of the variance of the teacher\'s'
+                 if features['projection'] else '')
+    return f'features, {grid} of {features["dim"]:,} numbers{projected}'
 
 
 def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str]:
@@ -329,7 +382,10 @@ def _sentence(text: str) -> str:
 def describe_store(store: StoreReader, data: LabelledViews | None = None) -> str:
     """The manifest, what is on disk, and with labels that are the teacher's classes its accuracy, as text."""
     facts = store_facts(store)
-    if data is None or data.teacher_labels is None:
+    if store.manifest.features:
+        statistics = feature_statistics(store, store.manifest.stored_epochs)
+        facts |= {} if statistics is None else statistics.figures()
+    elif data is None or data.teacher_labels is None:
         mismatch = data and data.mismatch
         facts['teacher accuracy'] = f'unknown; {mismatch or "give --dataset to compare with the labels"}'
     else:

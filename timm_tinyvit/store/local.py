@@ -18,6 +18,7 @@ from ..base.errors import InputError
 from ..base.files import remove_leftovers, write_atomic
 from ..base.leases import exclusive
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
+from .projection import PROJECTION_NAME
 from .reader import ShardStore
 from .shard import shard_name
 
@@ -51,7 +52,8 @@ class LogitStore(ShardStore):
         path = Path(path)
         # Looked at before the manifest is: another process may make this very store meanwhile.
         try:
-            others = path.is_dir() and any(not item.name.startswith('.') for item in path.iterdir())
+            others = path.is_dir() and any(
+                not item.name.startswith('.') and item.name != PROJECTION_NAME for item in path.iterdir())
         except OSError as error:
             raise InputError(f'{path} cannot be read: {error.strerror}; name another folder')
         if not cls.exists(path):

@@ -16,6 +16,7 @@ from ..base.errors import InputError
 from .base import StoreReader
 from .keys import KeyIndex
 from .manifest import Manifest
+from .projection import Projection
 from .shard import ShardFormat, epoch_name, shard_name
 
 __all__ = ['ShardStore']
@@ -68,10 +69,20 @@ class ShardStore(StoreReader):
     def open_keys(self) -> KeyIndex:
         return KeyIndex.open(self.folder, self.manifest)
 
+    def open_projection(self) -> Projection | None:
+        """What projects the teacher's vectors; None where nothing does.
+
+        Raises:
+            InputError: The file is missing, damaged or another one.
+        """
+        return Projection.open(self.folder, self.manifest)
+
     def verify(self, epochs: Iterable[int]) -> Iterator[str]:
-        if self.manifest.key:
+        for is_there, look in ((self.manifest.key, self.open_keys),
+                               (self.manifest.features.get('projection'), self.open_projection)):
             try:
-                self.open_keys()
+                if is_there:
+                    look()
             except InputError as error:
                 yield str(error)
         for epoch in epochs:

@@ -23,6 +23,7 @@ from .fetcher import NUM_DOWNLOADS, Fetcher
 from .keys import FILE_NAME, KeyIndex
 from .local import LogitStore
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest, stored_epoch
+from .projection import PROJECTION_NAME, Projection
 from .reader import ShardStore
 from .shard import epoch_name
 
@@ -160,6 +161,11 @@ class RemoteStore(ShardStore):
         if not KeyIndex.exists(self.folder):
             self.source.download(FILE_NAME, self.folder / FILE_NAME)
         return super().open_keys()
+
+    def open_projection(self) -> Projection | None:
+        if self.manifest.features.get('projection') and not (self.folder / PROJECTION_NAME).exists():
+            self.source.download(PROJECTION_NAME, self.folder / PROJECTION_NAME)
+        return super().open_projection()
 
     def size(self) -> int:
         """Bytes of all shards on the Hub."""

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.functional import cosine_similarity
 
 from ..base.console import print_result, progress
 from ..base.errors import InputError
 from ..data.dataset import SparseLogitDataset, collate
 from ..store.base import StoreReader
-from ..targets.sparse import SparseTargets
+from ..targets.features import FeatureTargets
 from .teacher import Teacher
 
 __all__ = ['NUM_CHECKED', 'check_store', 'verify_store']
@@ -21,8 +22,9 @@ def check_store(store: StoreReader, teacher: Teacher, data: SparseLogitDataset) 
     """Run the teacher again on a sample of stored views.
 
     Returns:
-        `views` looked at, `same_records` that come out bit for bit, `share_of_other_ids`, `mean_error` and
-        `largest_error` of the log-probabilities of ids that are in both.
+        `views` looked at, and `same_records` that come out bit for bit; `share_of_other_ids`, `mean_error` and
+        `largest_error` of the log-probabilities of ids that are in both; or of features, `mean_cosine` and
+        `least_cosine` of stored and new vectors.
 
     Raises:
         InputError: The store holds no complete epoch.
@@ -37,18 +39,25 @@ def check_store(store: StoreReader, teacher: Teacher, data: SparseLogitDataset) 
         (int(epoch), int(index)) for epoch, index in
         zip(picks.choice(epochs, count), picks.integers(len(data), size=count))
     ]
-    same_records, other, errors = 0, 0, []
+    same_records, other, errors, cosines = 0, 0, [], []
     batch_size = manifest.teacher['batch_size']
     for start in range(0, count, batch_size):
         part = keys[start:start + batch_size]
         batch = collate(data.__getitems__(part))
         stored = store.codec.decode(batch['record'])
-        fresh = SparseTargets.from_logits(teacher(batch['view']), manifest.k).to('cpu')
+        fresh = store.codec.keep(teacher(batch['view'])).to('cpu')
         same_records += int((store.codec.encode(fresh) == batch['record'].numpy()).all(axis=1).sum())
+        if isinstance(stored, FeatureTargets):
+            cosines.append(cosine_similarity(stored.vectors, fresh.vectors, dim=-1).flatten())
+            continue
         same = stored.ids[:, :, None] == fresh.ids[:, None, :]  # [B, k, k]
         other += int((~same.any(dim=2)).sum())
         rows, here, there = same.nonzero(as_tuple=True)
         errors.append((stored.log_probs[rows, here] - fresh.log_probs[rows, there]).abs())
+    if cosines:
+        cosine = torch.cat(cosines)
+        return {'views': count, 'same_records': same_records, 'mean_cosine': cosine.mean().item(),
+                'least_cosine': cosine.min().item()}
     error = torch.cat(errors)
     return {
         'views': count,

@@ -46,7 +46,7 @@ def copy_epochs(store: ShardStore, path: str | Path, epochs: range) -> LogitStor
         InputError: The store is not meant to hold these epochs, or a shard of it is damaged.
     """
     _check_epochs(store, epochs)
-    copy = LogitStore.create(path, replace(store.manifest, first_epoch=epochs.start, epochs=len(epochs)))
+    copy = _create_like(store, path, replace(store.manifest, first_epoch=epochs.start, epochs=len(epochs)))
     if store.manifest.key and not KeyIndex.exists(copy.path):
         KeyIndex.write(copy.path, copy.manifest, store.open_keys().by_row())
     _take_shards(copy, [store], epochs)
@@ -158,7 +158,7 @@ def merge_stores(path: str | Path, sources: Sequence[ShardStore], log: Callable[
                 raise InputError(f'{path} begins at epoch {there.first_epoch}, what is merged into it at epoch '
                                  f'{start}; name a new folder')
             start, stop = there.first_epoch, max(stop, there.stored_epochs.stop)
-        merged = LogitStore.create(path, replace(first, first_epoch=start, epochs=stop - start))
+        merged = _create_like(sources[0], path, replace(first, first_epoch=start, epochs=stop - start))
         if first.key and not KeyIndex.exists(merged.path):
             KeyIndex.write(merged.path, merged.manifest, sources[0].open_keys().by_row())
         _take_shards(merged, sources, range(start, stop))
@@ -199,6 +199,15 @@ def _check_epochs(store: ShardStore, epochs: range) -> None:
                          f'{known.start}:{known.stop}; fix --epochs')
 
 
+def _create_like(store: ShardStore, path: str | Path, manifest: Manifest) -> LogitStore:
+    """An empty store of this manifest with the projection of another, or the one that is there."""
+    projection = store.open_projection()
+    copy = LogitStore.create(path, manifest)
+    if projection is not None:
+        projection.write(copy.path)
+    return copy
+
+
 def _create(
         store: ShardStore,
         path: str | Path,
@@ -208,7 +217,7 @@ def _create(
 ) -> LogitStore:
     """An empty store of other samples for some epochs of a store, with its keys, or the one that is there."""
     _check_epochs(store, epochs)
-    copy = LogitStore.create(path, replace(manifest, first_epoch=epochs.start, epochs=len(epochs)))
+    copy = _create_like(store, path, replace(manifest, first_epoch=epochs.start, epochs=len(epochs)))
     if hashes is not None and not KeyIndex.exists(copy.path):
         KeyIndex.write(copy.path, copy.manifest, hashes)
     return copy

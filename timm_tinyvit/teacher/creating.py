@@ -1,8 +1,10 @@
 """Make a store as the flags describe it, or open the one that is there; and the teacher that fills it."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 from collections.abc import Callable
 
 import datasets
@@ -10,7 +12,11 @@ import torch
 
 from ..base.console import info, warning
 from ..base.errors import InputError
-from ..config.arguments import STORE_DEFAULTS, amp_dtype, store_settings, view_arguments
+from ..base.leases import exclusive
+from ..base.text import percent
+from ..config.arguments import (
+    FEATURE_DEFAULTS, FEATURE_SHARD_BYTES, STORE_DEFAULTS, amp_dtype, store_settings, view_arguments,
+)
 from ..data.classes import valid_names
 from ..data.dataset import SparseLogitDataset, check_no_mixing_with_keys
 from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
@@ -24,16 +30,28 @@ from ..models.names import hub_repo_of
 from ..store.keys import KeyIndex
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
-from ..targets.codecs import create_codec
+from ..store.projection import PROJECTION_NAME
+from ..targets.codecs import create_codec, create_feature_codec
 from .fill import choose_shards
+from .projection import NUM_FITTED, fit_projection
 from .teacher import Teacher
 
-__all__ = ['create_store', 'create_teacher', 'stored_names', 'views_to_fill']
+__all__ = ['create_store', 'create_teacher', 'grid_of', 'stored_names', 'target_settings', 'views_to_fill']
 
 
-def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
-    """The teacher that the flags name."""
-    model = create_pretrained(args.teacher, args.teacher_checkpoint, args.teacher_num_classes)
+def create_teacher(args: argparse.Namespace, device: torch.device, grid: int | None = None) -> Teacher:
+    """The teacher that the flags name.
+
+    Args:
+        args: The flags.
+        device: Where it runs.
+        grid: What it gives, see `Teacher`.
+
+    Raises:
+        InputError: There is no such model, or it has no logits or no features of that kind.
+    """
+    model = create_pretrained(
+        args.teacher, args.teacher_checkpoint, args.teacher_num_classes, needs_classifier=grid is None)
     path, name = Path(args.teacher.removeprefix('local-dir:')).expanduser(), args.teacher
     if path.exists():
         # A folder's own name, so that a store says nothing of the machine that made it.
@@ -41,14 +59,18 @@ def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
     if args.teacher_checkpoint and hub_repo_of(name):
         # The name with a tag, or of a repo, is that of other weights.
         name = model.pretrained_cfg['architecture']
-    teacher = Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile)
+    teacher = Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile, grid=grid)
     try:
         shape = tuple(teacher(torch.zeros(1, 3, *teacher.size, dtype=torch.uint8)).shape)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if grid is not None and not isinstance(error, RuntimeError):
+            raise InputError(f'the teacher {name} has no such features: {shorten(str(error), 300)}')
         raise InputError(f'the teacher {name} does not take an image of 3 channels and {teacher.size[0]}x'
                          f'{teacher.size[1]} pixels: {shorten(str(error), 200)}; choose another, or export it with '
                          f'the input size that it takes')
-    if shape != (1, teacher.num_classes):
+    if grid is not None:
+        teacher.num_features = shape[2]
+    elif shape != (1, teacher.num_classes):
         raise InputError(f'the teacher {name} makes of one image an output of shape {list(shape)}, expected '
                          f'[1, {teacher.num_classes}], one logit for each class; choose a classifier')
     return teacher
@@ -78,6 +100,30 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
     return teacher.class_names
 
 
+def target_settings(path: str | Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of `STORE_DEFAULTS`: those of the flags, or else of the store at a path, or else the defaults.
+
+    Raises:
+        InputError: The store there holds the other kind of targets, or flags are of the other kind.
+    """
+    there = store_settings(LogitStore.open(path).manifest) if LogitStore.exists(path) else {}
+    kind = args.targets or there.get('targets', 'classes')
+    if there and kind != there['targets']:
+        raise InputError(f'the store {path} holds {there["targets"]}, and --targets {kind} asks for {kind}; give '
+                         f'--logits a new folder, or leave --targets out')
+    given = {name: getattr(args, name) for name in STORE_DEFAULTS if getattr(args, name) is not None}
+    if kind == 'features':
+        given.pop('topk', None)  # of a recipe for classes
+    elif given.keys() & {'feature_grid', 'feature_dim'}:
+        raise InputError('--feature-grid and --feature-dim are of features; add --targets features')
+    return (FEATURE_DEFAULTS if kind == 'features' else STORE_DEFAULTS) | there | given
+
+
+def grid_of(settings: dict[str, Any]) -> int | None:
+    """What a teacher gives for a store of these settings, see `Teacher`."""
+    return settings['feature_grid'] if settings['targets'] == 'features' else None
+
+
 def create_store(
         path: str,
         args: argparse.Namespace,
@@ -102,21 +148,28 @@ def create_store(
         InputError: The store that is there was made another way, or the data set does not fit.
     """
     there, first_epoch, first_sample = None, 0, 0
-    settings = dict(STORE_DEFAULTS)
+    settings = target_settings(path, args)
     if LogitStore.exists(path):
         there, replay = open_store(path, view_arguments(args), log)
         manifest = there.manifest
         first_epoch, first_sample = manifest.first_epoch, manifest.first_sample
-        settings = store_settings(manifest)
-    settings.update({key: getattr(args, key) for key in settings if getattr(args, key) is not None})
     if there is None:
         replay = Replay(ViewConfig(**view_arguments(args)), settings['store_seed'])
     check_no_mixing_with_keys(replay, settings['key'])
+    features = {}
+    if settings['targets'] == 'features':
+        features = {'dim': settings['feature_dim'] or teacher.num_features, 'grid': settings['feature_grid'],
+                    'projection': '', 'variance': 1.0} | ({} if there is None else {
+                        name: there.manifest.features[name] for name in ('projection', 'variance')})
     try:
-        codec = create_codec(settings['codec'], teacher.num_classes, settings['topk'])
+        codec = (create_feature_codec(settings['codec'], features['dim'], features['grid']) if features else
+                 create_codec(settings['codec'], teacher.num_classes, settings['topk']))
     except ValueError as error:
-        raise InputError(
-            f'{error} (--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes)')
+        flags = '--codec' if features else \
+            f'--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes'
+        raise InputError(f'{error} ({flags})')
+    if features and there is None and args.shard_size is None:
+        settings['shard_size'] = _fitting_shard_size(codec.width)
     for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
                             ('store_seed', -1 << 63, (1 << 63) - 1)):
         if not low <= settings[name] <= high:
@@ -138,11 +191,11 @@ def create_store(
                 f'there) or from the same in another order; fill it from the data set that it was begun with')
     if not fingerprint['num_samples']:
         raise InputError('the training data are empty; name another --train-split')
-    names = stored_names(teacher, dataset, args.target_key)
+    names = [] if features else stored_names(teacher, dataset, args.target_key)
     manifest = Manifest(
         num_samples=fingerprint['num_samples'],
         num_classes=teacher.num_classes,
-        k=settings['topk'],
+        k=0 if features else settings['topk'],
         record_width=codec.width,
         epochs=epochs - first_epoch,
         seed=settings['store_seed'],
@@ -157,12 +210,50 @@ def create_store(
         versions=library_versions(),
         probe=replay.probe() if there is None else there.manifest.probe,
         dataset=fingerprint,
+        features=features,
     )
     choose_shards(manifest, getattr(args, 'shards', None), path)
+    if there is None and settings['feature_dim']:
+        if is_stream:
+            raise InputError('--feature-dim is fitted on views from all over the data, which a stream does not give; '
+                             'leave --streaming or --feature-dim out')
+        with exclusive(Path(path) / PROJECTION_NAME):
+            if not LogitStore.exists(path):
+                manifest = _with_projection(path, args, manifest, teacher, replay, dataset, log)
+                LogitStore.create(path, manifest)
+        # Another launch may have fitted it meanwhile, on another device.
+        manifest = replace(manifest, features=LogitStore.open(path).manifest.features)
     store = LogitStore.create(path, manifest)
+    teacher.project(store.open_projection())
     if hashes is not None and not KeyIndex.exists(store.path):
         KeyIndex.write(store.path, store.manifest, hashes)
     return store, replay
+
+
+def _fitting_shard_size(width: int) -> int:
+    """Samples of a shard of features that whoever fills has in memory."""
+    return min(FEATURE_DEFAULTS['shard_size'], 1 << max(1, FEATURE_SHARD_BYTES // width).bit_length() - 1)
+
+
+def _with_projection(
+        path: str,
+        args: argparse.Namespace,
+        manifest: Manifest,
+        teacher: Teacher,
+        replay: Replay,
+        dataset: Source,
+        log: Callable[[str], None],
+) -> Manifest:
+    """The manifest of a new store once the projection of its features is fitted and written."""
+    data = SparseLogitDataset(
+        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample)
+    dim, num = manifest.features['dim'], teacher.num_features
+    projection, share = fit_projection(
+        teacher, data, manifest.first_epoch, dim, manifest.teacher['batch_size'], args.workers)
+    log(f'the projection of {num:,} numbers to {dim:,} keeps {percent(share)} of their variance, on '
+        f'{min(NUM_FITTED, len(data)):,} views')
+    projection.write(Path(path))
+    return replace(manifest, features=manifest.features | {'projection': projection.hash, 'variance': share})
 
 
 def views_to_fill(

@@ -2,7 +2,7 @@
 
 from ..base.errors import InputError
 from ..base.text import readable_bytes
-from ..targets.codecs import create_codec
+from ..targets.codecs import create_codec, create_feature_codec
 
 __all__ = ['estimate_store']
 
@@ -16,6 +16,8 @@ def estimate_store(
         views_per_second: float | None = None,
         num_processes: int = 1,
         keep_epochs: int = 2,
+        feature_dim: int = 0,
+        feature_grid: int = 0,
 ) -> str:
     """Bytes per view, per epoch and in all, beside the official format, and the time that filling takes.
 
@@ -28,19 +30,26 @@ def estimate_store(
         views_per_second: Views that one process's teacher looks at in a second; None to leave the time out.
         num_processes: Processes that fill the store.
         keep_epochs: Epochs that are on disk in a training from the Hub.
+        feature_dim: Numbers of a vector of a store of features; 0 for one of classes.
+        feature_grid: Cells of one side of its grid; 0 for one pooled vector.
 
     Raises:
         InputError: The settings do not go together.
     """
     try:
-        record = create_codec(codec, num_classes, k)
+        record = create_feature_codec(codec, feature_dim, feature_grid) if feature_dim else \
+            create_codec(codec, num_classes, k)
     except ValueError as error:
-        raise InputError(f'{error} (--topk, --codec)')
+        raise InputError(f'{error} ({"--codec" if feature_dim else "--topk, --codec"})')
     views = num_samples * epochs
-    official = f', {readable_bytes(views * (4 * k + 4))} in the official format' if num_classes <= 1 << 15 else ''
+    cells = f'{feature_grid}x{feature_grid} vectors' if feature_grid else 'a vector'
+    official, what = '', f'{cells} of {feature_dim:,} numbers, {record.name}'
+    if not feature_dim:
+        what = f'k = {k} of {num_classes:,} classes, {record.name}'
+        official = f', {readable_bytes(views * (4 * k + 4))} in the official format' if num_classes <= 1 << 15 else ''
     lines = [
         f'views            {num_samples:,} samples x {epochs} epochs = {views:,}',
-        f'record           {record.width} bytes (k = {k} of {num_classes:,} classes, {record.name})',
+        f'record           {record.width} bytes ({what})',
         f'epoch            {readable_bytes(num_samples * record.width)}',
         f'store            {readable_bytes(views * record.width)}{official}',
     ]

@@ -23,7 +23,6 @@ from ..data.dataset import EpochRow, SparseLogitDataset, collate
 from ..data.streaming import StreamedRows
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
-from ..targets.sparse import SparseTargets
 from .progress import StoreProgress
 from .teacher import Teacher
 
@@ -119,10 +118,9 @@ def fill_shard(
     records: list[np.ndarray] = []
     for batch in batches:
         try:
-            targets = SparseTargets.from_logits(teacher(batch['view']), store.manifest.k)
+            records.append(store.codec.encode(store.codec.keep(teacher(batch['view']))))
         except ValueError as error:
             raise InputError(f'epoch {epoch}, shard {shard}: {error}')
-        records.append(store.codec.encode(targets))
         count(len(batch['view']))
     store.write_shard(epoch, shard, np.concatenate(records))
 
