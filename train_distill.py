@@ -49,13 +49,14 @@ from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.train.batches import TrainBatches
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
 from timm_tinyvit.train.evaluate import Evaluator
+from timm_tinyvit.train.features import FeatureStudent
 from timm_tinyvit.train.metrics import METRICS, write_metrics
 from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
 )
 from timm_tinyvit.train.record import create_run_folder, record_run
 from timm_tinyvit.train.student import check_batch_norms, create_student
-from timm_tinyvit.train.task import LOSSES, SparseLogitTask
+from timm_tinyvit.train.task import SparseLogitTask
 from timm_tinyvit.train.teacher_comparison import compare_with_teacher
 
 # Least seconds between two reports of a run that goes on: one that is killed leaves the last of them.
@@ -116,11 +117,15 @@ def create_task(
         args: argparse.Namespace,
         student: nn.Module,
         store: StoreReader | None,
+        size: tuple[int, int],
         evaluator: Evaluator,
         classes: Classes,
         accelerator: Accelerator,
 ) -> SparseLogitTask:
     """What the student learns from, and the average of its weights where it is asked for."""
+    for part in store.stores if store else ():
+        if features := part.manifest.features:
+            student = FeatureStudent(student, features['dim'], features['grid'], size, args.projector)
     mixup, views = None, ViewConfig(**view_arguments(args))
     label_loss = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
     if args.mixup_mode != 'pair' and views.is_mixed:
@@ -130,7 +135,8 @@ def create_task(
         label_loss = SoftTargetCrossEntropy()
     task = SparseLogitTask(
         student, store and store.codec, evaluator.normalize, args.alpha, args.temperature, label_loss, args.smoothing,
-        mixup, args.channels_last, args.freeze_bn, accelerator.autocast, accelerator.device)
+        mixup, args.channels_last, args.freeze_bn, accelerator.autocast, accelerator.device, args.feature_loss,
+        args.feature_weight)
     if args.model_ema:
         task.setup_ema(args.model_ema_decay, args.model_ema_warmup)
     return task
@@ -179,7 +185,7 @@ def train_epoch(
     for update in bar:
         step, is_shown = state.epoch * num_updates + update, update % args.log_interval == 0
         state.scheduler.step_update(step)
-        losses = torch.zeros(len(LOSSES), device=accelerator.device)
+        losses = torch.zeros(len(task.losses), device=accelerator.device)
         for part in range(num_parts):
             tick = time.monotonic()
             batch = next(batches)
@@ -188,9 +194,9 @@ def train_epoch(
             with accelerator.no_sync(task.trainable_module) if part + 1 < num_parts else nullcontext():
                 output = task(batch['view'], batch)
                 accelerator.backward(output['loss'] / num_parts)
-            losses += torch.stack([output[name].detach() for name in LOSSES]) / num_parts
+            losses += torch.stack([output[name].detach() for name in task.losses]) / num_parts
         accelerator.unscale_gradients(optimizer)
-        norm = clip_gradients(task.student.parameters(), args.clip_grad, args.clip_mode)
+        norm = clip_gradients(task.trained.parameters(), args.clip_grad, args.clip_mode)
         # On overflow GradScaler skips the step by itself, until no scale is small enough.
         is_scaled = accelerator.scaler is not None
         is_stuck = is_scaled and is_shown and accelerator.scaler.get_scale() < MIN_SCALE
@@ -228,7 +234,7 @@ def check_flags(flags: StepFlags, state: TrainState, is_last: bool = False) -> b
         is_stopping |= stopping > 0
         if not_finite or is_stuck:
             # On a CPU the weights are still those before this step; running means may have gone with the batch.
-            if not all_reduce_sum(state.accelerator, not is_finite(state.task.student))[0]:
+            if not all_reduce_sum(state.accelerator, not is_finite(state.task.trained))[0]:
                 state.save()
             kept = 'keeps the checkpoint before it' if any(state.folder.glob('checkpoint-*.pt')) else \
                 'has no checkpoint, as the weights are not finite either'
@@ -265,7 +271,9 @@ def train(args: argparse.Namespace) -> None:
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
         train_set = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
-        val_set = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+        # A student without classes is not evaluated by labels.
+        val_set = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False) \
+            if args.num_classes != 0 else None
     if args.push_to_hub and show:
         prepare_push(args.push_to_hub, args.hub_private, args.hub_license)
 
@@ -283,11 +291,11 @@ def train(args: argparse.Namespace) -> None:
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     evaluator = Evaluator(args, student, data.size, val_set, classes, accelerator, folder)
-    task = create_task(args, student, store, evaluator, classes, accelerator)
+    task = create_task(args, student, store, data.size, evaluator, classes, accelerator)
 
     # Optimiser, and schedule by update.
     rates = learning_rates(args, data.images_per_update)
-    optimizer = create_optimizer(args, student, rates['lr'])
+    optimizer = create_optimizer(args, task.trained, rates['lr'])
     scheduler = create_schedule(args, optimizer, rates, data.updates_per_epoch)
     optimizer = task.prepare(accelerator, optimizer, args.compile)
 
@@ -324,9 +332,11 @@ def train(args: argparse.Namespace) -> None:
                 report()
             if all_reduce_sum(accelerator, stop() is not None)[0]:
                 raise stop() or Terminated
-        if store is not None and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
+        has_classes = store is not None and store.manifest.num_classes
+        if has_classes and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
             compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
-    print_result(f'{colored("finished:", "bold")} {folder}, best top-1 {state.best["student"]:.2f}%')
+    best = f', best top-1 {state.best["student"]:.2f}%' if classes.num else ''
+    print_result(f'{colored("finished:", "bold")} {folder}{best}')
     accelerator.end_training()
     if args.push_to_hub and show:
         push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)

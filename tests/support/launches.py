@@ -18,6 +18,11 @@ try:
 except ImportError:
     resource = None
 
+FSDP = {'fsdp_version': 2, 'fsdp_auto_wrap_policy': 'TRANSFORMER_BASED_WRAP'}
+# What accelerate's launcher makes of it.
+SHARDED = {'ACCELERATE_USE_FSDP': 'true', **{name.upper(): str(value) for name, value in FSDP.items()},
+           'FSDP_CPU_RAM_EFFICIENT_LOADING': 'true', 'FSDP_SYNC_MODULE_STATES': 'true'}
+
 
 def train(environment, argv, out, file_limit=None):
     """A rank of its own: the program with these arguments, what it says in a file, its exit status its own."""

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from support.flags import ROOT, small_data
 from support.launches import (
-    assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
+    FSDP, SHARDED, assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
 )
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.launch import create_accelerator
@@ -37,10 +37,6 @@ RUN = [
     '--model-ema', '--model-ema-decay', '0.9', '--layer-decay', '0.8', '--opt-eps', '1e-2', '--lr', '1e-4',
     '--warmup-epochs', '1', '--epochs', '2']
 TWO = ['-b', '8', '--grad-accum-steps', '2']
-FSDP = {'fsdp_version': 2, 'fsdp_auto_wrap_policy': 'TRANSFORMER_BASED_WRAP'}
-# What accelerate's launcher makes of it.
-SHARDED = {'ACCELERATE_USE_FSDP': 'true', **{name.upper(): str(value) for name, value in FSDP.items()},
-           'FSDP_CPU_RAM_EFFICIENT_LOADING': 'true', 'FSDP_SYNC_MODULE_STATES': 'true'}
 
 
 @pytest.fixture(scope='module')

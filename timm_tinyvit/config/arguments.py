@@ -152,10 +152,11 @@ class ArgumentParser(argparse.ArgumentParser):
 # Smallest and largest values of flags, of whatever program.
 AT_LEAST = dict(
     batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
-    val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=1, lr_base_size=1, workers=0, recovery_interval=0,
+    val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=0, lr_base_size=1, workers=0, recovery_interval=0,
     warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0, clip_grad=0,
     momentum=0, model_ema_decay=0, keep_epochs=1, warmup_lr=0, min_lr=0, num_samples=1, max_samples=1, processes=1,
-    teacher_num_classes=1, feature_grid=0, feature_dim=1)
+    teacher_num_classes=1, feature_grid=0, feature_dim=0,
+    feature_weight=0)
 AT_MOST = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
 ABOVE = dict(
     temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0, views_per_second=0)
@@ -277,7 +278,7 @@ def add_store_arguments(
         ('targets', str, 'KIND', 'what is kept of the teacher: its most probable classes, or its features'),
         ('topk', int, 'K', 'most probable classes that are kept of a view'),
         ('feature_grid', int, 'G', 'features: G x G cells of the map of the teacher; 0 for its pooled vector'),
-        ('feature_dim', int, 'D', 'features: project vectors to D numbers, by their principal components'),
+        ('feature_dim', int, 'D', 'features: project vectors to D numbers, by their principal components; 0 for none'),
         ('codec', str, 'NAME', 'format of the records, as in compact or float16; of features int8 or float16'),
         ('key', str, 'NAME', 'column of strings or integers that identify samples; without one, their position does'),
         ('shard_size', int, 'N', 'samples per file of the store'),
@@ -395,7 +396,7 @@ def check_store_flags(store: 'StoreReader', args: argparse.Namespace) -> None:
         there = store_settings(part.manifest)
         # A recipe for classes says how many of them.
         names = ('targets', 'topk', 'codec', 'store_seed') if part.manifest.targets == 'classes' else (
-            'feature_grid', 'feature_dim', 'store_seed')
+            'targets', 'feature_grid', 'feature_dim', 'store_seed')
         for name in names:
             given, value = getattr(args, name), there[name]
             if given not in (None, value):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ['DEFAULT_MODEL', 'add_arguments', 'add_eval_arguments', 'check_launch', 'create_parser', 'settings']
 
 DEFAULT_MODEL = 'tiny_vit_5m_224'
+# Those of `targets.features`, which needs torch.
+FEATURE_LOSSES = ('cosine', 'smooth-l1', 'mse')
+PROJECTORS = ('linear', 'mlp')
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 
 
@@ -42,8 +45,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_view_arguments(parser)
     group = parser.add_argument_group('store to learn from')
     group.add_argument('--logits', metavar='DIR', nargs='+',
-                       help='the logit store, a folder or hf://datasets/ORG/NAME; several, of different teachers, to '
-                            'learn from their average')
+                       help='the store, a folder or hf://datasets/ORG/NAME; several, of different teachers, to learn '
+                            'from their average; one of them may hold features')
     add_keep_arguments(group)
     add_teacher_arguments(parser)
     add_store_arguments(parser)
@@ -51,7 +54,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--store-epochs', type=int, metavar='E',
                        help='with --teacher: epochs that the store is to hold (default: its own, or --epochs)')
     group.add_argument('--alpha', type=float, default=1., metavar='A',
-                       help='weight of the distillation loss; that of the label loss is 1 - A')
+                       help='weight of the distillation loss on classes; that of the label loss is 1 - A')
+    group.add_argument('--feature-loss', choices=FEATURE_LOSSES, default='cosine',
+                       help='of a store of features: how far the student\'s are from the teacher\'s')
+    group.add_argument('--feature-weight', type=float, default=1., metavar='W',
+                       help='of a store of features: weight of that loss')
+    group.add_argument('--projector', choices=PROJECTORS, default='linear',
+                       help='of a store of features: from the student\'s features to the teacher\'s')
     group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
                        help='temperature that softens teacher and student')
     group = _add_model(parser)
@@ -151,7 +160,7 @@ def _add_model(parser: ArgumentParser) -> argparse._ArgumentGroup:
                        help=f'timm name (default: that of the weights that are evaluated, or {DEFAULT_MODEL})')
     group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
     group.add_argument('--num-classes', type=int, metavar='N',
-                       help='classes (default: those of the store, the data or the weights)')
+                       help='classes (default: those of the store, the data or the weights); 0 for a backbone')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='NAME=VALUE',
                        help='arguments of the model, as in depths=[2,2,2,2]')
     group.add_argument('--channels-last', action='store_true', help='channels-last memory format')
@@ -227,8 +236,9 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
         raise InputError(f'--batch-size is {args.batch_size}; --mixup and --cutmix need an even one')
     idle = [f'--{name.replace("_", "-")}' for name, usual in (
-        ('alpha', 1), ('temperature', 1), ('teacher_checkpoint', None), ('store_epochs', None), ('keep_epochs', None),
-        ('store_cache', None)) if getattr(args, name) != usual]
+        ('alpha', 1), ('temperature', 1), ('feature_loss', 'cosine'), ('feature_weight', 1), ('projector', 'linear'),
+        ('teacher_checkpoint', None), ('store_epochs', None), ('keep_epochs', None), ('store_cache', None),
+    ) if getattr(args, name) != usual]
     if idle and not args.logits:
         warning(f'without --logits the student learns from labels alone, and {", ".join(idle)} changes nothing')
     return args

@@ -50,7 +50,7 @@ def resolve_classes(
         train_set: Source,
         val_set: datasets.Dataset,
         taught_by: StoreReader | Any | None,
-) -> tuple[Classes, datasets.Dataset]:
+) -> tuple[Classes, datasets.Dataset | None]:
     """The classes of a training: those of `--num-classes`, or the store's, or the data's.
 
     Args:
@@ -61,7 +61,7 @@ def resolve_classes(
             alone.
 
     Returns:
-        The classes, and the validation split with their numbers.
+        The classes, and the validation split with their numbers; None where features alone are learned.
 
     Raises:
         InputError: They are not known, or store, training and validation labels do not agree with them.
@@ -69,6 +69,14 @@ def resolve_classes(
     label_column = find_column(train_set, args.target_key, is_image=False)
     label_names = class_names(train_set, label_column) if label_column else None
     taught, source = getattr(taught_by, 'manifest', taught_by), '--train-split'
+    if taught is not None and not taught.num_classes:
+        # Features say nothing of classes: only labels do.
+        if args.alpha == 1:
+            return _without_classes(args, taught_by), None
+        taught = None
+    if args.num_classes == 0:
+        raise InputError('--num-classes 0 leaves nothing that labels or the classes of a store could train; give '
+                         '--logits a store of features alone, without --alpha, or leave it out')
     if taught is not None:
         source = f'the teacher {taught.name}' if taught is taught_by else f'the store {taught_by.path}'
     num = args.num_classes or (taught.num_classes if taught is not None else len(label_names or ()))
@@ -104,6 +112,17 @@ def resolve_classes(
         warning(f'the classifier of {args.initial_checkpoint} has the classes in another order than {source}: it '
                 f'starts with others of them in each place')
     return Classes(num, names, num_labels, is_imagenet1k(val_set, val_key)), val_set
+
+
+def _without_classes(args: argparse.Namespace, taught_by: StoreReader | Any) -> Classes:
+    """What a student of features alone learns: no class."""
+    if args.num_classes:
+        what = getattr(taught_by, 'path', None)
+        source = f'the store {what} holds' if what else f'the teacher {taught_by.name} gives'
+        raise InputError(f'{source} features, which train no classifier of --num-classes {args.num_classes}; give 0 or '
+                         f'leave it out for a backbone, or add labels with --alpha 0.5, or a store of classes to '
+                         f'--logits')
+    return Classes(0, None, None, False)
 
 
 def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:

@@ -142,12 +142,18 @@ def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None 
             classifier_22k_to_1k(model)
             if log:
                 log(f'{path}: the classifier of ImageNet-22k gives the rows of the classes of ImageNet-1k')
-        elif log and num_classes not in (None, model.num_classes) and isinstance(classifier, nn.Linear):
-            name = next(name for name, module in model.named_modules() if module is classifier)
+        elif log and isinstance(classifier, nn.Linear) and (
+                num_classes not in (None, model.num_classes) or f'{_name_of(model, classifier)}.weight' not in weights):
+            name = _name_of(model, classifier)
             zeros = {f'{name}.{key}': torch.zeros_like(value) for key, value in classifier.state_dict().items()}
             model.load_state_dict({**weights, **zeros})
-            log(f'{path}: its classifier has {num_classes} classes, the student {model.num_classes}; it starts from '
-                f'zero')
+            has = f'its classifier has {num_classes} classes' if num_classes else 'it has no classifier'
+            log(f'{path}: {has}, the student {model.num_classes}; it starts from zero')
+        elif log and not model.num_classes:
+            # timm says where the classifier would be.
+            name = (model.pretrained_cfg or {}).get('classifier')
+            names = tuple(f'{name}.' for name in ([name] if isinstance(name, str) else name or ()))
+            model.load_state_dict({key: value for key, value in weights.items() if not key.startswith(names)})
         else:
             model.load_state_dict(weights)
     except RuntimeError as error:
@@ -187,6 +193,10 @@ def num_classes_of(model: nn.Module, weights: dict[str, torch.Tensor]) -> int | 
 def _classifier(model: nn.Module) -> nn.Module | None:
     """The classifier of a timm model; None of one that does not say."""
     return model.get_classifier() if hasattr(model, 'get_classifier') else None
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def is_22k_to_1k(num_classes: int | None, wanted: int | None) -> bool:

@@ -3,7 +3,7 @@
 The soft-target cross-entropy is linear in the target. So the loss on the average of what several teachers say, each
 softened by the temperature, is the average of the losses on what each says, and nothing need be merged on disk: records
 travel side by side, and decode to one `SparseTargets` per teacher. Stores may differ in teacher, k, codec, shard
-size and epochs; the epochs that all of them hold are used.
+size and epochs; the epochs that all of them hold are used. One of them may hold features.
 """
 
 from dataclasses import replace
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..base.errors import InputError
+from ..targets.features import FeatureTargets
 from ..targets.sparse import SparseTargets
 from .base import StoreReader
 from .keys import KeyIndex
@@ -28,26 +29,34 @@ COMMON = ('num_samples', 'num_classes', 'seed', 'first_sample', 'key', 'recipe',
 class Ensemble(StoreReader):
     """Stores of several teachers, read as one.
 
-    The manifest is the first one's, with the epochs that all hold, the bytes of all records, and all teachers.
+    The manifest is that of the first store of classes, with the epochs that all hold, the bytes of all records, and
+    all teachers.
 
     Args:
         stores: Two or more stores of the same views.
 
     Raises:
-        InputError: They were made from other views, data or classes, or hold no epoch in common.
+        InputError: They were made from other views, data or classes, hold no epoch in common, or two hold features.
     """
 
     def __init__(self, stores: Sequence[StoreReader]):
         self._stores = list(stores)
         self.path = ' + '.join(str(store.path) for store in stores)
-        first = stores[0].manifest
-        for store in stores[1:]:
-            differing = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)]
+        features = [store for store in stores if store.manifest.features]
+        if len(features) > 1:
+            raise InputError(f'the stores {features[0].path} and {features[1].path} both hold features, and a student '
+                             f'learns those of one teacher; leave one of them out')
+        # One of features has no classes to compare.
+        leading = next(store for store in stores if store not in features)
+        first = leading.manifest
+        for store in stores:
+            differing = [name for name in COMMON if getattr(store.manifest, name) != getattr(first, name)
+                         and not (name == 'num_classes' and store in features)]
             if store.manifest.class_names and first.class_names and store.manifest.class_names != first.class_names:
                 differing.append('class_names')
             if differing:
                 raise InputError(
-                    f'the stores {stores[0].path} and {store.path} are not of the same views and classes: they differ '
+                    f'the stores {leading.path} and {store.path} are not of the same views and classes: they differ '
                     f'in {", ".join(differing)}; an ensemble wants the same data set, views, --store-seed and classes')
         start = max(store.manifest.stored_epochs.start for store in stores)
         stop = min(store.manifest.stored_epochs.stop for store in stores)
@@ -105,6 +114,6 @@ class _SideBySide:
         for codec, part in zip(self.codecs, np.split(records, np.cumsum(self.widths)[:-1], axis=1)):
             codec.check(part)
 
-    def decode(self, records: torch.Tensor) -> list[SparseTargets]:
-        """What each teacher says, from checked records, uint8 [B, width], on the device of the records."""
+    def decode(self, records: torch.Tensor) -> list[SparseTargets | FeatureTargets]:
+        """What each teacher makes of views, from checked records, uint8 [B, width], on the device of the records."""
         return [codec.decode(part.contiguous()) for codec, part in zip(self.codecs, records.split(self.widths, dim=1))]

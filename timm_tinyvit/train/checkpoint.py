@@ -27,7 +27,7 @@ from ..store.base import StoreReader
 from ..store.remote import check_content, content_of
 from .metrics import suffixed
 from .sharding import load_whole_state, local, whole_state
-from .task import LOSSES, SparseLogitTask
+from .task import SparseLogitTask
 
 __all__ = ['FREE_FLAGS', 'TrainState', 'fixed_settings', 'is_finite', 'random_state', 'set_random_state']
 
@@ -39,9 +39,6 @@ FREE_FLAGS = {
     'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs',
     'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
 }
-
-# Entries of a checkpoint that hold weights; timm, too, looks for a model under this name.
-ENTRIES = {'student': 'model', 'ema': 'ema'}
 
 # What makes up an update on one number of processes, and may be made up otherwise on another.
 PER_PROCESS = ('batch_size', 'grad_accum_steps')
@@ -78,7 +75,7 @@ class TrainState:
         update: Updates of the epoch after them.
         best: Best top-1 accuracy so far in percent, of each set of weights; -1 before the first evaluation.
         history: Metrics of the finished epochs.
-        sums: Sums over the updates of this epoch: those of `LOSSES` and the gradient norm, [4].
+        sums: Sums over the updates of this epoch: the task's losses and the gradient norm, [4] or [5].
     """
 
     def __init__(
@@ -97,7 +94,6 @@ class TrainState:
         self.epoch = self.update = 0
         self.best: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
-        self.sums = torch.zeros(len(LOSSES) + 1, device=accelerator.device)
         self._checkpoint = self._find()
 
     def _find(self) -> dict[str, Any] | None:
@@ -132,6 +128,7 @@ class TrainState:
         """
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
         self.images_per_update = images_per_update
+        self.sums = torch.zeros(len(task.losses) + 1, device=self.accelerator.device)
         self.best = dict.fromkeys(task.models(), -1.)
         # Another seed per rank, so that DropPath masks differ.
         rank, seed = self.accelerator.process_index, self.args.seed
@@ -140,8 +137,8 @@ class TrainState:
             set_seed(seed + rank)
             return
         world_size, device = self.accelerator.num_processes, self.accelerator.device
-        for name, model in task.models().items():
-            load_whole_state(model, checkpoint[ENTRIES[name]])
+        for name, module in task.weights().items():
+            load_whole_state(module, checkpoint[name])
         load_whole_state(optimizer, checkpoint['optimizer'])
         if self.accelerator.scaler is not None and checkpoint['scaler'] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint['scaler'])
@@ -170,7 +167,7 @@ class TrainState:
         """Count an update.
 
         Args:
-            losses: Those of `LOSSES`, [3].
+            losses: The task's, [3] or [4].
             norm: Norm of the gradients, a scalar; not finite where a gradient scaler skipped the update.
         """
         self.sums += torch.cat([losses, norm.nan_to_num(0., 0., 0.).reshape(1)])
@@ -179,7 +176,7 @@ class TrainState:
     def means(self) -> dict[str, float]:
         """Means over the updates of this epoch and all processes."""
         means = self.accelerator.reduce(self.sums / self.update, 'mean').tolist()
-        return dict(zip((*LOSSES, 'grad_norm'), means))
+        return dict(zip((*self.task.losses, 'grad_norm'), means))
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Count an epoch with these metrics."""
@@ -197,7 +194,7 @@ class TrainState:
             'epoch': self.epoch, 'samples': self.update * self.images_per_update, 'best': self.best,
             'history': self.history, 'sums': sums, 'random': randoms, 'world_size': accelerator.num_processes,
             'workers': self.args.workers, 'images_per_update': self.images_per_update,
-            **{ENTRIES[name]: whole_state(model) for name, model in self.task.models().items()},
+            **{name: whole_state(module) for name, module in self.task.weights().items()},
             'is_sharded': accelerator.is_fsdp2, 'optimizer': whole_state(self.optimizer),
             'scheduler': self.scheduler.state_dict(), 'settings': self.settings,
             'scaler': None if accelerator.scaler is None else accelerator.scaler.state_dict(),

@@ -87,7 +87,7 @@ class Evaluator:
         args: The flags of the trainer.
         student: The student, whose configuration says how images are prepared.
         size: Height and width of the images.
-        val_set: The validation split.
+        val_set: The validation split; None where there are no classes to evaluate.
         classes: Its classes.
         accelerator: Knows the processes.
         folder: Of the run; takes the exported models, and the predictions for the report.
@@ -98,14 +98,15 @@ class Evaluator:
             args: argparse.Namespace,
             student: nn.Module,
             size: tuple[int, int],
-            val_set: datasets.Dataset,
+            val_set: datasets.Dataset | None,
             classes: Classes,
             accelerator: Accelerator,
             folder: Path,
     ):
         self.config = eval_config(args, student, size)
         self.normalize = Normalize(self.config['mean'], self.config['std']).to(accelerator.device)
-        self.loader = eval_loader(val_set, self.config, args, accelerator.process_index, accelerator.num_processes)
+        self.loader = None if val_set is None else eval_loader(
+            val_set, self.config, args, accelerator.process_index, accelerator.num_processes)
         self.classes = classes
         self.accelerator = accelerator
         self.folder = folder
@@ -133,7 +134,7 @@ class Evaluator:
             `eval_loss`, `eval_top1` and `eval_top5`, with the suffix of the weights; None where any process broke off.
         """
         metrics, show = {}, self.accelerator.is_main_process
-        if is_due:
+        if is_due and self.loader is not None:
             recorder = Recorder()
             metrics = evaluate(
                 model, self.normalize, self.loader, self.accelerator, self.classes.to_imagenet1k, stopped, recorder)

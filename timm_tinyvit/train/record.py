@@ -65,7 +65,7 @@ def record_run(
         args: argparse.Namespace,
         state: TrainState,
         data: TrainBatches,
-        val_set: datasets.Dataset,
+        val_set: datasets.Dataset | None,
         classes: Classes,
 ) -> None:
     """Write `run.json`, at each start of the run.
@@ -74,7 +74,7 @@ def record_run(
         args: The flags of the trainer.
         state: Where the run is, with its student and its store.
         data: The training batches.
-        val_set: The validation split.
+        val_set: The validation split; None where nothing is evaluated.
         classes: Of the student.
 
     Raises:
@@ -107,8 +107,8 @@ def record_run(
         'recipe': recipe,
         'train': {**_describe_data(args.dataset, args.train_split or 'train'), 'images': data.num_samples},
         'val': {
-            **_describe_data(args.val_dataset or args.dataset, args.val_split or str(val_set.split)),
-            'images': len(val_set), 'flags': _evaluation_flags(args),
+            **_describe_data(args.val_dataset or args.dataset, args.val_split or str(val_set and val_set.split)),
+            'images': len(val_set or ()), 'flags': _evaluation_flags(args),
             'imagenet1k_of_22k': classes.to_imagenet1k and student.num_classes == NUM_CLASSES_22K},
         'stores': stores,
         'base': _base(args, student),
@@ -222,7 +222,7 @@ def _describe_store(location: str, store: StoreReader, teacher_checkpoint: str |
         'name': url or Path(location).expanduser().resolve().name, 'on_hub': url is not None,
         'identity': manifest.identity, 'teacher': {**manifest.teacher, 'name': teacher},
         'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
-        'k': manifest.k, 'codec': manifest.codec,
+        'k': manifest.k, 'features': manifest.features, 'codec': manifest.codec,
         'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
         'is_mixed': ViewConfig.from_dict(manifest.recipe).is_mixed, 'flags': _store_flags(manifest),
     }
@@ -246,7 +246,8 @@ def _store_flags(manifest: Manifest) -> list[str] | None:
     flags |= {flag: manifest.recipe[entry] for flag, entry in VIEW_FLAGS.items()
               if manifest.recipe[entry] != plain[entry]}
     settings = store_settings(manifest)
-    flags |= {flag: value for flag, value in settings.items() if value != STORE_DEFAULTS[flag]}
+    defaults = STORE_DEFAULTS | ({'topk': 0, 'codec': 'int8'} if manifest.features else {})
+    flags |= {flag: value for flag, value in settings.items() if value != defaults[flag]}
     if manifest.teacher['dtype'] != 'float32':
         flags['teacher_amp_dtype'] = manifest.teacher['dtype']
     words = []

@@ -54,6 +54,7 @@ def prepare_student(
         student: nn.Module,
         optimizer: Optimizer,
         ema: ModelEmaV3 | None = None,
+        exported: nn.Module | None = None,
 ) -> tuple[nn.Module, Optimizer, Callable[[nn.Module], nn.Module]]:
     """Set a student up for the processes of the launch: sharded, under DDP, or as it is.
 
@@ -62,6 +63,7 @@ def prepare_student(
         student: A timm model on the CPU; changed in place.
         optimizer: Of its parameters; their groups stay, and refer to the parts of this process.
         ema: Its average, to be sharded like it.
+        exported: The part of the student that is evaluated and exported; all of it by default.
 
     Returns:
         The student as it is called in training, the optimiser, and a function that gives a model as it is evaluated
@@ -82,7 +84,7 @@ def prepare_student(
     if kind not in SHARDED_OPTIMIZERS or any(group.get('caution') for group in optimizer.param_groups):
         raise InputError(f'the optimiser {kind} does not train a sharded model as it trains a whole one; choose --opt '
                          f'adamw, lamb or sgd, or launch it with --multi_gpu')
-    template = deepcopy(student)
+    template = deepcopy(exported or student)
     # Parts are rows of contiguous tensors. Where the views are channels-last, so are the activations.
     student.to(memory_format=torch.contiguous_format)
     # Under this name models of transformers tell accelerate what makes a unit, where the launch does not name it.

@@ -1,4 +1,4 @@
-"""What a student learns from in one batch, as a task of timm: labels, stored sparse targets, or both.
+"""What a student learns from in one batch, as a task of timm: labels, stored classes, stored features, or several.
 
 `SparseLogitTask` has the interface of `timm.task.TrainingTask`, so that any loop that drives timm's tasks can learn
 from a store: `task(batch['view'], batch)['loss'].backward()`.
@@ -6,7 +6,7 @@ from a store: `task(batch['view'], batch)['loss'].backward()`.
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -15,13 +15,15 @@ from torch import nn
 
 from ..data.pairing import mixed_cross_entropy
 from ..models.loading import Normalize
-from ..targets.sparse import ensemble_loss
+from ..targets.features import FeatureTargets, feature_loss
+from ..targets.sparse import SparseTargets, ensemble_loss
+from .features import FeatureStudent
 from .sharding import ModelEma, prepare_student
 from .student import freeze_batch_norm
 
-__all__ = ['LOSSES', 'SparseLogitTask']
+__all__ = ['LOSSES', 'SparseLogitTask', 'split_targets']
 
-# What a run keeps of the losses of a batch.
+# What a run keeps of the losses of a batch; with features `feature_loss` too.
 LOSSES = ('loss', 'label_loss', 'distill_loss')
 
 # What is used of a batch besides its views.
@@ -29,13 +31,14 @@ TARGETS = ('label', 'label2', 'lam', 'record')
 
 
 class SparseLogitTask(TrainingTask):
-    """Cross-entropy with the stored targets of a teacher, with labels, or a weighted sum of both.
+    """Cross-entropy with the stored classes of a teacher, with labels, or a weighted sum of both; and stored features.
 
-    The loss is `(1 - alpha) * label_loss + alpha * T**2 * distill_loss`; the square of the temperature keeps the size
-    of the gradients (Hinton et al., arXiv 1503.02531). The method is that of TinyViT (ECCV 2022, arXiv 2207.10666).
+    The loss is `(1 - alpha) * label_loss + alpha * T**2 * distill_loss + feature_weight * feature_loss`; the square of
+    the temperature keeps the size of the gradients (Hinton et al., arXiv 1503.02531). The method is that of TinyViT
+    (ECCV 2022, arXiv 2207.10666).
 
     Args:
-        student: A timm model.
+        student: A timm model; or a `FeatureStudent` of it, to learn from a store of features as well.
         codec: Decodes the records of a store on the device, as `store.codec` does; None to learn from labels alone.
         normalize: Makes of uint8 views [B, 3, H, W] what the student takes; None where the loader has done it.
         alpha: Weight of the distillation loss; without a codec it is 0.
@@ -47,6 +50,13 @@ class SparseLogitTask(TrainingTask):
         freeze_bn: Keep the running statistics of batch norms as they are.
         autocast: Gives the context that the student runs in.
         device: Where student and losses are computed.
+        feature_kind: One of `FEATURE_LOSSES`.
+        feature_weight: Weight of the loss on features.
+
+    Attributes:
+        student: The timm model, which is evaluated and exported.
+        trained: What the optimiser trains: the student, or with its projector the `FeatureStudent`.
+        losses: What a run keeps of the losses of a batch.
     """
 
     def __init__(
@@ -63,9 +73,16 @@ class SparseLogitTask(TrainingTask):
             freeze_bn: bool = False,
             autocast: Callable[[], AbstractContextManager] = nullcontext,
             device: torch.device | None = None,
+            feature_kind: str = 'cosine',
+            feature_weight: float = 1.,
     ):
         super().__init__(device=device, verbose=False)
-        self.student = self.trainable_module = student
+        self.trained = self.trainable_module = student
+        self.has_features = isinstance(student, FeatureStudent)
+        self.student = student.student if self.has_features else student
+        self.losses = LOSSES + ('feature_loss',) * self.has_features
+        self.feature_kind = feature_kind
+        self.feature_weight = feature_weight
         self.normalize = nn.Identity() if normalize is None else normalize.to(self.device)
         self.codec = codec
         self.alpha = 0. if codec is None else alpha
@@ -81,7 +98,7 @@ class SparseLogitTask(TrainingTask):
 
     def setup_ema(self, decay: float = 0.9998, use_warmup: bool = False, **kwargs: Any) -> ModelEma:
         """Also average the weights; to be called before `prepare`."""
-        self.trainable_module_ema = ModelEma(self.student, decay, use_warmup=use_warmup, **kwargs)
+        self.trainable_module_ema = ModelEma(self.trained, decay, use_warmup=use_warmup, **kwargs)
         return self.trainable_module_ema
 
     def prepare(
@@ -94,7 +111,7 @@ class SparseLogitTask(TrainingTask):
 
         Args:
             accelerator: Of all processes.
-            optimizer: Of the student's parameters.
+            optimizer: Of the parameters of `trained`.
             backend: Of torch.compile, to compile the student too.
 
         Returns:
@@ -104,7 +121,7 @@ class SparseLogitTask(TrainingTask):
             InputError: The student cannot be sharded.
         """
         self.trainable_module, optimizer, self.whole_model = prepare_student(
-            accelerator, self.student, optimizer, self.get_trainable_module(ema=True))
+            accelerator, self.trained, optimizer, self.get_trainable_module(ema=True), self.student)
         if backend:
             self.compile(backend)
         return optimizer
@@ -120,11 +137,23 @@ class SparseLogitTask(TrainingTask):
             return module
         if not ema:
             return self.student
-        return self.trainable_module_ema.module if self.has_ema() else None
+        if not self.has_ema():
+            return None
+        average = self.trainable_module_ema.module
+        return average.student if self.has_features else average
 
     def models(self) -> dict[str, nn.Module]:
         """The sets of weights that a run evaluates and exports: `student`, and `ema` where they are averaged."""
         return {'student': self.student} | ({'ema': self.get_eval_model(ema=True)} if self.has_ema() else {})
+
+    def weights(self) -> dict[str, nn.Module]:
+        """Everything that is trained, as a checkpoint names it: timm, too, looks for a model under `model`."""
+        found = {{'student': 'model'}.get(name, name): model for name, model in self.models().items()}
+        if self.has_features:
+            found['projector'] = self.trained.projection
+            if self.has_ema():
+                found['projector_ema'] = self.trainable_module_ema.module.projection
+        return found
 
     def train(self, mode: bool = True) -> 'SparseLogitTask':
         """Put the student, and not the average of its weights, in training mode."""
@@ -143,8 +172,8 @@ class SparseLogitTask(TrainingTask):
                 alpha is below 1, and `label2` int64 [B] with `lam` float [B] where views are mixed in pairs.
 
         Returns:
-            `loss`, and its parts before they are weighted, `label_loss` and `distill_loss`, all scalars; `output`, the
-            logits [B, C].
+            `loss`, and its parts before they are weighted, `label_loss`, `distill_loss` and where there are features
+            `feature_loss`, all scalars; `output`, the logits [B, C], or pooled features of a student without classes.
         """
         views = self.normalize(input.to(self.device, non_blocking=True))
         target = {name: target[name].to(self.device, non_blocking=True) for name in TARGETS if name in target}
@@ -155,6 +184,8 @@ class SparseLogitTask(TrainingTask):
             views = views.contiguous(memory_format=torch.channels_last)
         with self.autocast():
             logits = self.trainable_module(views)
+        if self.has_features:
+            logits, vectors = logits
         label_loss = distill_loss = torch.zeros((), device=self.device)
         if self.alpha < 1 and 'lam' in target:
             label_loss = mixed_cross_entropy(
@@ -162,6 +193,23 @@ class SparseLogitTask(TrainingTask):
         elif self.alpha < 1:
             label_loss = self.label_loss(logits.float(), labels)
         if self.codec is not None:
-            distill_loss = ensemble_loss(logits, self.codec.decode(target['record']), self.temperature)
+            targets = self.codec.decode(target['record'])
+            if self.has_features:
+                targets, features = split_targets(targets)
+            if targets:
+                distill_loss = ensemble_loss(logits, targets, self.temperature)
         loss = (1 - self.alpha) * label_loss + self.alpha * self.temperature ** 2 * distill_loss
-        return {'loss': loss, 'label_loss': label_loss, 'distill_loss': distill_loss, 'output': logits}
+        losses = {'label_loss': label_loss, 'distill_loss': distill_loss}
+        if self.has_features:
+            losses['feature_loss'] = feature_loss(vectors, features, self.feature_kind)
+            loss = loss + self.feature_weight * losses['feature_loss']
+        return {'loss': loss, **losses, 'output': logits}
+
+
+def split_targets(
+        targets: SparseTargets | FeatureTargets | Sequence[SparseTargets | FeatureTargets],
+) -> tuple[list[SparseTargets], FeatureTargets | None]:
+    """What stores that are read together hold of the same views: class targets of each teacher, and features."""
+    parts = targets if isinstance(targets, Sequence) else [targets]
+    features = [part for part in parts if isinstance(part, FeatureTargets)]
+    return [part for part in parts if isinstance(part, SparseTargets)], features[0] if features else None

@@ -21,12 +21,11 @@ from ..data.classes import Classes
 from ..models.loading import Normalize
 from ..store.base import StoreReader
 from ..store.manifest import stored_epoch
-from ..targets.sparse import SparseTargets
 from .batches import TrainBatches
 from .checkpoint import TrainState
 from .metrics import suffixed
 from .predictions import Predictions, Recorder, read_arrays, write_arrays
-from .task import SparseLogitTask
+from .task import SparseLogitTask, split_targets
 
 __all__ = ['StoredViews', 'compare_views', 'compare_with_teacher']
 
@@ -160,8 +159,7 @@ def compare_views(
         labels = labels.masked_fill(labels >= store.manifest.num_classes, -1)
         with accelerator.autocast():
             logits = model(normalize(batch['view'].to(device)))
-        targets = store.codec.decode(batch['record'].to(device))
-        targets = [targets] if isinstance(targets, SparseTargets) else targets
+        targets, _ = split_targets(store.codec.decode(batch['record'].to(device)))
         probs = sum(part.densify() for part in targets) / len(targets)  # [B, C]
         teacher_log_probs, student_log_probs = probs.log(), logits.float().log_softmax(dim=1)  # [B, C] each
         student.add(student_log_probs, labels)

@@ -1,0 +1,206 @@
+"""Students of stored features, alone, with labels and with stored classes: what they leave, and exact resume."""
+
+import csv
+import random
+import re
+import time
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from timm.task import FeatureDistillationTask, TrainingTask
+
+import train_distill
+from support.launches import DATA, SHARDED, assert_same, checkpoints, finish, kill, launches, wait_for, weights
+from support.programs import refusal
+from timm_tinyvit import save_logits
+from timm_tinyvit.data.dataset import SparseLogitDataset, collate
+from timm_tinyvit.data.opening import open_store
+from timm_tinyvit.data.sources import load_split
+from timm_tinyvit.models.loading import Normalize
+from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.targets.features import FEATURE_LOSSES
+from timm_tinyvit.train.features import FeatureStudent
+from timm_tinyvit.train.task import SparseLogitTask
+
+TRAIN = ['--dataset', DATA, '--train-split', 'train[:96]']
+FILL = [*TRAIN, '--epochs', '2', '--img-size', '64', '--mixup', '0.5', '--shard-size', '32', '--workers', '0',
+        '--quiet']
+STUDENT = [*TRAIN, '--model', 'test_efficientnet', '--lr', '1e-2', '--warmup-epochs', '0', '--epochs', '2', '-b', '8',
+           '-j', '0']
+VAL = ['--val-split', 'test[:16]']
+
+
+@pytest.fixture(scope='module')
+def teacher_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp('teacher') / 'convnext'
+    export_model(folder, timm.create_model('test_convnext', num_classes=10), data_config={'input_size': (3, 64, 64)})
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def stores(tmp_path_factory, teacher_folder):
+    """Stores of the same mixed views: pooled vectors, a projected grid, and classes."""
+    folder = tmp_path_factory.mktemp('stores')
+    features = ['--targets', 'features']
+    for name, flags in (('pooled', [*features, '--codec', 'float16']), ('classes', ['--topk', '3']),
+                        ('grid', [*features, '--feature-grid', '2', '--feature-dim', '8'])):
+        save_logits.main([*FILL, '--teacher', teacher_folder, '--logits', str(folder / name), *flags])
+    return folder
+
+
+@pytest.fixture
+def start(warm_processes, tmp_path):
+    with launches(warm_processes, tmp_path) as ranks:
+        yield ranks
+
+
+def rows(folder):
+    return [{name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(open(folder / 'metrics.csv'))]
+
+
+def names_in(file):
+    with safe_open(file, 'pt') as tensors:
+        return set(tensors.keys())
+
+
+@pytest.mark.parametrize('logits, flags, has_classes', [
+    (['pooled'], [], False),
+    (['grid'], ['--num-classes', '0', '--projector', 'mlp', '--feature-loss', 'smooth-l1', '--model-ema'], False),
+    (['pooled'], ['--alpha', '0.5', '--feature-weight', '2', *VAL], True),
+    (['classes', 'grid'], ['--feature-loss', 'mse', '--grad-accum-steps', '2', *VAL], True),
+    (['pooled', 'classes'], ['--alpha', '0.7', '--projector', 'mlp', *VAL], True)])
+def test_a_student_learns_features_and_leaves_a_plain_model(stores, tmp_path, logits, flags, has_classes):
+    train_distill.main([*STUDENT, '--logits', *[str(stores / name) for name in logits], '--output', str(tmp_path),
+                        '--experiment', 'run', *flags])
+    run, table = tmp_path / 'run', rows(tmp_path / 'run')
+    assert table[-1]['feature_loss'] < table[0]['feature_loss']
+    weight = 2 if '--feature-weight' in flags else 1
+    alpha = float(flags[1]) if '--alpha' in flags else 1.
+    for row in table:
+        expected = (1 - alpha) * row['label_loss'] + alpha * row['distill_loss'] + weight * row['feature_loss']
+        assert row['loss'] == pytest.approx(expected, rel=1e-5)
+        assert (row['distill_loss'] > 0) == ('classes' in logits) and (row['label_loss'] > 0) == (alpha < 1)
+        assert ('eval_top1' in row) == has_classes
+    for name in ('last', 'last_ema') if '--model-ema' in flags else ('last',):
+        assert not any('proj' in key for key in names_in(run / name / 'model.safetensors'))
+        model = timm.create_model(f'local-dir:{run / name}', pretrained=True)
+        assert model.num_classes == 10 * has_classes
+        backbone = timm.create_model(f'local-dir:{run / name}', pretrained=True, features_only=True)
+        assert len(backbone(torch.zeros(1, 3, 64, 64))) > 1
+    state = torch.load(run / checkpoints(run)[-1], weights_only=True)
+    layers = {'projector', *(['projector_ema'] if '--model-ema' in flags else [])}
+    assert {key for key in state if key.startswith('projector')} == layers
+    assert_same(state['model'], weights(run))
+    assert (run / 'report.html').is_file()
+
+
+def test_the_loss_is_that_of_timms_online_task(stores, teacher_folder):
+    """timm runs the teacher in every step; the store holds what it said of the same views."""
+    store, replay = open_store(stores / 'pooled', {}, print)
+    data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
+    batch = collate(data.__getitems__([(1, row) for row in range(16)]))
+    teacher = timm.create_model(f'local-dir:{teacher_folder}', pretrained=True)
+    torch.manual_seed(0)
+    student = timm.create_model('test_efficientnet', num_classes=10)
+    config = teacher.pretrained_cfg
+    student.pretrained_cfg.update(mean=config['mean'], std=config['std'])
+    normalize = Normalize(config['mean'], config['std'])
+    online = FeatureDistillationTask(
+        student, teacher, torch.nn.CrossEntropyLoss(), distill_loss_weight=2., task_loss_weight=0.5, verbose=False)
+    online.train()
+    trained = FeatureStudent(student, store.manifest.features['dim'], 0, (64, 64))
+    trained.projection.load_state_dict(online.trainable_module.projection.state_dict())
+    stored = SparseLogitTask(
+        trained, store.codec, normalize, alpha=0.5, feature_kind='mse', feature_weight=2.).train()
+    assert isinstance(stored, TrainingTask)
+    losses = stored(batch['view'], {key: value for key, value in batch.items() if key not in ('lam', 'label2')})
+    expected = online(normalize(batch['view']), batch['label'])
+    torch.testing.assert_close(losses['feature_loss'], expected['kd_loss'], rtol=2e-3, atol=0)
+    torch.testing.assert_close(losses['loss'], expected['loss'], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_run_killed_at_random_steps_ends_with_the_same_bits(start, stores, tmp_path, processes):
+    argv = [*STUDENT, '--num-classes', '0', '--logits', stores / 'grid', '--projector', 'mlp', '--drop-path', '0.2',
+            '--model-ema', '--batch-size', str(8 // processes)]
+    finish(start([*argv, '--experiment', 'peace'], processes), tmp_path)
+    argv += ['--recovery-interval', '1', '--experiment', 'killed']
+    draw, folder = random.Random(processes), tmp_path / 'killed'
+    for _ in range(2):
+        before = checkpoints(folder)
+        launch = start(argv, processes)
+        wait_for(lambda: checkpoints(folder) != before, launch)  # noqa: B023  called in this turn
+        time.sleep(draw.uniform(0, 0.05))
+        kill(launch)
+    assert len(re.findall('resuming .* at epoch', finish(start(argv, processes), tmp_path))) == 2
+    one, two = (torch.load(tmp_path / run / checkpoints(tmp_path / run)[-1], weights_only=True)
+                for run in ('peace', 'killed'))
+    for name in ('model', 'ema', 'projector', 'projector_ema'):
+        assert_same(one[name], two[name])
+    assert [row['loss'] for row in rows(tmp_path / 'peace')] == [row['loss'] for row in rows(folder)]
+
+
+def test_a_sharded_run_ends_as_one_with_the_whole_model_on_each_process(start, stores, tmp_path):
+    argv = [*STUDENT, '--logits', stores / 'classes', stores / 'grid', '--model-ema', '-b', '4', '--epochs', '1',
+            '--opt-eps', '1e-2', '--lr', '1e-4', *VAL]
+    said = finish(start([*argv, '--experiment', 'sharded'], 2, launcher=SHARDED), tmp_path)
+    assert 'the student is sharded over 2 process(es)' in said
+    finish(start([*argv, '--experiment', 'whole'], 2), tmp_path)
+    one, two = (torch.load(tmp_path / run / checkpoints(tmp_path / run)[-1], weights_only=True)
+                for run in ('sharded', 'whole'))
+    for name in ('model', 'ema', 'projector', 'projector_ema'):
+        assert one[name].keys() == two[name].keys()
+        for key in one[name]:
+            torch.testing.assert_close(one[name][key], two[name][key], rtol=1e-3, atol=1e-4)
+    assert rows(tmp_path / 'sharded')[0]['loss'] == pytest.approx(rows(tmp_path / 'whole')[0]['loss'], rel=1e-4)
+
+
+def test_weights_that_no_loss_reaches_are_frozen():
+    torch.manual_seed(0)
+    model = timm.create_model('test_convnext', num_classes=0)
+    student = FeatureStudent(model, 8, 2, (64, 64))
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    assert frozen == {'head.norm.weight', 'head.norm.bias'}
+    logits, vectors = student(torch.randn(2, 3, 64, 64))
+    assert vectors.shape == (2, 4, 8) and logits.shape == (2, model.num_features)
+    FeatureStudent(timm.create_model('test_convnext', num_classes=10), 8, 0, (64, 64))
+
+
+def test_a_backbone_starts_from_a_classifiers_weights_and_a_classifier_from_a_backbones(stores, tmp_path, capsys):
+    common = [*STUDENT, '--epochs', '1', '--output', str(tmp_path)]
+    classifier = tmp_path / 'classifier'
+    torch.manual_seed(1)
+    export_model(classifier, timm.create_model('test_efficientnet', num_classes=7))
+    train_distill.main([*common, '--logits', str(stores / 'pooled'), '--num-classes', '0', '--experiment', 'backbone',
+                        '--initial-checkpoint', str(classifier)])
+    capsys.readouterr()
+    train_distill.main([*common, '--img-size', '64', '--experiment', 'tuned', '--initial-checkpoint',
+                        str(tmp_path / 'backbone' / 'last'), *VAL])
+    assert 'it has no classifier, the student 10; it starts from zero' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('logits, flags, words', [
+    (['pooled'], ['--num-classes', '10'], ['holds features', '--num-classes 10', '--alpha']),
+    (['classes'], ['--num-classes', '0'], ['--num-classes 0', 'store of features']),
+    ([], ['--num-classes', '0'], ['--num-classes 0', 'store of features']),
+    (['pooled'], ['--num-classes', '0', '--alpha', '0.5'], ['--num-classes 0', '--alpha']),
+    (['pooled', 'grid'], [], ['both hold features', 'one teacher']),
+    (['classes'], ['--targets', 'features'], ['--targets classes', 'features is asked for']),
+    (['pooled'], ['--targets', 'classes'], ['--targets features', 'classes is asked for']),
+    (['grid'], ['--feature-grid', '3'], ['--feature-grid 2', '3 is asked for']),
+    (['grid'], ['--model', 'test_vit', '--model-kwargs', 'patch_size=64'], ['student', '1x1 cells', '2x2', '--model']),
+    (['pooled'], ['--feature-loss', 'l7'], ['--feature-loss', *FEATURE_LOSSES]),
+    (['pooled'], ['--projector', 'deep'], ['--projector', 'linear', 'mlp'])])
+def test_what_a_training_refuses(stores, tmp_path, capsys, one_sentence, logits, flags, words):
+    argv = [*STUDENT, '--output', tmp_path, *flags]
+    argv += ['--logits', *(stores / name for name in logits)] if logits else ['--img-size', '64']
+    one_sentence(refusal(train_distill.main, argv, capsys), *words)
+
+
+def test_a_map_that_is_smaller_than_the_grid_is_refused(refused):
+    with refused('student', '2x2 cells', '4x4'):
+        FeatureStudent(timm.create_model('test_convnext', num_classes=0), 8, 4, (64, 64))
