@@ -48,7 +48,7 @@ from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of,
 from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.train.batches import TrainBatches
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
-from timm_tinyvit.train.evaluate import Evaluator
+from timm_tinyvit.train.evaluate import Evaluator, load_validation
 from timm_tinyvit.train.features import FeatureStudent
 from timm_tinyvit.train.metrics import METRICS, write_metrics
 from timm_tinyvit.train.optimization import (
@@ -251,6 +251,8 @@ def epoch_line(row: dict[str, float], best: float, num_epochs: int) -> str:
         best_text = f'best {best:.2f}%'
         is_best = row['eval_top1'] == best
         line += f', top-1 {row["eval_top1"]:.2f}% ({colored(best_text, "green") if is_best else best_text})'
+    elif 'eval_knn' in row:
+        line += f', nearest neighbours {row["eval_knn"]:.2f}%'
     if 'eval_top1_ema' in row:
         line += f', averaged {row["eval_top1_ema"]:.2f}%'
     return f'{line}, {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data'
@@ -271,9 +273,7 @@ def train(args: argparse.Namespace) -> None:
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
         train_set = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
-        # A student without classes is not evaluated by labels.
-        val_set = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False) \
-            if args.num_classes != 0 else None
+        val_set = load_validation(args)
     if args.push_to_hub and show:
         prepare_push(args.push_to_hub, args.hub_private, args.hub_license)
 
@@ -290,7 +290,7 @@ def train(args: argparse.Namespace) -> None:
     check_batch_norms(student, args, data.size, accelerator.num_processes)
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
-    evaluator = Evaluator(args, student, data.size, val_set, classes, accelerator, folder)
+    evaluator = Evaluator(args, student, data.size, val_set, classes, accelerator, folder, train_set)
     task = create_task(args, student, store, data.size, evaluator, classes, accelerator)
 
     # Optimiser, and schedule by update.
@@ -335,7 +335,8 @@ def train(args: argparse.Namespace) -> None:
         has_classes = store is not None and store.manifest.num_classes
         if has_classes and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
             compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
-    best = f', best top-1 {state.best["student"]:.2f}%' if classes.num else ''
+    what = 'top-1' if classes.num else 'nearest neighbours'
+    best = f', best {what} {state.best["student"]:.2f}%' if state.best['student'] >= 0 else ''
     print_result(f'{colored("finished:", "bold")} {folder}{best}')
     accelerator.end_training()
     if args.push_to_hub and show:

@@ -68,8 +68,8 @@ def names_in(file):
 
 
 @pytest.mark.parametrize('logits, flags, has_classes', [
-    (['pooled'], [], False),
-    (['grid'], ['--num-classes', '0', '--projector', 'mlp', '--feature-loss', 'smooth-l1', '--model-ema'], False),
+    (['pooled'], VAL, False),
+    (['grid'], ['--num-classes', '0', '--projector', 'mlp', *VAL, '--feature-loss', 'smooth-l1', '--model-ema'], False),
     (['pooled'], ['--alpha', '0.5', '--feature-weight', '2', *VAL], True),
     (['classes', 'grid'], ['--feature-loss', 'mse', '--grad-accum-steps', '2', *VAL], True),
     (['pooled', 'classes'], ['--alpha', '0.7', '--projector', 'mlp', *VAL], True)])
@@ -79,13 +79,13 @@ def test_a_student_learns_features_and_leaves_a_plain_model(stores, tmp_path, lo
     run, table = tmp_path / 'run', rows(tmp_path / 'run')
     assert table[-1]['feature_loss'] < table[0]['feature_loss']
     weight = 2 if '--feature-weight' in flags else 1
-    alpha = float(flags[1]) if '--alpha' in flags else 1.
+    alpha = float(flags[flags.index('--alpha') + 1]) if '--alpha' in flags else 1.
     for row in table:
         expected = (1 - alpha) * row['label_loss'] + alpha * row['distill_loss'] + weight * row['feature_loss']
         assert row['loss'] == pytest.approx(expected, rel=1e-5)
         assert (row['distill_loss'] > 0) == ('classes' in logits) and (row['label_loss'] > 0) == (alpha < 1)
-        assert ('eval_top1' in row) == has_classes
-    for name in ('last', 'last_ema') if '--model-ema' in flags else ('last',):
+        assert ('eval_top1' in row) == has_classes and ('eval_knn' in row) != has_classes
+    for name in ('last', 'best', 'last_ema') if '--model-ema' in flags else ('last', 'best'):
         assert not any('proj' in key for key in names_in(run / name / 'model.safetensors'))
         model = timm.create_model(f'local-dir:{run / name}', pretrained=True)
         assert model.num_classes == 10 * has_classes

@@ -21,6 +21,7 @@ DEFAULT_MODEL = 'tiny_vit_5m_224'
 # Those of `targets.features`, which needs torch.
 FEATURE_LOSSES = ('cosine', 'smooth-l1', 'mse')
 PROJECTORS = ('linear', 'mlp')
+PROBES = ('knn', 'linear')
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
 
 
@@ -140,6 +141,9 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     group = _add_model(parser)
     _add_precision(group)
     group = parser.add_argument_group('evaluation')
+    group.add_argument('--probe', choices=PROBES,
+                       help='evaluate its features by those of --train-split: 20 nearest neighbours, or a linear '
+                            'classifier')
     group.add_argument('--img-size', type=int, metavar='N', help='height and width of images (default: the model\'s)')
     group.add_argument('-b', '--batch-size', '-vb', '--validation-batch-size', type=int, default=128, metavar='N',
                        help='images per process')

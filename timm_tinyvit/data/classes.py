@@ -22,7 +22,8 @@ from .sources import Source, class_names, find_column, no_labels, read_labels
 
 __all__ = [
     'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
-    'is_imagenet1k', 'match_classes', 'match_names', 'new_labels', 'renumbered', 'resolve_classes', 'valid_names',
+    'is_imagenet1k', 'match_classes', 'match_names', 'matched_split', 'new_labels', 'renumbered', 'resolve_classes',
+    'valid_names',
 ]
 
 # A manifest is a text of bounded length.
@@ -61,7 +62,7 @@ def resolve_classes(
             alone.
 
     Returns:
-        The classes, and the validation split with their numbers; None where features alone are learned.
+        The classes, and the validation split with their numbers; None where nothing can be evaluated.
 
     Raises:
         InputError: They are not known, or store, training and validation labels do not agree with them.
@@ -72,7 +73,7 @@ def resolve_classes(
     if taught is not None and not taught.num_classes:
         # Features say nothing of classes: only labels do.
         if args.alpha == 1:
-            return _without_classes(args, taught_by), None
+            return _without_classes(args, train_set, val_set, taught_by)
         taught = None
     if args.num_classes == 0:
         raise InputError('--num-classes 0 leaves nothing that labels or the classes of a store could train; give '
@@ -114,15 +115,39 @@ def resolve_classes(
     return Classes(num, names, num_labels, is_imagenet1k(val_set, val_key)), val_set
 
 
-def _without_classes(args: argparse.Namespace, taught_by: StoreReader | Any) -> Classes:
-    """What a student of features alone learns: no class."""
+def _without_classes(
+        args: argparse.Namespace,
+        train_set: Source,
+        val_set: datasets.Dataset | None,
+        taught_by: StoreReader | Any,
+) -> tuple[Classes, datasets.Dataset | None]:
+    """What a student of features alone learns: no class; and the split whose labels its features are compared by."""
     if args.num_classes:
         what = getattr(taught_by, 'path', None)
         source = f'the store {what} holds' if what else f'the teacher {taught_by.name} gives'
         raise InputError(f'{source} features, which train no classifier of --num-classes {args.num_classes}; give 0 or '
                          f'leave it out for a backbone, or add labels with --alpha 0.5, or a store of classes to '
                          f'--logits')
-    return Classes(0, None, None, False)
+    classes = Classes(0, None, None, False)
+    if val_set is None or isinstance(train_set, datasets.IterableDataset):
+        return classes, None
+    columns = [find_column(split, args.target_key, is_image=False) for split in (train_set, val_set)]
+    return classes, matched_split(train_set, val_set, args.target_key) if all(columns) else None
+
+
+def matched_split(train_set: datasets.Dataset, val_set: datasets.Dataset, target_key: str | None) -> datasets.Dataset:
+    """A validation split whose labels have the numbers of the training split's.
+
+    Raises:
+        InputError: One of them has no labels, or they are other classes.
+    """
+    columns = []
+    for split, flag in ((train_set, '--train-split'), (val_set, '--val-split')):
+        columns.append(find_column(split, target_key, is_image=False))
+        if columns[-1] is None:
+            raise InputError(f'the data of {flag} have no labels: {no_labels(split)}')
+    names = class_names(train_set, columns[0])
+    return match_classes(val_set, columns[1], names, '--val-split', '--train-split')
 
 
 def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:

@@ -40,8 +40,12 @@ MAX_NAME = 24
 WAITING, SPEED = 'waiting for data (%)', 'images per second'
 # Curves of a run: what is on an axis, and the columns of its metrics.
 PANELS = {
-    'training loss': {'loss': 'loss', 'label_loss': 'label loss', 'distill_loss': 'distillation loss'},
-    'top-1 accuracy (%)': {'eval_top1': 'student', 'eval_top1_ema': 'averaged weights'},
+    'training loss': {
+        'loss': 'loss', 'label_loss': 'label loss', 'distill_loss': 'distillation loss',
+        'feature_loss': 'feature loss'},
+    'top-1 accuracy (%)': {
+        'eval_top1': 'student', 'eval_top1_ema': 'averaged weights', 'eval_knn': 'nearest neighbours',
+        'eval_knn_ema': 'nearest neighbours, averaged weights'},
     'learning rate': {'lr': ''},
     'gradient norm': {'grad_norm': ''},
     WAITING: {'data_wait': ''},

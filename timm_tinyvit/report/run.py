@@ -89,7 +89,9 @@ def _add_result(page: Page, run: TrainedRun) -> None:
         facts['speed'] = f'{np.median(speeds):,.0f} images/s'
     if run.settings.get('logits'):
         facts['learned from'] = ', '.join(Path(str(store)).name for store in run.settings['logits'])
-    if not run.column('eval_top1'):
+    if run.column('eval_knn'):
+        facts['nearest neighbours'] = f'{run.last("eval_knn"):.2f}%'
+    elif not run.column('eval_top1'):
         facts['accuracy'] = 'not evaluated yet'
     page.facts(facts)
     if run.column('eval_top1') and run.settings:

@@ -25,7 +25,7 @@ from ..base.files import write_atomic
 from ..data.fingerprint import dataset_fingerprint
 from ..store.base import StoreReader
 from ..store.remote import check_content, content_of
-from .metrics import suffixed
+from .metrics import accuracy_of
 from .sharding import load_whole_state, local, whole_state
 from .task import SparseLogitTask
 
@@ -73,7 +73,7 @@ class TrainState:
     Attributes:
         epoch: Epochs that are finished.
         update: Updates of the epoch after them.
-        best: Best top-1 accuracy so far in percent, of each set of weights; -1 before the first evaluation.
+        best: Best accuracy so far, see `accuracy_of`, of each set of weights; -1 before the first evaluation.
         history: Metrics of the finished epochs.
         sums: Sums over the updates of this epoch: the task's losses and the gradient norm, [4] or [5].
     """
@@ -181,7 +181,7 @@ class TrainState:
     def end_epoch(self, row: dict[str, float]) -> None:
         """Count an epoch with these metrics."""
         for name in self.best:
-            self.best[name] = max(self.best[name], row.get(suffixed('eval_top1', name), -1.))
+            self.best[name] = max(self.best[name], accuracy_of(row, name))
         self.history.append(row)
         self.epoch, self.update = self.epoch + 1, 0
         self.sums.zero_()

@@ -22,7 +22,7 @@ from ..base.console import best_effort, progress, warning
 from ..base.errors import InputError
 from ..base.launch import init_worker
 from ..data.classes import (
-    Classes, check_labels, checkpoint_names, class_mismatch, is_imagenet1k, match_classes, valid_names,
+    Classes, check_labels, checkpoint_names, class_mismatch, is_imagenet1k, match_classes, matched_split, valid_names,
 )
 from ..data.dataset import ImageDataset, collate
 from ..data.sources import find_column, load_split
@@ -31,9 +31,23 @@ from ..models.loading import Normalize, config_beside
 from ..models.saving import export_model
 from .metrics import suffixed
 from .predictions import Recorder, keep_evaluation
+from .probe import PROBES, extract_features, knn_accuracy
 from .student import create_student
 
-__all__ = ['Evaluator', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint']
+# Training images whose neighbours a training looks for.
+MAX_NEIGHBOURS = 50_000
+
+__all__ = ['Evaluator', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint', 'load_validation']
+
+
+def load_validation(args: argparse.Namespace) -> datasets.Dataset | None:
+    """The validation split; None where a student without classes has none to be compared by."""
+    try:
+        return load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+    except InputError:
+        if args.num_classes != 0 or args.val_dataset or args.val_split:
+            raise
+        return None
 
 
 def eval_config(
@@ -91,6 +105,7 @@ class Evaluator:
         classes: Its classes.
         accelerator: Knows the processes.
         folder: Of the run; takes the exported models, and the predictions for the report.
+        train_set: The training split, by whose nearest neighbours a student without classes is evaluated.
     """
 
     def __init__(
@@ -102,11 +117,17 @@ class Evaluator:
             classes: Classes,
             accelerator: Accelerator,
             folder: Path,
+            train_set: datasets.Dataset | None = None,
     ):
         self.config = eval_config(args, student, size)
         self.normalize = Normalize(self.config['mean'], self.config['std']).to(accelerator.device)
         self.loader = None if val_set is None else eval_loader(
             val_set, self.config, args, accelerator.process_index, accelerator.num_processes)
+        self.neighbours = None
+        if val_set is not None and not classes.num:
+            chosen = train_set.select(range(0, len(train_set), -(-len(train_set) // MAX_NEIGHBOURS)))
+            self.neighbours = eval_loader(
+                chosen, self.config, args, accelerator.process_index, accelerator.num_processes)
         self.classes = classes
         self.accelerator = accelerator
         self.folder = folder
@@ -131,10 +152,17 @@ class Evaluator:
             stopped: Whether to break off.
 
         Returns:
-            `eval_loss`, `eval_top1` and `eval_top5`, with the suffix of the weights; None where any process broke off.
+            `eval_loss`, `eval_top1` and `eval_top5`, of a student without classes `eval_knn` and `eval_knn_top5`, with
+            the suffix of the weights; None where any process broke off.
         """
         metrics, show = {}, self.accelerator.is_main_process
-        if is_due and self.loader is not None:
+        if is_due and self.neighbours is not None:
+            found = [extract_features(model, self.normalize, loader, self.accelerator, stopped)
+                     for loader in (self.neighbours, self.loader)]
+            if None in found:
+                return None
+            metrics = knn_accuracy(*found)
+        elif is_due and self.loader is not None:
             recorder = Recorder()
             metrics = evaluate(
                 model, self.normalize, self.loader, self.accelerator, self.classes.to_imagenet1k, stopped, recorder)
@@ -147,7 +175,7 @@ class Evaluator:
                         self.folder / f'{suffixed("predictions", weights)}.npz', predictions, self.loader,
                         recorder.num_classes, epoch)
         if show:
-            for name in ['last'] + ['best'] * (metrics.get('top1', -1.) > best):
+            for name in ['last'] + ['best'] * (metrics.get('top1', metrics.get('knn', -1.)) > best):
                 export_model(self.folder / suffixed(name, weights), model, self.classes.names, self.config)
         return {suffixed(f'eval_{name}', weights): value for name, value in metrics.items()}
 
@@ -201,7 +229,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
-    """Metrics, as of `evaluate`, of the weights that are named, or else of the pretrained ones.
+    """Metrics of the weights that are named, or else of the pretrained ones: of `evaluate`, or of the `--probe`.
 
     Size, crop and normalisation come from the flags, else from the config.json beside the weights, else from the model.
 
@@ -217,6 +245,17 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     model = create_student(args, args.num_classes, size).to(accelerator.device)
     model.pretrained_cfg.update(beside)
     label_column = find_column(dataset, args.target_key, is_image=False)
+    if args.probe:
+        config = eval_config(args, model, size, use_test_size=not beside)
+        normalize = Normalize(config['mean'], config['std']).to(accelerator.device)
+        with accelerator.main_process_first():
+            train_set = load_split(args.dataset, args.train_split, is_training=True)
+        found = [extract_features(model, normalize, eval_loader(
+            split, config, args, accelerator.process_index, accelerator.num_processes), accelerator)
+            for split in (train_set, matched_split(train_set, dataset, args.target_key))]
+        return PROBES[args.probe](*found)
+    if not model.num_classes:
+        raise InputError(f'the model {args.model} has no classifier to evaluate; give --probe knn or --probe linear')
     names = valid_names(
         checkpoint_names(args.initial_checkpoint) or model.pretrained_cfg.get('label_names'), model.num_classes)
     dataset = match_classes(dataset, label_column, names, '--val-split', f'the model {args.model}')

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..base.errors import InputError
 from ..base.files import write_atomic
 
-__all__ = ['METRICS', 'read_metrics', 'suffixed', 'write_metrics']
+__all__ = ['METRICS', 'accuracy_of', 'read_metrics', 'suffixed', 'write_metrics']
 
 METRICS = 'metrics.csv'
 
@@ -16,6 +16,11 @@ METRICS = 'metrics.csv'
 def suffixed(name: str, weights: str) -> str:
     """The name of a column or folder that is there for each set of weights: of the averaged ones it ends in `_ema`."""
     return name if weights == 'student' else f'{name}_{weights}'
+
+
+def accuracy_of(row: dict[str, float], weights: str) -> float:
+    """Accuracy in percent by which weights are chosen: top-1, or of the nearest neighbours; -1 where there is none."""
+    return row.get(suffixed('eval_top1', weights), row.get(suffixed('eval_knn', weights), -1.))
 
 
 def write_metrics(run: Path, history: list[dict[str, float]]) -> None:
