@@ -251,8 +251,7 @@ def epoch_line(row: dict[str, float], best: float, num_epochs: int) -> str:
         best_text = f'best {best:.2f}%'
         is_best = row['eval_top1'] == best
         line += f', top-1 {row["eval_top1"]:.2f}% ({colored(best_text, "green") if is_best else best_text})'
-    elif 'eval_knn' in row:
-        line += f', nearest neighbours {row["eval_knn"]:.2f}%'
+    line += f', nearest neighbours {row["eval_knn"]:.2f}%' if 'eval_knn' in row else ''
     if 'eval_top1_ema' in row:
         line += f', averaged {row["eval_top1_ema"]:.2f}%'
     return f'{line}, {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data'
@@ -335,9 +334,8 @@ def train(args: argparse.Namespace) -> None:
         has_classes = store is not None and store.manifest.num_classes
         if has_classes and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
             compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
-    what = 'top-1' if classes.num else 'nearest neighbours'
-    best = f', best {what} {state.best["student"]:.2f}%' if state.best['student'] >= 0 else ''
-    print_result(f'{colored("finished:", "bold")} {folder}{best}')
+    best, what = state.best['student'], 'top-1' if classes.num else 'nearest neighbours'
+    print_result(f'{colored("finished:", "bold")} {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else ''))
     accelerator.end_training()
     if args.push_to_hub and show:
         push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)

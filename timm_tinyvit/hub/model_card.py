@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
 from ..base.text import counted, readable_bytes
-from ..train.metrics import read_metrics, suffixed
+from ..train.metrics import accuracy_of, read_metrics, suffixed
 from ..train.record import read_run
 
 __all__ = [
@@ -142,12 +142,14 @@ class Weights:
         top1: Accuracy in percent; None where they were not evaluated, like the next two.
         top5: The same for the five most probable classes.
         loss: Cross-entropy in nats.
+        knn: Of weights without a classifier, the accuracy of the vote of the nearest neighbours in percent.
     """
     name: str
     epoch: int
     top1: float | None = None
     top5: float | None = None
     loss: float | None = None
+    knn: float | None = None
 
     @property
     def is_average(self) -> bool:
@@ -163,15 +165,15 @@ def read_weights(run: Path) -> list[Weights]:
     """
     rows, exported = read_metrics(run), []
     for weights in ('student', 'ema'):
-        columns = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss')}
-        evaluated = [row for row in rows if columns['top1'] in row]
+        columns = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss', 'knn')}
+        evaluated = [row for row in rows if accuracy_of(row, weights) >= 0]
         # Like the run, the first of equals.
-        best = max(evaluated, key=lambda row, column=columns['top1']: row[column], default=None)
+        best = max(evaluated, key=lambda row, weights=weights: accuracy_of(row, weights), default=None)
         for name, row in ((suffixed('best', weights), best), (suffixed('last', weights), rows[-1])):
             if row is not None and (run / name / 'config.json').is_file():
                 values = {name: row[column] for name, column in columns.items() if column in row}
                 exported.append(Weights(name, int(row['epoch']) + 1, **values))
-    return sorted(exported, key=lambda weights: -(weights.top1 or 0.))
+    return sorted(exported, key=lambda weights: -(weights.top1 or weights.knn or 0.))
 
 
 def accuracy_results(
@@ -267,14 +269,15 @@ def run_card(
         published.top5 if with_top5 else None, val['name'])
     metadata = model_metadata(
         title, results, bool(stores), _hub_datasets(record), base['name'] if base and base['on_hub'] else None,
-        **kept_metadata(before, license))
+        has_classes=bool(model.num_classes), **kept_metadata(before, license))
     return ModelCard(render_card(
         'run_card.md', metadata, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
         weights=shown, with_top5=with_top5, record=record, train=record['train'], val=val, stores=stores, base=base,
         environment=record['environment'], teachers=list(dict.fromkeys(map(_teacher_words, stores))),
         recipe=recipe_yaml(record).strip(), command=_training_command(record),
         filling=[_filling_command(record, store) for store in stores if not store['on_hub'] and store['flags']],
-        evaluation=evaluation_command(repo, _data_flag(val), val['split'], *val['flags']),
+        evaluation=evaluation_command(
+            repo, _data_flag(val), val['split'], *val['flags'], *(() if model.num_classes else ('--probe', 'knn'))),
         unpublished=[*(f'`{store["name"]}`' for store in stores if not store['on_hub']),
                      *([_model_link(base)] if base and base['is_local'] else [])],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
@@ -290,6 +293,7 @@ def model_metadata(
         is_distilled: bool,
         data_sets: list[str],
         base_model: str | None,
+        has_classes: bool = True,
         **licence: Any,
 ) -> ModelCardData:
     """The metadata of a model on the Hub.
@@ -300,11 +304,13 @@ def model_metadata(
         is_distilled: Whether it learned from a teacher.
         data_sets: Names on the Hub of what it learned from.
         base_model: Name on the Hub of the weights that it started from.
+        has_classes: Whether it has a classifier.
         licence: Of `kept_metadata`, or `license` alone.
     """
+    task = 'image-classification' if has_classes else 'image-feature-extraction'
     return ModelCardData(
-        library_name='timm', pipeline_tag='image-classification', datasets=data_sets or None, base_model=base_model,
-        tags=['image-classification', 'timm', TAG, *(['knowledge-distillation'] if is_distilled else [])], **licence,
+        library_name='timm', pipeline_tag=task, datasets=data_sets or None, base_model=base_model,
+        tags=[task, 'timm', TAG, *(['knowledge-distillation'] if is_distilled else [])], **licence,
         **(dict(metrics=['accuracy'], model_name=title, eval_results=results) if results else {}))
 
 

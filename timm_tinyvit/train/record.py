@@ -107,7 +107,8 @@ def record_run(
         'recipe': recipe,
         'train': {**_describe_data(args.dataset, args.train_split or 'train'), 'images': data.num_samples},
         'val': {
-            **_describe_data(args.val_dataset or args.dataset, args.val_split or str(val_set and val_set.split)),
+            **_describe_data(args.val_dataset or args.dataset,
+                             args.val_split or (str(val_set.split) if val_set else 'validation')),
             'images': len(val_set or ()), 'flags': _evaluation_flags(args),
             'imagenet1k_of_22k': classes.to_imagenet1k and student.num_classes == NUM_CLASSES_22K},
         'stores': stores,
