@@ -9,6 +9,7 @@ import timm
 import torch
 
 import train_distill
+from timm_tinyvit import save_logits
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.config.arguments import recipe_names
 from timm_tinyvit.data.view_config import ViewConfig
@@ -113,13 +114,27 @@ def test_every_recipe_runs_two_updates_on_real_images(recipe, teacher, tmp_path,
         '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'run']
     if recipe != 'demo_teacher':
         flags += ['--model', 'test_efficientnet']
-    if 'distill' in recipe or recipe == 'cifar100':
+    is_classes = 'distill' in recipe or recipe in ('cifar100', 'logits_and_features')
+    stores = []
+    if recipe == 'logits_and_features':
+        stores = [str(tmp_path / 'classes'), str(tmp_path / 'features')]
+        for store, more in zip(stores, (['--topk', '3'], ['--targets', 'features', '--feature-dim', '8'])):
+            save_logits.main([
+                '--config', recipe, '--dataset', DATA, '--train-split', 'train[:8]', '--img-size', '32', '--epochs',
+                '1', '--teacher', teacher, '--logits', store, '--workers', '0', *more])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags += ['--logits', *stores]
+    elif is_classes:
         flags += ['--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--topk', '3']
+    elif recipe in ('backbone', 'sam_encoder'):
+        flags += ['--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--feature-grid', '1', '--feature-dim',
+                  '8', '--store-epochs', '1']
     train_distill.main(flags)
     assert '2 steps of 4 an epoch' in capsys.readouterr().out
     row, = csv.DictReader(open(tmp_path / 'run' / 'metrics.csv'))
     assert math.isfinite(float(row['loss'])) and float(row['grad_norm']) > 0
-    assert (float(row['distill_loss']) > 0) == ('--teacher' in flags)
+    assert (float(row['distill_loss']) > 0) == is_classes
+    assert (float(row.get('feature_loss', 0)) > 0) == (recipe in ('backbone', 'sam_encoder', 'logits_and_features'))
 
 
 def test_the_classifier_of_22k_becomes_the_one_of_1k(tmp_path):

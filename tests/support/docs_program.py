@@ -38,10 +38,14 @@ SMALL_DATA = ('ILSVRC/imagenet-1k', 'timm/imagenet-22k-wds')
 SMALL_WORDS = {
     'convnext_large.fb_in22k_ft_in1k': 'hf-hub:tests/teacher-1k',
     'clip_vit_large_patch14_224.in22k': 'hf-hub:tests/teacher-22k',
+    'vit_base_patch16_dinov3.lvd1689m': 'hf-hub:tests/teacher-1k',
+    'samvit_base_patch16.sa1b': 'hf-hub:tests/teacher-1k',
     '/shared/runs': 'output',
 }
 SMALL_EXPORTS = {'tiny_vit_21m_224': 'hf-hub:tests/teacher-1k'}
-SMALL_VALUES = {'--epochs': '2', '--samples': '0:8', '--shards': '0:1', '--img-size': '32'}
+SMALL_VALUES = {'--epochs': '2', '--samples': '0:8', '--shards': '0:1', '--img-size': '32', '--feature-dim': '8'}
+# What a recipe says of features, for maps of 32 pixels and few of them.
+SMALL_FEATURES = {'sam_encoder': '--feature-grid 1', 'backbone': '--feature-dim 8'}
 SMALL_STORE = '--img-size 32 --workers 0 --teacher-batch-size 8 --shard-size 32'
 SMALL_RUN = (
     '--model tiny_vit_5m_224 --img-size 32 --epochs 2 --warmup-epochs 0 --batch-size 8 --workers 0 --crop-pct 1 '
@@ -128,6 +132,7 @@ def small(words: list[str]) -> list[str]:
         words += SMALL_RUN.split()
     elif command == 'fill':
         words += SMALL_STORE.split()
+    words += next((flags.split() for recipe, flags in SMALL_FEATURES.items() if recipe in words), [])
     return words
 
 
