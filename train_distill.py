@@ -331,8 +331,7 @@ def train(args: argparse.Namespace) -> None:
                 report()
             if all_reduce_sum(accelerator, stop() is not None)[0]:
                 raise stop() or Terminated
-        has_classes = store is not None and store.manifest.num_classes
-        if has_classes and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
+        if store is not None and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
             compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
     best, what = state.best['student'], 'top-1' if classes.num else 'nearest neighbours'
     print_result(f'{colored("finished:", "bold")} {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else ''))

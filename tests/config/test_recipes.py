@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 
 import train_distill
 from timm_tinyvit import save_logits

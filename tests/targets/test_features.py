@@ -6,7 +6,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
-from conftest import EXAMPLES
+from support.flags import DATA
 
 from timm_tinyvit.targets.codecs import create_feature_codec, feature_codecs
 from timm_tinyvit.targets.features import FEATURE_LOSSES, FeatureTargets, feature_loss
@@ -132,7 +132,7 @@ def test_the_losses_are_those_of_torch_and_train(kind, refused):
 
 def test_int8_keeps_the_direction_of_features_of_photographs(fashion):
     """Weights of the committed teacher, a timm model that was trained on these images."""
-    model = timm.create_model(f'local-dir:{EXAMPLES / "teacher"}', pretrained=True).eval()
+    model = timm.create_model(f'local-dir:{DATA}/teacher', pretrained=True).eval()
     images = [np.asarray(image.convert('RGB').resize((32, 32))) for image in fashion[:64]['image']]
     views = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from conftest import EXAMPLES
+from support.flags import DATA as EXAMPLES
 from support.files import tree
 from support.programs import refusal
 from timm_tinyvit import cli, save_logits
@@ -22,7 +22,7 @@ from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.projection import PROJECTION_NAME
 from timm_tinyvit.teacher.teacher import Teacher
 
-DATA = ['--dataset', str(EXAMPLES), '--train-split', 'train[:100]']
+DATA = ['--dataset', EXAMPLES, '--train-split', 'train[:100]']
 FILL = [*DATA, '--targets', 'features', '--img-size', '32', '--scale', '0.6', '1', '--shard-size',
         '40', '--teacher-batch-size', '16', '--workers', '0', '--quiet']
 
@@ -53,7 +53,7 @@ def stores(tmp_path_factory, backbone):
 def teacher_maps(store_path, backbone):
     """The maps [B, C, h, w] and the pooled vectors [B, C] of the views of epoch 1, by plain timm; and the records."""
     store, replay = open_store(store_path, {}, print)
-    data = SparseLogitDataset(load_split(str(EXAMPLES), 'train[:100]', is_training=True), replay, store)
+    data = SparseLogitDataset(load_split(EXAMPLES, 'train[:100]', is_training=True), replay, store)
     batch = collate(data.__getitems__([(1, row) for row in range(100)]))
     model = timm.create_model(f'local-dir:{backbone}', pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
@@ -245,6 +245,6 @@ cli.main(['store', 'push', store, '--repo', 'org/features'])
 '''
     store = shutil.copytree(stores / 'projected', tmp_path / 'store')
     ended = hub_children.run(code, hub.environment(
-        tmp_path / 'home', STORE=str(store), DATA=str(EXAMPLES), TEACHER=backbone))
+        tmp_path / 'home', STORE=str(store), DATA=EXAMPLES, TEACHER=backbone))
     assert ended.returncode == 0, ended.stderr
     assert '200 come out bit for bit' in ended.stdout and 'nothing was pushed' in ended.stdout

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from timm.task import FeatureDistillationTask, TrainingTask
 
 import train_distill
-from support.launches import DATA, SHARDED, assert_same, checkpoints, finish, kill, launches, wait_for, weights
+from support.flags import DATA
+from support.launches import SHARDED, assert_same, checkpoints, finish, kill, launches, wait_for, weights
 from support.programs import refusal
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate

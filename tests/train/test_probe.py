@@ -1,18 +1,20 @@
 """Features compared by neighbours and by a linear classifier, against figures made another way."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
 
-from conftest import EXAMPLES
+from support.flags import DATA
 from support.programs import refusal
 from timm_tinyvit import cli
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.train import probe
 from timm_tinyvit.train.probe import knn_accuracy, linear_accuracy
 
-EVAL = ['--dataset', str(EXAMPLES), '--train-split', 'train[:300]', '--val-split', 'test[:150]', '-j', '0', '--quiet',
+EVAL = ['--dataset', DATA, '--train-split', 'train[:300]', '--val-split', 'test[:150]', '-j', '0', '--quiet',
         '--validation-batch-size', '50']
 
 
@@ -57,7 +59,7 @@ def test_a_linear_classifier_is_as_good_as_the_best_there_is():
 
 
 def test_the_program_probes_a_trained_model_and_a_backbone(tmp_path, capsys):
-    teacher, figures = EXAMPLES / 'teacher', {}
+    teacher, figures = Path(DATA) / 'teacher', {}
     torch.manual_seed(0)
     export_model(tmp_path / 'random', timm.create_model('test_convnext', num_classes=0),
                  data_config={'input_size': (3, 32, 32)})
@@ -78,6 +80,6 @@ def test_what_cannot_be_probed_is_one_sentence(tmp_path, capsys, one_sentence, f
     one_sentence(refusal(cli.main, ['eval', backbone, *EVAL, '--probe', 'best'], capsys), '--probe', 'knn', 'linear')
     rows = fashion.select(range(20)).remove_columns('label')
     rows.save_to_disk(tmp_path / 'unlabelled')
-    argv = ['eval', backbone, '--dataset', tmp_path / 'unlabelled', '--val-dataset', EXAMPLES, '--val-split', 'test',
+    argv = ['eval', backbone, '--dataset', tmp_path / 'unlabelled', '--val-dataset', DATA, '--val-split', 'test',
             '-j', '0', '--probe', 'knn']
     one_sentence(refusal(cli.main, argv, capsys), '--train-split', 'no labels')

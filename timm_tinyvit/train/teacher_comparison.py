@@ -102,6 +102,8 @@ def compare_with_teacher(
         path: The file that takes the comparison.
         stop: What to raise where the program is to stop; it breaks off then, and leaves no file.
     """
+    if not state.store.manifest.num_classes:
+        return  # features are compared in every step, by their loss
     weights = max(task.models(), key=lambda name: state.history[-1].get(suffixed('eval_top1', name), -1.))
     model, epoch = task.whole_model(task.models()[weights]), state.epoch - 1
     batches = data.epoch(epoch, stop=stop)
