@@ -1,6 +1,6 @@
 """Bytes of a view and cosine to the true vector of a model's stored features, by size of the vector.
 
-    python benchmarks/features.py --model FOLDER --dataset photos.parquet --grid 7
+    python benchmarks/features.py --model FOLDER --dataset FOLDER_OF_PHOTOS --grid 7
 
 Vectors are projected to D numbers by the principal components of the same images. Mean and least cosine are over all
 vectors that are not zero; the variance is the share that the projection keeps. docs/features.md has the figures of an
