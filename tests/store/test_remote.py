@@ -404,3 +404,32 @@ def test_a_fetcher_that_is_killed_again_and_again_is_given_up(monkeypatch, refus
     with refused('was ended 6 times', 'status -9', 'memory'):
         while fetching.num_starts < 50:
             fetching._next()
+
+
+@pytest.mark.parametrize('name', ['../../../outside', '', None, 'main', 'A' * 40, 'a' * 41, f'{"a" * 39}/', '/etc'])
+def test_a_commit_that_the_hub_names_is_forty_digits_or_one_sentence(name, run, hub, pushed, tmp_path, one_sentence):
+    hub.named_commit = name
+    before = set(tree(tmp_path))
+    said = run(remote_programs.print_refusal, URL)
+    one_sentence(said.strip(), '40 hexadecimal digits', hub.endpoint)
+    made = {path for path in set(tree(tmp_path)) - before if not path.startswith('home')}
+    assert not made and not list((tmp_path / 'home').rglob('store.json'))
+
+
+def test_links_in_the_cache_lead_nowhere(run, hub, pushed, tmp_path, one_sentence):
+    """An epoch of the store, and what looks like another commit of it, are links to somebody's own store."""
+    cache = tmp_path / 'home' / 'assets' / 'timm_tinyvit' / 'org--logits'
+    run(remote_programs.read_epochs, 0)
+    for name in ('a' * 40, 'own'):
+        (tmp_path / name / 'epoch-00000').mkdir(parents=True)
+        for file in ('store.json', 'notes', 'epoch-00000/shard-00000.arrow'):
+            (tmp_path / name / file).write_bytes(b'precious')
+    before = tree(tmp_path / 'own')
+    (cache / ('a' * 40)).symlink_to(tmp_path / 'own')
+    (tmp_path / ('a' * 40)).rename(cache / 'mine')
+    run(remote_programs.read_epochs, 0, 1, 2, 3)
+    assert tree(tmp_path / 'own') == before == tree(cache / 'mine')
+    (cache / pushed / 'epoch-00001').symlink_to(tmp_path / 'own' / 'epoch-00000')
+    said = run(remote_programs.print_refusal, URL)
+    one_sentence(said.strip(), str(cache / pushed / 'epoch-00001'), 'is a link')
+    assert tree(tmp_path / 'own') == before

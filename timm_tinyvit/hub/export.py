@@ -22,6 +22,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from ..base.errors import InputError
+from ..base.files import remove_leftovers, temporary_beside
 from ..models.loading import create_pretrained, look_at_zeros, set_image_size
 
 __all__ = ['FORMATS', 'export', 'export_pretrained']
@@ -89,21 +90,21 @@ def export(model: nn.Module, format: str, path: Path) -> float:
     input_size = resolve_model_data_config(model)['input_size']
     model = reparameterize_model(copy.deepcopy(model).eval().requires_grad_(False), inplace=True)
     generator = torch.Generator().manual_seed(0)
-    aside = path.with_name(f'.{os.getpid()}.{path.name}')
+    remove_leftovers(path.parent, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad():
-            run = write(model, torch.randn(2, *input_size, generator=generator), aside)
+        # AOTInductor looks at the ending.
+        with temporary_beside(path, suffix) as temporary, torch.no_grad():
+            run = write(model, torch.randn(2, *input_size, generator=generator), temporary)
             images = torch.randn(3, *input_size, generator=generator)
             expected = model(images)
             difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
-        if not difference <= TOLERANCE:
-            raise InputError(f'the {format} model differs from the original by {difference:.1e} of its largest logit')
-        os.replace(aside, path)
+            if not difference <= TOLERANCE:
+                raise InputError(
+                    f'the {format} model differs from the original by {difference:.1e} of its largest logit')
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f'{path} cannot be written: {error.strerror or error}')
-    finally:
-        aside.unlink(missing_ok=True)
     return difference
 
 

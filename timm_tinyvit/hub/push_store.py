@@ -80,8 +80,8 @@ class PublishedStore:
         """Read what is published now."""
         info = retried(f'look at the dataset repo {self.repo_id}', lambda: HfApi().dataset_info(
             self.repo_id, expand=['sha'], timeout=30.))
-        self.revision = info.sha
-        head = HubCommit(self.repo_id, info.sha)
+        head = HubCommit(self.repo_id, 'main').at(info.sha)
+        self.revision = head.commit
         self.files = head.files()
         with TemporaryDirectory() as folder:
             texts = {}

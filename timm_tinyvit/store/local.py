@@ -8,6 +8,7 @@ need not know of each other, because a shard's bytes are a function of the manif
 """
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from collections.abc import Iterable
@@ -15,8 +16,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..base.errors import InputError
-from ..base.files import remove_leftovers, write_atomic
-from ..base.leases import exclusive
+from ..base.files import check_no_link, remove_leftovers, write_atomic
+from ..base.leases import Leases, exclusive
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .reader import ShardStore
 from .shard import shard_name
@@ -58,10 +59,11 @@ class LogitStore(ShardStore):
             if path.is_file() or others:
                 raise InputError(f'{path} exists and is not a logit store; name a new folder')
             manifest.check(f'the store {path}')
-            with exclusive(path / MANIFEST_NAME):
+            with exclusive(path / MANIFEST_NAME) as check:
                 if not cls.exists(path):
-                    write_atomic(path / MANIFEST_NAME, manifest.to_json().encode())
+                    write_atomic(path / MANIFEST_NAME, manifest.to_json().encode(), check)
         store = cls.open(path)
+        store.remove_leftovers()
         differences = store.manifest.differences(manifest)
         if differences:
             raise InputError(
@@ -81,7 +83,7 @@ class LogitStore(ShardStore):
         """Open a store by its manifest; shards are looked at when they are read.
 
         Raises:
-            InputError: There is no store, or its manifest is damaged.
+            InputError: There is no store, its manifest is damaged, or the folder of an epoch is a link.
         """
         path = Path(path)
         file = path / MANIFEST_NAME
@@ -99,17 +101,19 @@ class LogitStore(ShardStore):
                 f'make one with timm-tinyvit fill --teacher NAME --logits {path}')
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f'{file} cannot be read: {error}')
+        for folder in path.glob('epoch-*'):
+            check_no_link(folder)
         return cls(path, Manifest.from_json(text, str(file)))
 
     def extend(self, epochs: int) -> None:
         """Let the store hold at least so many epochs; what it holds stays as it is."""
         replace(self.manifest, epochs=epochs).check(f'the store {self.path}')
-        with exclusive(self.path / MANIFEST_NAME):
+        with exclusive(self.path / MANIFEST_NAME) as check:
             # Other launches may extend it at the same time.
             manifest = LogitStore.open(self.path).manifest
             if manifest.epochs < epochs:
                 manifest = replace(manifest, epochs=epochs)
-                write_atomic(self.path / MANIFEST_NAME, manifest.to_json().encode())
+                write_atomic(self.path / MANIFEST_NAME, manifest.to_json().encode(), check)
         self.manifest = manifest
 
     def check_files(self, epochs: Iterable[int]) -> None:
@@ -131,9 +135,12 @@ class LogitStore(ShardStore):
         return [shard for shard in range(self.manifest.num_shards) if shard_name(shard) in names]
 
     def remove_leftovers(self) -> None:
-        """Remove the unfinished files of writers that are no more."""
-        for folder in [self.path, *self.path.glob('epoch-*')]:
-            remove_leftovers(folder)
+        """Remove the unfinished files and the leases of writers that are no more."""
+        with Leases() as leases:
+            for folder in [self.path, *self.path.glob('epoch-*')]:
+                remove_leftovers(folder)
+                with suppress(InputError):  # a store that is only read
+                    leases.expire_in(folder)
 
     def size(self) -> int:
         """Bytes of all shards on disk."""
