@@ -65,17 +65,14 @@ def check(args: argparse.Namespace) -> None:
     from .data.dataset import SparseLogitDataset
     from .data.opening import open_store
     from .data.sources import load_split
-    from .teacher.check import check_store
+    from .teacher.check import check_store, check_teacher
     from .teacher.creating import create_teacher
 
     dataset = load_split(args.dataset, args.train_split, is_training=True)
     teacher = create_teacher(args, create_accelerator().device)
     store, replay = open_store(args.store, {}, info, args.keep_epochs, args.store_cache)
     data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
-    if teacher.weights != store.manifest.teacher['weights']:
-        raise InputError(
-            f'{args.teacher} is not the teacher of the store {args.store}: it was made with '
-            f'{store.manifest.teacher["name"]} of other weights; give --teacher that one')
+    check_teacher(store, teacher)
     found = check_store(store, teacher, data)
     print_result(
         f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '

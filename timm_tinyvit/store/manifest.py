@@ -11,11 +11,16 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_origin
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..base.errors import InputError
 from ..base.types import is_like
 from ..targets.codecs import create_codec
 
-__all__ = ['FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'Manifest', 'stored_epoch']
+__all__ = [
+    'FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'PROBE_TOLERANCE', 'Manifest', 'output_distance',
+    'stored_epoch',
+]
 
 MANIFEST_NAME = 'store.json'
 FORMAT = 'timm_tinyvit.logits'
@@ -24,6 +29,11 @@ MAX_MANIFEST_SIZE = 1 << 20
 MAX_SHARDS = 1 << 20
 MAX_DEPTH = 8
 MAX_EXCERPT = 200
+# How far a teacher's outputs may be from the store's, see `output_distance`. Measured in float32: other processors and
+# orders of summation make 4e-6, tanh for GELU's erf 1e-3, QuickGELU 1e-2 and more.
+PROBE_TOLERANCE = 5e-4
+# Of outputs that are the same for all classes and images.
+MIN_SPREAD = 0.1
 # What others rely on in the entry `teacher`, where it is given.
 TEACHER = dict(
     name='resnet50', weights='0', dtype='float32', device='cpu', batch_size=1, input_size=[3, 224, 224],
@@ -47,7 +57,8 @@ class Manifest:
         codec: Name of the codec of the records.
         class_names: Names of the classes in their order, the teacher's or those of the data; empty where nobody says.
         key: Column whose values name the samples, or empty where their position does.
-        teacher: Name, weights' hash, mean, std, input size, dtype, batch size and device kind of the teacher.
+        teacher: Name, architecture, weights' hash, mean, std, input size, dtype, batch size and device kind of the
+            teacher, and as `probe` the log-probabilities of some classes for some made images.
         recipe: How a view is made: the arguments of timm's transform factory, the decoder, the EXIF rule.
         versions: Versions of everything that has a hand in the views.
         probe: Hash of probe views; where it differs, so do the views.
@@ -81,10 +92,13 @@ class Manifest:
         return -(-self.num_samples // self.shard_size)
 
     def _decisive(self) -> dict[str, Any]:
-        """All that decides a shard's bytes: not which epochs there are, and no name or version behind the same hash."""
+        """All that decides a shard's bytes and is the same everywhere: not which epochs there are, no name or version
+        behind the same hash, and no outputs, which are rounded otherwise on another machine.
+        """
         free = ('epochs', 'first_epoch', 'versions', 'class_names')
         values = {key: value for key, value in asdict(self).items() if key not in free}
-        values['teacher'].pop('name', None)
+        for name in ('name', 'probe'):
+            values['teacher'].pop(name, None)
         return values
 
     @property
@@ -112,7 +126,10 @@ class Manifest:
                 pairs += [(f'{name} {entry}', value.get(entry), others[name].get(entry)) for entry in entries]
             else:
                 pairs.append((name, value, others[name]))
-        return [f'{name}: {_excerpt(here)}, {_excerpt(there)}' for name, here, there in pairs if here != there]
+        differences = [f'{name}: {_excerpt(here)}, {_excerpt(there)}' for name, here, there in pairs if here != there]
+        if (distance := output_distance(self.teacher.get('probe'), other.teacher.get('probe'))) > PROBE_TOLERANCE:
+            differences.append(f'teacher outputs: {distance:.1e} of their spread apart, {PROBE_TOLERANCE} allowed')
+        return differences
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + '\n'
@@ -184,9 +201,33 @@ class Manifest:
             if not is_like(value, example):
                 raise InputError(
                     f'{source} is damaged: the teacher has {name} {_excerpt(value)}, expected the like of {example!r}')
+        probe = values['teacher'].get('probe', [])
+        if not (isinstance(probe, list) and all(
+                isinstance(row, list) and is_like(row, [0.] * len(probe[0])) for row in probe)):
+            raise InputError(f'{source} is damaged: the teacher has probe {_excerpt(probe)}, expected rows of numbers, '
+                             f'all of one length')
         manifest = cls(**values)
         manifest.check(source)
         return manifest
+
+
+def output_distance(here: Sequence[Sequence[float]] | None, there: Sequence[Sequence[float]] | None) -> float:
+    """How far two teachers' outputs are apart: the largest difference over the standard deviation of all.
+
+    Args:
+        here: Log-probabilities for the images of the probe, [n, classes]; None where there are none.
+        there: Those of the other, likewise.
+
+    Returns:
+        Infinity where only one has outputs, or others.
+    """
+    if not here and not there:
+        return 0.
+    here, there = np.array(here or []), np.array(there or [])
+    if here.shape != there.shape:
+        return math.inf
+    difference = np.abs(here - there).max()
+    return float(difference / max(here.std(), there.std(), MIN_SPREAD))
 
 
 def stored_epoch(stored: Sequence[int] | None, epoch: int) -> int:

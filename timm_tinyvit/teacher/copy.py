@@ -149,11 +149,11 @@ def merge_stores(path: str | Path, sources: Sequence[ShardStore], log: Callable[
         InputError: The stores do not fit together, or a shard is damaged or, where samples are put together, missing.
     """
     first = sources[0].manifest
-    if all(source.manifest.identity == first.identity for source in sources):
+    if not any(first.differences(source.manifest) for source in sources):
         start = min(source.manifest.stored_epochs.start for source in sources)
         stop = max(source.manifest.stored_epochs.stop for source in sources)
         there = LogitStore.open(path).manifest if LogitStore.exists(path) else None
-        if there and there.identity == first.identity:
+        if there and not there.differences(first):
             if start < there.first_epoch:
                 raise InputError(f'{path} begins at epoch {there.first_epoch}, what is merged into it at epoch '
                                  f'{start}; name a new folder')

@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from textwrap import shorten
 from collections.abc import Callable
 
 import datasets
@@ -41,17 +40,7 @@ def create_teacher(args: argparse.Namespace, device: torch.device) -> Teacher:
     if args.teacher_checkpoint and hub_repo_of(name):
         # The name with a tag, or of a repo, is that of other weights.
         name = model.pretrained_cfg['architecture']
-    teacher = Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile)
-    try:
-        shape = tuple(teacher(torch.zeros(1, 3, *teacher.size, dtype=torch.uint8)).shape)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f'the teacher {name} does not take an image of 3 channels and {teacher.size[0]}x'
-                         f'{teacher.size[1]} pixels: {shorten(str(error), 200)}; choose another, or export it with '
-                         f'the input size that it takes')
-    if shape != (1, teacher.num_classes):
-        raise InputError(f'the teacher {name} makes of one image an output of shape {list(shape)}, expected '
-                         f'[1, {teacher.num_classes}], one logit for each class; choose a classifier')
-    return teacher
+    return Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile)
 
 
 def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> list[str]:
