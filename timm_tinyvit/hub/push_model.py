@@ -25,6 +25,7 @@ from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
 from ..base.launch import device_name
+from ..models.loading import check_weights, create_model
 from ..train.metrics import METRICS
 from ..train.record import read_run
 from .model_card import (
@@ -142,6 +143,7 @@ def model_files(
     """
     check_repo_id(repo)
     folder, which = _find_model(Path(folder), which)
+    check_weights(folder / (which or '') / HF_SAFE_WEIGHTS_NAME)
     if which is None:
         return {CARD: _own_card(folder, repo, license, notes), **{name: folder / name for name in MODEL}}
     card = str(run_card(folder, which, repo, license, notes, _speed(folder, folder / which), before))
@@ -238,7 +240,7 @@ def _speed(run: Path, model: Path) -> dict[str, Any] | None:
 @torch.inference_mode()
 def _measure_speed(folder: Path) -> dict[str, Any]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
+    model = create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
     batch_size = 16 if device.type == 'cpu' else 128
     images = torch.zeros(batch_size, *timm.data.resolve_model_data_config(model)['input_size'], device=device)
     seconds: list[float] = []

@@ -3,21 +3,24 @@
 import sys
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 from collections.abc import Callable, Sequence
 
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from timm.models import load_state_dict
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 from torch import nn
 
+from ..base.checksum import check_checksum
 from ..base.errors import InputError
 from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
 __all__ = [
-    'Normalize', 'config_beside', 'create_pretrained', 'is_22k_to_1k', 'load_weights', 'look_at_zeros',
-    'num_classes_of', 'read_weights', 'set_image_size',
+    'Normalize', 'check_weights', 'config_beside', 'create_model', 'create_pretrained', 'is_22k_to_1k', 'load_weights',
+    'look_at_zeros', 'num_classes_of', 'read_weights', 'set_image_size',
 ]
 
 
@@ -43,6 +46,37 @@ class Normalize(nn.Module):
         return (x * self.scale).add_(self.shift)
 
 
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, where weights that this package has written are as they were written, or are refused.
+
+    Raises:
+        InputError: They are not.
+        Exception: Whatever timm raises.
+    """
+    if pretrained and name.startswith('local-dir:'):
+        check_weights(Path(name.removeprefix('local-dir:')) / HF_SAFE_WEIGHTS_NAME)
+    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if pretrained and (location := model.pretrained_cfg.get('hf_hub_id')):
+        repo, revision = hf_split(location)
+        cached = try_to_load_from_cache(repo, HF_SAFE_WEIGHTS_NAME, revision=revision)
+        if isinstance(cached, str):
+            check_weights(Path(cached))
+    return model
+
+
+def check_weights(file: Path) -> None:
+    """Compare a file of weights with its checksum, where it has one, as what this package writes does.
+
+    Raises:
+        InputError: It is not as it was written.
+    """
+    if file.is_file():
+        try:
+            check_checksum(file)
+        except InputError as error:
+            raise InputError(f'{error}; copy or download it again, or take another checkpoint')
+
+
 def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int | None = None) -> nn.Module:
     """A timm model with its weights.
 
@@ -62,7 +96,9 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
         raise InputError(f'{name} is the folder of a run; give {name}/best, its most accurate model')
     kwargs = {} if num_classes is None else dict(num_classes=num_classes)
     try:
-        model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
+        model = create_model(name, checkpoint is None, **kwargs)
+    except InputError:
+        raise
     except Exception as error:
         # Names, folders and the Hub fail in as many ways as there are libraries behind them.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -152,12 +188,13 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     """The tensors of a file of weights, or of a folder with model.safetensors.
 
     Raises:
-        InputError: There is no such file, or it holds no weights.
+        InputError: There is no such file, it holds no weights, or is not as it was written.
     """
     file = Path(path).expanduser()
     file = file / HF_SAFE_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
         raise InputError(f'there is no file {file}; give a file of weights, or a folder with one such as RUN/last')
+    check_weights(file)
     try:
         weights = load_state_dict(str(file), weights_only=True)
     except Exception as error:

@@ -9,14 +9,13 @@ import argparse
 import copy
 from collections.abc import Callable
 
-import timm
 import torch
 from torch import nn
 
 from ..base.errors import InputError
 from ..models.imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k
 from ..models.loading import (
-    is_22k_to_1k, load_weights, look_at_zeros, num_classes_of, read_weights, set_image_size,
+    create_model, is_22k_to_1k, load_weights, look_at_zeros, num_classes_of, read_weights, set_image_size,
 )
 
 __all__ = ['check_batch_norms', 'create_student', 'freeze_batch_norm']
@@ -44,12 +43,11 @@ def create_student(
         kwargs['drop_path_rate'] = args.drop_path
     try:
         if num_classes is None and args.initial_checkpoint:
-            num_classes = num_classes_of(timm.create_model(args.model, **kwargs), read_weights(args.initial_checkpoint))
+            num_classes = num_classes_of(create_model(args.model, **kwargs), read_weights(args.initial_checkpoint))
         head = {} if num_classes is None else {'num_classes': num_classes}
-        model = timm.create_model(args.model, pretrained=args.pretrained, **head, **kwargs)
+        model = create_model(args.model, args.pretrained, **head, **kwargs)
         if args.pretrained and is_22k_to_1k(model.pretrained_cfg.get('num_classes'), num_classes):
-            model = classifier_22k_to_1k(
-                timm.create_model(args.model, pretrained=True, num_classes=NUM_CLASSES_22K, **kwargs))
+            model = classifier_22k_to_1k(create_model(args.model, True, num_classes=NUM_CLASSES_22K, **kwargs))
         if size is not None:
             set_image_size(model, size)
         if args.initial_checkpoint:
