@@ -46,14 +46,14 @@ from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_store, create_teacher, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
-from timm_tinyvit.train.batches import TrainBatches
+from timm_tinyvit.train.batches import TrainBatches, worker_errors
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
 from timm_tinyvit.train.evaluate import Evaluator
 from timm_tinyvit.train.metrics import METRICS, write_metrics
 from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
 )
-from timm_tinyvit.train.record import create_run_folder, record_run
+from timm_tinyvit.train.record import own_run_folder, record_run
 from timm_tinyvit.train.student import check_batch_norms, create_student
 from timm_tinyvit.train.task import LOSSES, SparseLogitTask
 from timm_tinyvit.train.teacher_comparison import compare_with_teacher
@@ -91,8 +91,6 @@ def open_or_fill(
             if LogitStore.exists(args.logits[0]):
                 known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
             store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, info)
-            if accelerator.is_main_process:
-                store.remove_leftovers()
         needed = store.manifest.stored_epochs[:num_epochs]
         fill_store(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
@@ -257,10 +255,15 @@ def train(args: argparse.Namespace) -> None:
         make_deterministic()
     folder = Path(args.output) / (args.experiment or args.model.replace('/', '_').replace(':', '_'))
     accelerator = create_accelerator(args.amp_dtype, args.log, folder)
-    show, num_epochs = accelerator.is_main_process, args.epochs + args.cooldown_epochs
-    setup_console(show, args.quiet)
+    setup_console(accelerator.is_main_process, args.quiet)
     check_launch(args, accelerator)
-    create_run_folder(folder, show)
+    with own_run_folder(folder, accelerator.is_main_process) as check_owner:
+        train_in(folder, args, accelerator, check_owner)
+
+
+def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, check_owner: Callable[[], None]) -> None:
+    """Train in the folder of a run that this launch owns."""
+    show, num_epochs = accelerator.is_main_process, args.epochs + args.cooldown_epochs
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
@@ -271,7 +274,7 @@ def train(args: argparse.Namespace) -> None:
 
     # Teacher and store.
     store, replay = open_or_fill(args, accelerator, train_set, val_set)
-    state = TrainState(folder, args, fixed_settings(args, train_set, store), store, accelerator)
+    state = TrainState(folder, args, fixed_settings(args, train_set, store), store, accelerator, check_owner)
     classes, val_set = resolve_classes(args, train_set, val_set, store)
     data = TrainBatches(args, train_set, replay, store, classes.num, accelerator)
     start_trackers(accelerator, args, folder)
@@ -302,9 +305,10 @@ def train(args: argparse.Namespace) -> None:
          f'learning from {"labels" if store is None else f"the store {store.path}"}'
          f'{" and labels" if store is not None and args.alpha < 1 else ""}')
 
-    with catch_stop_signals() as stop, reporting(folder, accelerator) as report:
+    with catch_stop_signals() as stop, worker_errors(store), reporting(folder, accelerator) as report:
         for epoch in range(first_epoch, num_epochs):
             row = train_epoch(args, task, data, state, stop)
+            check_owner()
             is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs
             for weights, model in task.models().items():
                 # Of a sharded model a whole copy, one at a time and gone before the next epoch.

@@ -8,18 +8,23 @@ others, all the rest, names no folder, host or user: of a path only the last par
 import argparse
 import json
 import platform
+import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from collections.abc import Callable, Iterator
 
 import datasets
 import torch
 from torch import nn
 
+from ..base.console import info
 from ..base.errors import InputError
-from ..base.files import remove_leftovers, write_atomic
+from ..base.files import check_no_link, remove_leftovers, write_atomic
 from ..base.hub_client import is_hub_url
 from ..base.launch import device_name
+from ..base.leases import Leases
 from ..base.machine import source_commit
 from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
 from ..config.training import settings
@@ -34,7 +39,7 @@ from ..version import __version__
 from .batches import TrainBatches
 from .checkpoint import TrainState
 
-__all__ = ['PUBLISHED', 'RUN_RECORD', 'create_run_folder', 'launches_of', 'mark_published', 'read_run', 'record_run']
+__all__ = ['PUBLISHED', 'RUN_RECORD', 'launches_of', 'mark_published', 'own_run_folder', 'read_run', 'record_run']
 
 RUN_RECORD = 'run.json'
 VERSION = 3
@@ -47,18 +52,48 @@ MODEL_FOLDERS = ('best', 'last', 'best_ema', 'last_ema')
 NO_RECIPE = ('initial_checkpoint',)
 
 
-def create_run_folder(folder: Path, is_main_process: bool) -> None:
-    """Make the folder of a run; in one that is there, what killed processes left half-written goes.
+@contextmanager
+def own_run_folder(folder: Path, is_main_process: bool) -> Iterator[Callable[[], None]]:
+    """Make the folder of a run, or take the one that is there, for one launch at a time; all processes call this.
+
+    The main process holds a lease on it. Another launch waits for as long as it takes to see that its owner is no more,
+    and is refused then. What killed processes left half-written in the folder goes.
+
+    Args:
+        folder: The folder.
+        is_main_process: Whether this is the main process.
+
+    Yields:
+        A function that raises an `InputError` in the main process where another launch has taken the folder over.
 
     Raises:
-        InputError: It cannot be made.
+        InputError: It cannot be made, is in use, or a folder of it is a link.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
-    if is_main_process:
-        remove_leftovers(folder)
+    if not is_main_process:
+        yield lambda: None
+        return
+    models = [folder / name for name in MODEL_FOLDERS]
+    for model in models:
+        check_no_link(model)
+    file = folder / 'run'
+    with Leases() as leases:
+        deadline, is_told = time.monotonic() + leases.expire + leases.heartbeat, False
+        while not leases.acquire(file):
+            if time.monotonic() > deadline:
+                raise InputError(f'the run in {folder} is in use by {leases.owner(file)}; wait for its end, stop it, '
+                                 f'or start another --experiment')
+            if not is_told:
+                info(f'waiting for {leases.owner(file)}, which has the run in {folder}')
+                is_told = True
+            time.sleep(0.2)
+        leases.expire_in(folder)
+        for each in (folder, *models):
+            remove_leftovers(each)
+        yield lambda: leases.check(file)
 
 
 def record_run(
@@ -215,13 +250,14 @@ def _evaluation_flags(args: argparse.Namespace) -> list[str]:
 
 def _describe_store(location: str, store: StoreReader, teacher_checkpoint: str | None) -> dict[str, Any]:
     manifest = store.manifest
-    teacher = public_name(manifest.teacher.get('name', ''))
+    teacher = {name: value for name, value in manifest.teacher.items() if name != 'probe'}
+    teacher['name'] = public_name(teacher.get('name', ''))
     # The store on the Hub knows its commit, the flag need not.
     url = str(store.path) if is_hub_url(location) else _published_url(store)
     return {
         'name': url or Path(location).expanduser().resolve().name, 'on_hub': url is not None,
-        'identity': manifest.identity, 'teacher': {**manifest.teacher, 'name': teacher},
-        'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
+        'identity': manifest.identity, 'teacher': teacher,
+        'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher['name']),
         'k': manifest.k, 'codec': manifest.codec,
         'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
         'is_mixed': ViewConfig.from_dict(manifest.recipe).is_mixed, 'flags': _store_flags(manifest),
