@@ -90,7 +90,7 @@ def compare_with_teacher(
         state: TrainState,
         classes: Classes,
         path: Path,
-        stop: Callable[[], type[BaseException] | None],
+        stop: Callable[[], BaseException | None],
 ) -> None:
     """Compare the most accurate weights of a finished training with the teacher; all processes together.
 
