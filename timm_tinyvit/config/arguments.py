@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from collections.abc import Callable, Collection, Sequence
 
-import yaml
-
 from ..base.errors import InputError
+from ..base.yaml_reader import MAX_BYTES, read_yaml
 from ..data.view_config import ViewConfig
 
 if TYPE_CHECKING:
@@ -334,15 +333,15 @@ def _recipe_flags(
     if not file.is_file() and config in recipe_names():
         file = RECIPES / f'{config}.yaml'
     try:
-        recipe = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+        with file.open('rb') as stream:
+            recipe = read_yaml(stream.read(MAX_BYTES + 1), f'the recipe {config}')
     except OSError:
         raise InputError(f'there is no recipe {config}; give a YAML file, or one of {", ".join(recipe_names())}')
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f'the recipe {config} is not readable as YAML: {" ".join(str(error).split())}')
-    if isinstance(recipe, dict) and {'version', 'flags'} <= recipe.keys():
+    if {'version', 'flags'} <= recipe.keys():
         recipe = recipe['flags']  # the run.json of a run
     if not isinstance(recipe, dict):
-        raise InputError(f'the recipe {config} is a {type(recipe).__name__}; expected lines like `lr: 0.001`')
+        raise InputError(f'the recipe {config} has flags that are a {type(recipe).__name__}; expected lines like '
+                         f'`lr: 0.001`')
     flags = []
     for key, value in recipe.items():
         flag = '--' + str(key).replace('_', '-')

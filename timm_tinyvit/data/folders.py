@@ -16,14 +16,16 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from textwrap import shorten
+from typing import Any
 
 import datasets
+from datasets.config import REPOYAML_FILENAME
 from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns, get_data_patterns
 from fsspec.utils import glob_translate
-from huggingface_hub import DatasetCard
 from timm.utils.misc import natural_key
 
 from ..base.errors import InputError
+from ..base.yaml_reader import card_head, read_yaml
 from .decoding import identify, image_endings
 
 __all__ = ['FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'natural_order', 'open_folder']
@@ -67,8 +69,7 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         InputError: Splits cannot be told from classes, or a file is cut short.
         Exception: `datasets` finds nothing to load.
     """
-    card = root / 'README.md'
-    if config or card.is_file() and DatasetCard.load(card).data.get('configs'):
+    if config or _card_of(root).get('configs'):
         return Folder(builder=datasets.load_dataset_builder(str(root), config))
     files = list_files(root)
     kinds = Counter(kind for kind in map(_kind, files) if kind)
@@ -88,6 +89,22 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         data_files = {split: [f'{base}/{pattern}' for pattern in patterns]
                       for split, patterns in get_data_patterns(base).items()}
     return Folder(builder=datasets.load_dataset_builder(str(root), data_files=data_files))
+
+
+def _card_of(root: Path) -> dict[str, Any]:
+    """The head of a folder's README.md, which `datasets` reads too, by means that some heads hang.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    heads = [{}]
+    for name, reader in (('README.md', card_head), (REPOYAML_FILENAME, read_yaml)):
+        if (root / name).is_file():
+            try:
+                heads.append(reader((root / name).read_text(encoding='utf-8'), str(root / name)))
+            except UnicodeDecodeError:
+                raise InputError(f'{root / name} is no text in UTF-8; fix or remove it')
+    return {name: value for head in heads for name, value in head.items()}
 
 
 def natural_order(names: set[str]) -> list[str]:

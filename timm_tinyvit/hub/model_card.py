@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
 from ..base.text import counted, readable_bytes
+from ..base.yaml_reader import HEAD, card_head
 from ..train.metrics import read_metrics, suffixed
 from ..train.record import read_run
 
@@ -47,8 +48,6 @@ LOCAL_DATA = 'local-folder'
 # Class names that a card lists.
 MAX_NAMES = 12
 COMMAND_WIDTH = 100
-# The metadata of a card, as YAML.
-HEAD = re.compile(r'\ufeff?\s*---[ \t]*\r?\n(.*?)^---', re.DOTALL | re.MULTILINE)
 CITATION = """\
 @InProceedings{tiny_vit,
   title = {TinyViT: Fast Pretraining Distillation for Small Vision Transformers},
@@ -321,12 +320,10 @@ def recipe_yaml(record: dict[str, Any]) -> str:
 
 def card_metadata(card: str) -> dict[str, Any]:
     """The metadata of any card; empty where they cannot be read."""
-    head = HEAD.match(card)
     try:
-        metadata = yaml.safe_load(head[1]) if head else {}
-    except (RecursionError, ValueError, yaml.YAMLError):  # of impossible dates, a ValueError
-        metadata = {}
-    return metadata if isinstance(metadata, dict) else {}
+        return card_head(card, 'the card')
+    except InputError:
+        return {}
 
 
 def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
