@@ -12,7 +12,8 @@ from support.programs import refusal
 BOMB = '\n'.join(['a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]'] + [
     f'{name}: &{name} [{", ".join(["*" + before] * 10)}]' for before, name in zip('abcdefghi', 'bcdefghij')])
 BROKEN = {
-    'python object': b'lr: !!python/object/apply:os.system ["true"]', 'unknown tag': b'lr: !thing 1', 'bomb': BOMB.encode(),
+    'python object': b'lr: !!python/object/apply:os.system ["true"]', 'unknown tag': b'lr: !thing 1',
+    'bomb': BOMB.encode(),
     'circle': b'lr: &a [*a]', 'circle of mappings': b'a: &a {b: *a}', 'duplicate': b'lr: 1\nlr: 2',
     'duplicate below': b'a: {b: 1, b: 2}', 'list': b'- lr', 'text': b'lr', 'number': b'1', 'no UTF-8': b'lr: \xff\xfe',
     'UTF-16': 'lr: 1'.encode('utf-16'), 'control character': b'lr: "\x1b"', 'huge': b'a: ' + b'x' * MAX_BYTES,
@@ -20,7 +21,8 @@ BROKEN = {
     'open quote': b'lr: "1', 'tab': b'lr:\n\t- 1', 'unknown alias': b'lr: *a', 'impossible date': b'lr: 2024-13-45',
     'large number': b'lr: ' + b'1' * 5000, 'list as a name': b'[1, 2]: 3', 'number as a name': b'1: 2',
     'mapping as a name': b'{a: 1}: 3', 'bad binary': b'lr: !!binary "a"', 'two documents': b'lr: 1\n---\nlr: 2',
-    'bad merge': b'<<: 3', 'bad base': b'lr: !!int "x"', 'bad float': b'lr: !!float "x"', 'directive': b'%YAML 9.9\nlr: 1',
+    'bad merge': b'<<: 3', 'bad base': b'lr: !!int "x"', 'bad float': b'lr: !!float "x"',
+    'directive': b'%YAML 9.9\nlr: 1',
 }
 
 
@@ -47,7 +49,8 @@ def test_a_broken_head_of_a_card_is_no_head_or_one_sentence(kind, tmp_path, caps
 
 
 def test_what_settings_hold_is_read():
-    assert read_yaml(b'\xef\xbb\xbfa: 1\nb: [x, 2.5]\nc: {d: true}\n', 'it') == {'a': 1, 'b': ['x', 2.5], 'c': {'d': True}}
+    assert read_yaml(b'\xef\xbb\xbfa: 1\nb: [x, 2.5]\nc: {d: true}\n', 'it') == {
+        'a': 1, 'b': ['x', 2.5], 'c': {'d': True}}
     assert read_yaml('', 'it') == read_yaml('# only words', 'it') == {}
     assert read_yaml('a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: 2}', 'it') == {
         'a': [1, 2], 'b': [1, 2], 'c': {'d': 1, 'e': 2}}

@@ -43,6 +43,10 @@ PATH = re.compile(r'(?:(?<=^)|(?<=[\s\'"`=(,\[])|(?<=\w:))/(?!/)[^\s\'"`:,;)\]}>
 # A folder or a file, and not a name on the Hub or a relative path; a scheme such as `local-dir:` may stand before it.
 PLACE = re.compile(r'([\w-]+:(?!//))?(?:/|~|\.\.?/).*?([^/]+)/*')
 
+# What means something within a line of Markdown, and at its beginning; an address that would become a link.
+SIGNS = re.compile(
+    r'[\\`*\[\]<>|~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)|:(?=//)|(?<=\bwww)\.|^(?:[#+=]|-(?!\d))')
+
 
 def printable(text: str, limit: int | None = None, lines: bool = False) -> str:
     """A text of what can be seen alone: all else as Python writes it, such as `\\x1b` and `\\u202e`.
@@ -53,7 +57,7 @@ def printable(text: str, limit: int | None = None, lines: bool = False) -> str:
         lines: Whether it may have several lines.
     """
     if limit is not None and len(text) > limit:
-        text = f'{text[:limit * 2 // 3]} ... {text[len(text) - limit // 4:]}'
+        text = f'{text[:limit * 2 // 3]}...{text[len(text) - limit // 3 + 3:]}'
     if text.isprintable():
         return text
     return ''.join(_visible(letter, lines) for letter in text)
@@ -135,14 +139,11 @@ class Markdown(str):
 
 
 def for_markdown(value: Any) -> Any:
-    """A value within a paragraph, heading or table of Markdown; what is Markdown already, and what is no text, stays.
-    """
-    if not isinstance(value, str) or isinstance(value, Markdown):
+    """A value within a paragraph, heading or table of Markdown; what is Markdown already, and a number, stays."""
+    if isinstance(value, (Markdown, int, float)) or value is None:
         return value
-    text = printable(without_user(value), MAX_NAME)
-    text = re.sub(r'[\\`*\[\]<>|~$]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)|:(?=//)|(?<=\bwww)\.|^(?:[#+=]|-(?!\d))', r'\\\g<0>',
-                  text)
-    return Markdown(text)
+    text = printable(without_user(str(value)), MAX_NAME)
+    return Markdown(SIGNS.sub(r'\\\g<0>', text))
 
 
 def code_span(value: Any) -> Markdown:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import quote
 from collections.abc import Iterable, Mapping
 
 import jinja2
@@ -23,6 +24,7 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
+from ..base.escaping import Markdown, code_block, code_span, for_markdown, printable, shown, without_secrets
 from ..base.text import counted, readable_bytes
 from ..base.yaml_reader import HEAD, card_head
 from ..train.metrics import read_metrics, suffixed
@@ -85,12 +87,12 @@ class ModelFacts:
         return f'{self.size[0]}x{self.size[1]}'
 
     @property
-    def classes(self) -> str:
+    def classes(self) -> Markdown:
         more = f' and {self.num_classes - MAX_NAMES:,} more' if self.num_classes > MAX_NAMES else ''
         # A description is a list of synonyms.
         names = [self.label_descriptions.get(name, name).partition(', ')[0] for name in self.label_names[:MAX_NAMES]]
-        listed = ', '.join(' '.join(name.split()) for name in names)
-        return f'{self.num_classes:,}: {listed}{more}' if listed else f'{self.num_classes:,}'
+        listed = ', '.join(for_markdown(' '.join(name.split())) for name in names)
+        return Markdown(f'{self.num_classes:,}: {listed}{more}' if listed else f'{self.num_classes:,}')
 
     @property
     def other_size(self) -> int:
@@ -208,6 +210,8 @@ def evaluation_command(repo: str, dataset: str, split: str, *flags: str) -> str:
 def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
     """A card, of a model or of a store, from a template of this package.
 
+    What a template puts into the card is text, and escaped as such, unless it comes from a filter that makes Markdown.
+
     Args:
         template: Name of the file in `cards/`.
         metadata: Of the Hub.
@@ -215,16 +219,17 @@ def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('timm_tinyvit.hub', 'cards'), trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined)
+        undefined=jinja2.StrictUndefined, finalize=for_markdown)
     environment.filters.update(
-        bytes=readable_bytes, code=lambda text: f'`{text}`', counted=counted, data_flag=_data_flag,
-        data_link=_data_link, link=_link, listed=_listed, model_link=_model_link, number=lambda value: f'{value:,}',
-        percent=lambda value: f'{value:.2f}%', rate=_rate, standard_error=_standard_error, store_link=_store_link,
-        store_name=_store_name)
+        block=code_block, bytes=readable_bytes, code=code_span, counted=counted, data_flag=_data_flag,
+        data_link=_data_link, link=_link, listed=_listed, markdown=Markdown, model_link=_model_link,
+        number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate, repr=_literal,
+        standard_error=_standard_error, store_link=_store_link, store_name=_store_name)
+    head = printable(metadata.to_yaml(), lines=True)
     text = environment.get_template(template).render(
-        card_data=metadata.to_yaml(), license=metadata.get('license_name') or metadata.get('license'), **facts)
+        card_data=Markdown(head), license=metadata.get('license_name') or metadata.get('license'), **facts)
     # What is left out leaves blank lines.
-    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+    return without_secrets(re.sub(r'\n{3,}', '\n\n', text).strip()) + '\n'
 
 
 def run_card(
@@ -268,13 +273,14 @@ def run_card(
         title, results, bool(stores), _hub_datasets(record), base['name'] if base and base['on_hub'] else None,
         **kept_metadata(before, license))
     return ModelCard(render_card(
-        'run_card.md', metadata, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
+        'run_card.md', metadata, title=title, repo=repo, model=model, published=published,
+        notes=Markdown(notes.strip()),
         weights=shown, with_top5=with_top5, record=record, train=record['train'], val=val, stores=stores, base=base,
         environment=record['environment'], teachers=list(dict.fromkeys(map(_teacher_words, stores))),
         recipe=recipe_yaml(record).strip(), command=_training_command(record),
         filling=[_filling_command(record, store) for store in stores if not store['on_hub'] and store['flags']],
         evaluation=evaluation_command(repo, _data_flag(val), val['split'], *val['flags']),
-        unpublished=[*(f'`{store["name"]}`' for store in stores if not store['on_hub']),
+        unpublished=[*(code_span(store['name']) for store in stores if not store['on_hub']),
                      *([_model_link(base)] if base and base['is_local'] else [])],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
         picture=PICTURE if (run / PICTURE).is_file() else '', rows=rows, speed=speed,
@@ -309,9 +315,9 @@ def model_metadata(
 
 def recipe_yaml(record: dict[str, Any]) -> str:
     """The flags of a run that differ from their defaults, as a file for `--config`."""
-    # On the command line pairs are a list.
-    recipe = {key: [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else value
-              for key, value in record['recipe'].items()}
+    # On the command line pairs are a list. What is a text may be a path, of others only the name is shown.
+    recipe = {key: [f'{name}={shown(item)}' for name, item in value.items()] if isinstance(value, dict) else
+              shown(value) if isinstance(value, str) else value for key, value in record['recipe'].items()}
     # A line for each flag.
     return ''.join(
         yaml.safe_dump({key: value}, default_flow_style=None if isinstance(value, list) else False, width=1000)
@@ -429,13 +435,19 @@ def _crop_words(data: dict[str, Any]) -> str:
     return words if data['crop_mode'] != 'center' and scaled == size else f'{words}, then the middle {height}x{width}'
 
 
-def _link(name: str, path: str | None) -> str:
+def _literal(text: str) -> Markdown:
+    """A text as a literal of Python, within a block of code."""
+    return Markdown(printable(ascii(without_secrets(text))).replace('`', r'\x60'))
+
+
+def _link(name: str, path: str | None) -> Markdown:
     """A link to what the Hub has at this path; the name alone where that is not known."""
-    return f'[{name.removeprefix("hf-hub:")}]({HUB}/{path})' if path else f'`{name}`'
+    return Markdown(f'[{for_markdown(name.removeprefix("hf-hub:"))}]({HUB}/{quote(path)})') if path else code_span(name)
 
 
-def _data_link(data: dict[str, Any]) -> str:
-    return _link(data['name'], f'datasets/{data["name"]}') if data['on_hub'] else f'`{data["name"]}` (a local folder)'
+def _data_link(data: dict[str, Any]) -> Markdown:
+    return _link(data['name'], f'datasets/{data["name"]}') if data['on_hub'] else Markdown(
+        f'{code_span(data["name"])} (a local folder)')
 
 
 def _data_flag(data: dict[str, Any]) -> str:
@@ -443,26 +455,26 @@ def _data_flag(data: dict[str, Any]) -> str:
     return data['name'] if data['on_hub'] else f'./{data["name"]}'
 
 
-def _model_link(base: dict[str, Any]) -> str:
-    return _link(base['name'], base['name']) if base['on_hub'] else f'the weights `{base["name"]}`'
+def _model_link(base: dict[str, Any]) -> Markdown:
+    return _link(base['name'], base['name']) if base['on_hub'] else Markdown(f'the weights {code_span(base["name"])}')
 
 
-def _teacher_words(store: dict[str, Any]) -> str:
+def _teacher_words(store: dict[str, Any]) -> Markdown:
     link = _link(store['teacher']['name'], store['teacher_repo'])
-    return link if store['teacher_repo'] else f'a teacher called {link}'
+    return link if store['teacher_repo'] else Markdown(f'a teacher called {link}')
 
 
-def _store_name(store: dict[str, Any]) -> str:
-    return _store_link(store) if store['on_hub'] else f'`{store["name"]}`'
+def _store_name(store: dict[str, Any]) -> Markdown:
+    return _store_link(store) if store['on_hub'] else code_span(store['name'])
 
 
-def _store_link(store: dict[str, Any]) -> str:
+def _store_link(store: dict[str, Any]) -> Markdown:
     if not store['on_hub']:
-        return f'`{store["name"]}` (identity {store["identity"]})'
+        return Markdown(f'{code_span(store["name"])} (identity {for_markdown(store["identity"])})')
     repo, _, commit = store['name'].removeprefix('hf://datasets/').partition('@')
     return _link(repo, f'datasets/{repo}' + (f'/tree/{commit}' if commit else ''))
 
 
-def _listed(items: Iterable[str]) -> str:
-    *most, last = items
-    return f'{", ".join(most)} and {last}' if most else last
+def _listed(items: Iterable[str]) -> Markdown:
+    *most, last = map(for_markdown, items)
+    return Markdown(f'{", ".join(most)} and {last}' if most else last)

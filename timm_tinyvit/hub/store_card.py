@@ -166,7 +166,8 @@ def dataset_card(
     return render_card(
         'store_card.md', card_data, manifest=manifest, teacher=teacher, teacher_repo=hub_repo_of(str(teacher['name'])),
         repo=repo_id, views=views, size=size, data=data, source=source, split=split,
-        data_flags=shlex.join(flags), columns=''.join(f', {key}={name!r}' for key, name in columns.items()),
+        train_command=f'timm-tinyvit train {shlex.join(flags)} --model tiny_vit_21m_224 \\\n    --epochs '
+                      f'{manifest.epochs} --logits', columns=columns,
         is_mixed=ViewConfig.from_dict(manifest.recipe).is_mixed, summary=summary,
         figures={name: percent(share) for name, share in figures.items() if share is not None},
         picture=PICTURE if has_picture else '', num_rows=len(sample), columns_of_sample=[
