@@ -128,10 +128,10 @@ def sentence(text: str, encoding: str | None = None) -> str:
 
 
 def for_page(value: Any) -> Any:
-    """A value for an HTML page that others may see; what has been made for HTML, and what is no text, stays."""
-    if not isinstance(value, str) or hasattr(value, '__html__'):
+    """A value for an HTML page that others may see; what has been made for HTML, and a number, stays."""
+    if isinstance(value, (int, float)) or value is None or hasattr(value, '__html__'):
         return value
-    return printable(without_user(value), MAX_SENTENCE, lines=True)
+    return printable(without_user(str(value)), MAX_SENTENCE, lines=True)
 
 
 class Markdown(str):

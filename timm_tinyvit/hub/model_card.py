@@ -5,7 +5,6 @@ time or the place of the rendering: the same run gives the same card. Metadata a
 that the Hub shows the results.
 """
 
-import json
 import math
 import re
 import shlex
@@ -27,7 +26,8 @@ from ..base.errors import InputError
 from ..base.escaping import Markdown, code_block, code_span, for_markdown, printable, shown, without_secrets
 from ..base.text import counted, readable_bytes
 from ..base.yaml_reader import HEAD, card_head
-from ..train.metrics import read_metrics, suffixed
+from ..models.config_file import CONFIG, image_config, read_config
+from ..train.metrics import METRICS, read_metrics, suffixed
 from ..train.record import read_run
 
 __all__ = [
@@ -106,15 +106,14 @@ def model_facts(folder: Path) -> ModelFacts:
     Raises:
         InputError: There is no such file, or timm makes no model of it.
     """
-    file = folder / 'config.json'
+    config = read_config(folder)
     try:
-        config = json.loads(file.read_text(encoding='utf-8'))
         model = timm.create_model(f'local-dir:{folder}', pretrained=False, device='meta').eval()
     except Exception as error:
         # timm fails in as many ways as there are wrong files.
         reason = f'{type(error).__name__} {error}'.splitlines()[0]
-        raise InputError(f'timm makes no model of {file} ({reason}); name the folder of a timm model')
-    data = timm.data.resolve_model_data_config(model)
+        raise InputError(f'timm makes no model of {folder / CONFIG} ({reason}); name the folder of a timm model')
+    data, descriptions = image_config(model, str(folder)), config.get('label_descriptions')
     for module in model.modules():
         if hasattr(module, 'fused_attn'):
             module.fused_attn = False  # the counter knows matrix products
@@ -122,15 +121,15 @@ def model_facts(folder: Path) -> ModelFacts:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(1, *data['input_size'], device='meta'))
         macs = _large(counter.get_total_flops() / 2)
-    except (NotImplementedError, RuntimeError):
-        # Some models look at values, and there are none.
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        # Some models look at values, and there are none; some take no images of the size that is said.
         macs = ''
     return ModelFacts(
         architecture=config['architecture'], macs=macs, size=tuple(data['input_size'][-2:]), crop=_crop_words(data),
         parameters=_large(sum(parameter.numel() for parameter in model.parameters())),
         num_classes=model.num_classes,
         label_names=tuple(map(str, config.get('label_names') or ())),
-        label_descriptions=config.get('label_descriptions') or {})
+        label_descriptions=descriptions if isinstance(descriptions, dict) else {})
 
 
 @dataclass(frozen=True)
@@ -255,9 +254,15 @@ def run_card(
     Raises:
         InputError: The folder lacks something that a run leaves.
     """
-    record, rows = read_run(run), read_metrics(run)
+    record, rows = read_run(run, is_whole=True), read_metrics(run)
+    rates, waits = ([row[name] for row in rows if name in row] for name in ('images_per_second', 'data_wait'))
+    if not rates or not waits:
+        raise InputError(f'{run / METRICS} has no images_per_second or no data_wait, as a run writes them; start the '
+                         f'run again, which writes it anew')
     model, weights = model_facts(run / which), read_weights(run)
-    published = next(item for item in weights if item.name == which)
+    published = next((item for item in weights if item.name == which), None)
+    if published is None:
+        raise InputError(f'{run} has no weights {which}; name others with --which')
     shown = [published]
     for item in weights:
         # Those of the same epoch are the same.
@@ -284,8 +289,7 @@ def run_card(
                      *([_model_link(base)] if base and base['is_local'] else [])],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
         picture=PICTURE if (run / PICTURE).is_file() else '', rows=rows, speed=speed,
-        training_rate=median(row['images_per_second'] for row in rows),
-        waiting=median(row['data_wait'] for row in rows),
+        training_rate=median(rates), waiting=median(waits),
         citation=CITATION if stores or model.architecture.startswith('tiny_vit') else ''))
 
 
@@ -315,9 +319,15 @@ def model_metadata(
 
 def recipe_yaml(record: dict[str, Any]) -> str:
     """The flags of a run that differ from their defaults, as a file for `--config`."""
-    # On the command line pairs are a list. What is a text may be a path, of others only the name is shown.
-    recipe = {key: [f'{name}={shown(item)}' for name, item in value.items()] if isinstance(value, dict) else
-              shown(value) if isinstance(value, str) else value for key, value in record['recipe'].items()}
+
+    def public(value: Any) -> Any:
+        # On the command line pairs are a list. Of a path only the name is shown.
+        if isinstance(value, dict):
+            return [f'{name}={shown(item) if isinstance(item, str) else item}' for name, item in value.items()]
+        return [public(item) for item in value] if isinstance(value, list) else (
+            shown(value) if isinstance(value, str) else value)
+
+    recipe = {key: public(value) for key, value in record['recipe'].items()}
     # A line for each flag.
     return ''.join(
         yaml.safe_dump({key: value}, default_flow_style=None if isinstance(value, list) else False, width=1000)
@@ -417,7 +427,7 @@ def _rate(value: float) -> str:
 def _standard_error(percent: float, images: int) -> str:
     """What chance does to an accuracy over so many images."""
     share = percent / 100
-    return f'{100 * math.sqrt(share * (1 - share) / images):.2f}'
+    return f'{100 * math.sqrt(max(0., share * (1 - share)) / images):.2f}'
 
 
 def _crop_words(data: dict[str, Any]) -> str:
