@@ -25,7 +25,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import timm_tinyvit  # noqa: F401  registers the models
-from timm_tinyvit.base.console import best_effort, colored, info, print_result, progress, setup_console
+from timm_tinyvit.base.console import best_effort, info, print_result, progress, setup_console
 from timm_tinyvit.base.errors import Diverged, InputError, Terminated, reports_input_errors
 from timm_tinyvit.base.launch import (
     StepFlags, all_reduce_sum, catch_stop_signals, create_accelerator, make_deterministic, start_trackers,
@@ -163,7 +163,7 @@ def train_epoch(
         task: SparseLogitTask,
         data: TrainBatches,
         state: TrainState,
-        stop: Callable[[], type[BaseException] | None],
+        stop: Callable[[], BaseException | None],
 ) -> dict[str, float]:
     """Train one epoch, or what is left of it, and return its metrics."""
     accelerator, optimizer, first_update = state.accelerator, state.optimizer, state.update
@@ -240,9 +240,7 @@ def epoch_line(row: dict[str, float], best: float, num_epochs: int) -> str:
     """What is said of an epoch."""
     line = f'epoch {row["epoch"] + 1}/{num_epochs}: loss {row["loss"]:.3f}'
     if 'eval_top1' in row:
-        best_text = f'best {best:.2f}%'
-        is_best = row['eval_top1'] == best
-        line += f', top-1 {row["eval_top1"]:.2f}% ({colored(best_text, "green") if is_best else best_text})'
+        line += f', top-1 {row["eval_top1"]:.2f}% (best {best:.2f}%)'
     if 'eval_top1_ema' in row:
         line += f', averaged {row["eval_top1_ema"]:.2f}%'
     return f'{line}, {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data'
@@ -323,14 +321,15 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
                 plot_metrics(folder / METRICS, folder / 'metrics.png')
             accelerator.log(row, step=state.epoch * data.updates_per_epoch)
             state.save()
-            info(epoch_line(row, state.best['student'], num_epochs))
+            best = state.best['student']
+            info(epoch_line(row, best, num_epochs), green=f'best {best:.2f}%' if row.get('eval_top1') == best else '')
             if is_due:
                 report()
             if all_reduce_sum(accelerator, stop() is not None)[0]:
                 raise stop() or Terminated
         if store is not None and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
             compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
-    print_result(f'{colored("finished:", "bold")} {folder}, best top-1 {state.best["student"]:.2f}%')
+    print_result(f'finished: {folder}, best top-1 {state.best["student"]:.2f}%', bold='finished:')
     accelerator.end_training()
     if args.push_to_hub and show:
         push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import zipfile
 from contextlib import nullcontext
@@ -527,3 +528,17 @@ def test_a_row_may_name_a_file_of_its_folder_and_one_of_ones_own_any(tmp_path):
     assert len(decoded(load_split(str(tmp_path / 'set'), None, True))) == 3
     own = datasets.Dataset.from_dict({'image': [str(tmp_path / 'elsewhere.png')]})
     assert len(decoded(own.cast_column('image', datasets.Image()))) == 1
+
+
+def test_many_files_are_found_without_a_bar_for_each_look_at_them(tmp_path, capsys, monkeypatch):
+    """As on a terminal, where `datasets` would draw six; the bars of what takes long stay."""
+    rows = datasets.Dataset.from_dict({'image': [b'1', b'2'], 'label': [0, 1]})
+    for split in ('train', 'test'):
+        for number in range(20):
+            rows.to_parquet(str(tmp_path / f'{split}-{number:05d}.parquet'))
+    datasets.enable_progress_bars()
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    assert len(load_split(str(tmp_path), None, is_training=True)) == 40
+    said = capsys.readouterr().err
+    assert 'Resolving' not in said and not datasets.are_progress_bars_disabled()

@@ -164,7 +164,8 @@ def within_an_epoch(run):
 
 
 @pytest.mark.parametrize('processes, number, status', [
-    (1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
+    (1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, signal.SIGTERM, 143), (1, signal.SIGHUP, 129),
+    (1, signal.SIGUSR1, 138), (1, signal.SIGUSR2, 140), (2, signal.SIGUSR1, 138)])
 def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(start, tmp_path, processes, number, status):
     """One of the processes is asked, its loader's worker with it, whose batches the step still needs."""
     argv = [*SMALL, '-b', '2', '--grad-accum-steps', str(4 // processes), '-j', '1', '--train-split', 'train[:400]',

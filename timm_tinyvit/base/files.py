@@ -10,6 +10,7 @@ import glob
 import os
 import re
 import shutil
+import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from .errors import InputError
 from .machine import is_dead, machine_name
 
-__all__ = ['cannot_write', 'check_no_link', 'remove_leftovers', 'temporary_beside', 'write_atomic']
+__all__ = ['cannot_write', 'check_no_link', 'read_bounded', 'remove_leftovers', 'temporary_beside', 'write_atomic']
 
 LEFTOVER_SECONDS = 24 * 3600
 # Name of what it becomes, machine, process, and the ending that some library insists on.
@@ -76,6 +77,27 @@ def write_atomic(
                 os.close(folder)
     except OSError as error:
         raise cannot_write(path, error)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a file that anybody may have made; no pipe or device is waited for.
+
+    Args:
+        path: The file.
+        limit: Bytes that it may have.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read or is none.
+        ValueError: It is larger.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
+    with open(number, 'rb') as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, 'it is no regular file', str(path))
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f'it has more than {limit:,} bytes')
+    return content
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:

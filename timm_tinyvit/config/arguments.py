@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from collections.abc import Callable, Collection, Sequence
 
-import yaml
-
 from ..base.errors import InputError
-from ..data.view_config import ViewConfig
+from ..base.yaml_reader import MAX_BYTES, read_yaml
+from ..data.view_config import VIEW_FLAGS, ViewConfig
 
 if TYPE_CHECKING:
     import torch
@@ -37,18 +36,6 @@ RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
 # What a new store gets where no flag says otherwise.
 STORE_DEFAULTS = dict(
     topk=10, codec='compact', key='', shard_size=16384, store_seed=0, teacher_batch_size=256)
-
-# Flag of timm's train.py -> entry of ViewConfig.
-VIEW_FLAGS = {
-    'no_aug': 'no_aug', 'train_crop_mode': 'train_crop_mode', 'scale': 'scale', 'ratio': 'ratio', 'hflip': 'hflip',
-    'vflip': 'vflip', 'color_jitter': 'color_jitter', 'color_jitter_prob': 'color_jitter_prob',
-    'grayscale_prob': 'grayscale_prob', 'gaussian_blur_prob': 'gaussian_blur_prob', 'aa': 'auto_augment',
-    'train_interpolation': 'interpolation', 'view_mean': 'mean', 'view_std': 'std', 'reprob': 're_prob',
-    'remode': 're_mode', 'recount': 're_count', 'mixup': 'mixup', 'cutmix': 'cutmix',
-    'cutmix_minmax': 'cutmix_minmax', 'mixup_prob': 'mixup_prob', 'mixup_switch_prob': 'mixup_switch_prob',
-    'decoder': 'decoder',
-}
-
 
 def store_settings(manifest: 'Manifest') -> dict[str, Any]:
     """The settings of `STORE_DEFAULTS` as a store has them."""
@@ -156,6 +143,9 @@ BELOW = dict(smoothing=1, views_per_second=float('inf'))
 
 
 def _check_limits(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if '\0' in (str(value) if not isinstance(value, (list, tuple)) else ''.join(map(str, value))):
+            raise InputError(f'--{name.replace("_", "-")} holds a NUL character; leave it out')
     for limits, holds, words in ((AT_LEAST, operator.ge, 'at least'), (AT_MOST, operator.le, 'at most'),
                                  (ABOVE, operator.gt, 'more than'), (BELOW, operator.lt, 'less than')):
         for name, value in vars(args).items():
@@ -334,15 +324,15 @@ def _recipe_flags(
     if not file.is_file() and config in recipe_names():
         file = RECIPES / f'{config}.yaml'
     try:
-        recipe = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+        with file.open('rb') as stream:
+            recipe = read_yaml(stream.read(MAX_BYTES + 1), f'the recipe {config}')
     except OSError:
         raise InputError(f'there is no recipe {config}; give a YAML file, or one of {", ".join(recipe_names())}')
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f'the recipe {config} is not readable as YAML: {" ".join(str(error).split())}')
-    if isinstance(recipe, dict) and {'version', 'flags'} <= recipe.keys():
+    if {'version', 'flags'} <= recipe.keys():
         recipe = recipe['flags']  # the run.json of a run
     if not isinstance(recipe, dict):
-        raise InputError(f'the recipe {config} is a {type(recipe).__name__}; expected lines like `lr: 0.001`')
+        raise InputError(f'the recipe {config} has flags that are a {type(recipe).__name__}; expected lines like '
+                         f'`lr: 0.001`')
     flags = []
     for key, value in recipe.items():
         flag = '--' + str(key).replace('_', '-')

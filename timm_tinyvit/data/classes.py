@@ -5,7 +5,6 @@ which is its teacher's, or without one that of the training data; labels of data
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from typing import Any
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from ..base.console import warning
 from ..base.errors import InputError
+from ..models.config_file import read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from ..models.loading import config_beside
 from ..store.base import StoreReader
@@ -226,8 +226,8 @@ def checkpoint_names(weights: str | None) -> list[str] | None:
     """Names of the classes of a checkpoint, by the config.json beside it; None where nobody says them."""
     file = config_beside(weights)
     try:
-        return file and json.loads(file.read_text(encoding='utf-8')).get('label_names')
-    except (AttributeError, ValueError):
+        return file and read_config(file.parent).get('label_names')
+    except InputError:
         return None  # whoever needs the file says so
 
 

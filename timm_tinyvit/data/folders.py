@@ -16,17 +16,21 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from textwrap import shorten
+from typing import Any
 
 import datasets
+from datasets.config import REPOYAML_FILENAME
 from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns, get_data_patterns
 from fsspec.utils import glob_translate
-from huggingface_hub import DatasetCard
 from timm.utils.misc import natural_key
 
 from ..base.errors import InputError
+from ..base.yaml_reader import card_head, read_yaml
 from .decoding import identify, image_endings
 
-__all__ = ['FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'natural_order', 'open_folder']
+__all__ = [
+    'FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'load_builder', 'natural_order', 'open_folder',
+]
 
 # Folders that programs leave behind.
 UNSEEN = ('__MACOSX', '__pycache__')
@@ -67,9 +71,8 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         InputError: Splits cannot be told from classes, or a file is cut short.
         Exception: `datasets` finds nothing to load.
     """
-    card = root / 'README.md'
-    if config or card.is_file() and DatasetCard.load(card).data.get('configs'):
-        return Folder(builder=datasets.load_dataset_builder(str(root), config))
+    if config or _card_of(root).get('configs'):
+        return Folder(builder=load_builder(str(root), config))
     files = list_files(root)
     kinds = Counter(kind for kind in map(_kind, files) if kind)
     kind = max(kinds, key=lambda kind: (kind != 'unnamed', kinds[kind], kind in FILE_KINDS), default=None)
@@ -87,7 +90,34 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         # Brackets and stars are no patterns.
         data_files = {split: [f'{base}/{pattern}' for pattern in patterns]
                       for split, patterns in get_data_patterns(base).items()}
-    return Folder(builder=datasets.load_dataset_builder(str(root), data_files=data_files))
+    return Folder(builder=load_builder(str(root), data_files=data_files))
+
+
+def _card_of(root: Path) -> dict[str, Any]:
+    """The head of a folder's README.md, which `datasets` reads too, by means that some heads hang.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    heads = [{}]
+    for name, reader in (('README.md', card_head), (REPOYAML_FILENAME, read_yaml)):
+        if (root / name).is_file():
+            try:
+                heads.append(reader((root / name).read_text(encoding='utf-8'), str(root / name)))
+            except UnicodeDecodeError:
+                raise InputError(f'{root / name} is no text in UTF-8; fix or remove it')
+    return {name: value for head in heads for name, value in head.items()}
+
+
+def load_builder(*args: Any, **options: Any) -> datasets.DatasetBuilder:
+    """`datasets.load_dataset_builder` without its bars, of which each split of many files has several."""
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset_builder(*args, **options)
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()
 
 
 def natural_order(names: set[str]) -> list[str]:
@@ -170,7 +200,7 @@ def _open_files(root: Path, files: list[str]) -> Folder:
         if '.arrow' in path:
             check_whole(str(root / path))
     data_files = {split: [glob.escape(str(root / path)) for path in paths] for split, paths in splits.items()}
-    folder = Folder(builder=datasets.load_dataset_builder(str(root), data_files=data_files))
+    folder = Folder(builder=load_builder(str(root), data_files=data_files))
     if left_out := [path for path in files if path not in counts]:
         for split in splits:
             folder.notes[split].append(f'{root}: {len(left_out)} of {len(files)} files are in no split and left out, '

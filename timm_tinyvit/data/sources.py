@@ -27,7 +27,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..base.console import warning
 from ..base.errors import InputError
-from .folders import FILE_KINDS, check_saved, open_folder
+from .folders import FILE_KINDS, check_saved, load_builder, open_folder
 from .tars import TarSamples
 
 __all__ = [
@@ -90,7 +90,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
             raise InputError(f'there is no folder {name}; give a folder of parquet files or images, or a Hub name')
         else:
             where = f'there is no folder {name} here, and the data set of that name on the Hub'
-            splits = _load(datasets.load_dataset_builder(name, config), split, is_training, streaming)
+            splits = _load(load_builder(name, config), split, is_training, streaming)
     except Exception as error:
         # The loaders raise whatever their backend raises; all of it is about the name that was given.
         reason = _reason(error)
@@ -162,7 +162,7 @@ def _load(
         wanted = SPLIT_NAMES.findall(_usual_split(files, is_training) if split is None else split)
         if wanted and set(wanted) < set(files):
             chosen = {name: list(map(glob.escape, files[name])) for name in wanted}
-            builder = datasets.load_dataset_builder(kind, data_files=chosen, features=builder.info.features)
+            builder = load_builder(kind, data_files=chosen, features=builder.info.features)
     if isinstance(builder, WebDataset):
         builder = TarSamples.of(builder)
     if streaming:

@@ -17,12 +17,12 @@ from pathlib import Path
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
 from ..base.errors import InputError
 from ..base.files import remove_leftovers, temporary_beside
+from ..models.config_file import image_config
 from ..models.loading import create_pretrained, look_at_zeros, set_image_size
 
 __all__ = ['FORMATS', 'export', 'export_pretrained']
@@ -87,7 +87,7 @@ def export(model: nn.Module, format: str, path: Path) -> float:
     write, suffix = FORMATS[format]
     if path.suffix != suffix:
         raise InputError(f'{path} ends in {path.suffix or "nothing"}, but {format} files end in {suffix}')
-    input_size = resolve_model_data_config(model)['input_size']
+    input_size = image_config(model, path.stem)['input_size']
     model = reparameterize_model(copy.deepcopy(model).eval().requires_grad_(False), inplace=True)
     generator = torch.Generator().manual_seed(0)
     remove_leftovers(path.parent, path.name)
@@ -136,7 +136,7 @@ def export_pretrained(
     if img_size is not None:
         _set_size(model, name, img_size)
     difference = export(model, format, path)
-    config = resolve_model_data_config(model)
+    config = image_config(model, name)
     return (f'{path}: input float32 [batch, {", ".join(map(str, config["input_size"]))}], mean {config["mean"]}, '
             f'std {config["std"]}\n'
             f'checked against the original: largest difference {difference:.1e} of the largest logit')

@@ -16,11 +16,13 @@ from torch import nn
 
 from ..base.checksum import check_checksum
 from ..base.errors import InputError
+from ..base.hub_client import reason_of
+from .config_file import CONFIG, image_config, read_config
 from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
 __all__ = [
-    'Normalize', 'check_weights', 'config_beside', 'create_model', 'create_pretrained', 'is_22k_to_1k', 'load_weights',
-    'look_at_zeros', 'num_classes_of', 'read_weights', 'set_image_size',
+    'Normalize', 'check_folder', 'check_weights', 'config_beside', 'create_model', 'create_pretrained', 'is_22k_to_1k',
+    'load_weights', 'look_at_zeros', 'num_classes_of', 'read_weights', 'set_image_size',
 ]
 
 
@@ -90,10 +92,11 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
         InputError: There is no such model, or its weights cannot be had.
     """
     folder = Path(name).expanduser()
-    if (folder / 'config.json').is_file():
+    if (folder / CONFIG).is_file():
         name = f'local-dir:{folder}'
-    elif (folder / 'best' / 'config.json').is_file():
+    elif (folder / 'best' / CONFIG).is_file():
         raise InputError(f'{name} is the folder of a run; give {name}/best, its most accurate model')
+    check_folder(name)
     kwargs = {} if num_classes is None else dict(num_classes=num_classes)
     try:
         model = create_model(name, checkpoint is None, **kwargs)
@@ -101,8 +104,10 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
         raise
     except Exception as error:
         # Names, folders and the Hub fail in as many ways as there are libraries behind them.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         weights = '' if checkpoint else ' with its pretrained weights'
+        if hub_reason := reason_of(error):
+            raise InputError(f'the model {name}{weights} cannot be had from the Hub: {hub_reason}')
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f'the model {name}{weights} cannot be had: {reason}; give a timm name, hf-hub:ORG/NAME, or a folder with '
             f'config.json and model.safetensors')
@@ -114,9 +119,20 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
                 raise
             raise InputError(f'{error}; give the model {name} and the number of classes ({model.num_classes} here) '
                              f'that they were trained with')
-    if not getattr(model, 'num_classes', 0):
+    if not getattr(model, 'num_classes', 1):
         raise InputError(f'the model {name} has no classifier; a teacher needs one')
+    image_config(model, name)
     return model
+
+
+def check_folder(name: str) -> None:
+    """Refuse `local-dir:PATH` of a folder whose config.json no model can be made of; other names are left to timm.
+
+    Raises:
+        InputError: It is such a folder.
+    """
+    if name.startswith('local-dir:'):
+        read_config(Path(name.removeprefix('local-dir:')))
 
 
 def config_beside(weights: str | None) -> Path | None:
@@ -130,7 +146,7 @@ def config_beside(weights: str | None) -> Path | None:
     path = Path(weights).expanduser()
     folder = path if path.is_dir() else path.parent
     # A run's checkpoints lie beside the folder of what it exported last.
-    return next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
+    return next((file for file in (folder / CONFIG, folder / 'last' / CONFIG) if file.is_file()), None)
 
 
 def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
@@ -139,10 +155,10 @@ def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
         model.set_input_size(img_size=size)
 
 
-def look_at_zeros(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Run a forward pass on an empty image, [C, H, W]: a model of a fixed size refuses another one only then."""
+def look_at_zeros(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
+    """The output of a model on an empty image, [C, H, W]: a model of a fixed size refuses another one only then."""
     with torch.no_grad():
-        model.eval()(torch.zeros(1, *input_size))
+        return model.eval()(torch.zeros(1, *input_size))
 
 
 def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None = None) -> None:

@@ -184,7 +184,8 @@ def _evaluated_alike(runs: dict[str, TrainedRun]) -> dict[str, Predictions]:
     """Predictions of the first run and of those that were evaluated on the same samples; empty where it has none."""
     first = next(iter(runs.values())).evaluation
     return {name: run.evaluation.predictions for name, run in runs.items() if first and run.evaluation and (
-        (run.evaluation.split, run.evaluation.num_classes) == (first.split, first.num_classes))}
+        (run.evaluation.split, run.evaluation.num_classes, len(run.evaluation.predictions))
+        == (first.split, first.num_classes, len(first.predictions)))}
 
 
 def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..base.escaping import shown
 from ..base.text import counted, percent
 from ..train.metrics import suffixed
 from ..train.predictions import (
@@ -17,7 +18,7 @@ from ..train.predictions import (
 from .page import Page, Picture
 from .pictures import probability_bars
 from .plots import PLOTS_MISSING, add_plots, can_plot, confusion_plot, curve_plots, reliability_plot
-from .run_folder import WEIGHTS, TrainedRun, shown
+from .run_folder import WEIGHTS, TrainedRun
 from .statistics import evenly
 
 __all__ = ['REPORT', 'write_run_report']

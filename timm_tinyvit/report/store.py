@@ -17,7 +17,7 @@ from ..base.console import progress
 from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.hub_client import is_hub_url
-from ..base.text import counted, decimal, percent, readable_bytes, text_table
+from ..base.text import counted, decimal, percent, readable_bytes, text_facts, text_table
 from ..data.views import check_probe
 from ..store.base import StoreReader
 from ..store.remote import RemoteStore, open_reader
@@ -250,7 +250,7 @@ def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: S
     facts = store_facts(store)
     if statistics is not None:
         facts |= figures_of(statistics, store)
-    lines = [f'{name:<17}{value}' for name, value in facts.items()]
+    lines = [text_facts(facts)]
     if statistics is not None:
         header, rows = table_of(statistics)
         lines += ['', text_table([header, *rows])]
@@ -336,4 +336,4 @@ def describe_store(store: StoreReader, data: LabelledViews | None = None) -> str
     else:
         statistics = store_statistics(store, data.labels, np.flatnonzero(data.labels >= 0))
         facts |= {} if statistics is None else figures_of(statistics, store)
-    return '\n'.join(f'{name:<17}{fact}' for name, fact in facts.items())
+    return text_facts(facts)

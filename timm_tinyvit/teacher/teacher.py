@@ -6,12 +6,12 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from ..base.errors import InputError
 from ..data.classes import valid_names
-from ..models.loading import Normalize
+from ..models.config_file import image_config
+from ..models.loading import Normalize, look_at_zeros
 
 __all__ = ['Teacher']
 
@@ -23,7 +23,7 @@ class Teacher:
     """A frozen timm model that looks at views.
 
     Args:
-        model: A timm model with a classifier.
+        model: A timm model with a classifier, or any module from images to logits.
         name: What the store calls it.
         device: Where it runs.
         amp_dtype: Autocast to this type; None for float32.
@@ -44,18 +44,20 @@ class Teacher:
             compile: bool = False,
             size: tuple[int, int] | None = None,
     ):
-        config = resolve_data_config({}, model=model)
+        config = image_config(model, name)
         if (channels := config['input_size'][0]) != 3:
             raise InputError(f'the teacher {name} takes {channels} channel{"s" * (channels != 1)}, views have 3, red, '
                              f'green and blue; choose one that takes 3')
         self.name = name
         self.device = torch.device(device)
         self.amp_dtype = amp_dtype
-        self.num_classes = model.num_classes
-        self.class_names = valid_names((model.pretrained_cfg or {}).get('label_names'), self.num_classes)
         self.mean, self.std = tuple(config['mean']), tuple(config['std'])
         self.size = tuple(size or config['input_size'][-2:])
-        self.architecture = (model.pretrained_cfg or {}).get('architecture') or type(model).__name__
+        # A module that is none of timm's says none of these.
+        config = getattr(model, 'pretrained_cfg', None) or {}
+        self.architecture = config.get('architecture') or type(model).__name__
+        self.num_classes = getattr(model, 'num_classes', None) or self._count_classes(model)
+        self.class_names = valid_names(config.get('label_names'), self.num_classes)
         self.weights = _hash_weights(model)
         self._input = Normalize(self.mean, self.std, self.size)
         self._model = model.cpu().eval().requires_grad_(False)
@@ -64,6 +66,17 @@ class Teacher:
         self._model.to(self.device)
         if compile:
             self._model = torch.compile(self._model)
+
+    def _count_classes(self, model: nn.Module) -> int:
+        """The logits of an empty image, where a model does not say how many classes it has."""
+        try:
+            logits = look_at_zeros(model, (3, *self.size))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f'the teacher {self.name} takes no image of {self.size[0]}x{self.size[1]} pixels: {error}')
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            raise InputError(f'the teacher {self.name} gives no logits of [batch, classes] for an image; it needs a '
+                             f'classifier')
+        return logits.shape[1]
 
     @torch.inference_mode()
     def __call__(self, views: torch.Tensor) -> torch.Tensor:

@@ -91,7 +91,7 @@ class TrainBatches:
             self,
             epoch: int,
             first_update: int = 0,
-            stop: Callable[[], type[BaseException] | None] = lambda: None,
+            stop: Callable[[], BaseException | None] = lambda: None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """The batches of an epoch, once its records are there.
 

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from ..base.errors import InputError
+from ..base.hub_client import reason_of
 from ..models.imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k
 from ..models.loading import (
-    create_model, is_22k_to_1k, load_weights, look_at_zeros, num_classes_of, read_weights, set_image_size,
+    check_folder, create_model, is_22k_to_1k, load_weights, look_at_zeros, num_classes_of, read_weights,
+    set_image_size,
 )
 
 __all__ = ['check_batch_norms', 'create_student', 'freeze_batch_norm']
@@ -41,6 +43,7 @@ def create_student(
     kwargs = {'drop_rate': args.drop, **args.model_kwargs}
     if args.drop_path is not None:
         kwargs['drop_path_rate'] = args.drop_path
+    check_folder(args.model)
     try:
         if num_classes is None and args.initial_checkpoint:
             num_classes = num_classes_of(create_model(args.model, **kwargs), read_weights(args.initial_checkpoint))
@@ -58,11 +61,15 @@ def create_student(
     except Exception as error:
         if args.drop_path is not None and "'drop_path_rate'" in str(error):
             raise InputError(f'the model {args.model} has no drop path; leave --drop-path out')
-        # Unknown names, arguments, files and Hub failures each raise their own kind.
+        if reason := reason_of(error):
+            raise InputError(f'the pretrained weights of the student {args.model} cannot be had from the Hub: {reason}'
+                             f'; or leave --pretrained out, or name weights on disk with --initial-checkpoint')
+        # Unknown names, arguments and files each raise their own kind.
         reason = f'{type(error).__name__} {error}'.splitlines()[0]
         pixels = f' for {size[0]}x{size[1]} pixels' if size else ''
         raise InputError(f'the student {args.model} cannot be made{pixels}: {reason}; check --model, --model-kwargs, '
-                         f'--img-size, --num-classes and --initial-checkpoint')
+                         f'{"--pretrained, " if args.pretrained else ""}--img-size, --num-classes and '
+                         f'--initial-checkpoint')
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
