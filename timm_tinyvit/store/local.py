@@ -17,6 +17,7 @@ import numpy as np
 from ..base.errors import InputError
 from ..base.files import remove_leftovers, write_atomic
 from ..base.leases import exclusive
+from .digests import DIGESTS_FOLDER, digests_name, encode_digests
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .reader import ShardStore
 from .shard import shard_name
@@ -132,7 +133,7 @@ class LogitStore(ShardStore):
 
     def remove_leftovers(self) -> None:
         """Remove the unfinished files of writers that are no more."""
-        for folder in [self.path, *self.path.glob('epoch-*')]:
+        for folder in [self.path, self.path / DIGESTS_FOLDER, *self.path.glob('epoch-*')]:
             remove_leftovers(folder)
 
     def size(self) -> int:
@@ -146,8 +147,21 @@ class LogitStore(ShardStore):
             ValueError: The shape is not that of this shard.
             InputError: The disk is full or may not be written, or the store has vanished.
         """
-        parts = self._format.encode(epoch, shard, records)
+        self._write(self.shard_path(epoch, shard), self._format.encode(epoch, shard, records))
+
+    def write_digests(self, shard: int, digests: np.ndarray) -> None:
+        """Write the digests, int64 [rows], of the images of a shard's rows.
+
+        Raises:
+            InputError: The disk is full or may not be written, or their folder leads elsewhere.
+        """
+        path = self.path / digests_name(shard)
+        if path.parent.is_symlink():
+            raise InputError(f'{path.parent} is a link; a store is written in its own folder alone, remove the link')
+        self._write(path, [encode_digests(digests, self.manifest.identity)])
+
+    def _write(self, path: Path, parts: list[bytes | memoryview]) -> None:
         if not LogitStore.exists(self.path):
-            # Else the folders would come back with a shard and no manifest in them.
+            # Else the folders would come back with a file and no manifest in them.
             raise InputError(f'the store {self.path} has vanished; bring it back, or make it again')
-        write_atomic(self.shard_path(epoch, shard), parts)
+        write_atomic(path, parts)

@@ -20,6 +20,7 @@ from ..base.leases import Leases
 from .base import StoreReader
 from .cache import HeldEpochs, HubCache, HubCommit
 from .fetcher import NUM_DOWNLOADS, Fetcher
+from .digests import digests_name
 from .keys import FILE_NAME, KeyIndex
 from .local import LogitStore
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest, stored_epoch
@@ -160,6 +161,12 @@ class RemoteStore(ShardStore):
         if not KeyIndex.exists(self.folder):
             self.source.download(FILE_NAME, self.folder / FILE_NAME)
         return super().open_keys()
+
+    def read_digests(self, shard: int) -> np.ndarray | None:
+        name = digests_name(shard)
+        if not (self.folder / name).exists() and name in self.source.files():
+            self.source.download(name, self.folder / name)
+        return super().read_digests(shard)
 
     def size(self) -> int:
         """Bytes of all shards on the Hub."""
