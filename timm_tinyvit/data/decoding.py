@@ -27,6 +27,7 @@ except ImportError:
 
 __all__ = [
     'FORMATS', 'TensorCrop', 'as_tensor', 'decode_image', 'decode_jpeg', 'identify', 'image_endings', 'keep_a_pixel',
+    'orientation', 'upright_rgb',
 ]
 
 # Those of Pillow's formats whose decoders are made for pictures and run in this process: EPS would start Ghostscript.
@@ -91,11 +92,20 @@ def decode_image(data: bytes | str | Path) -> Image.Image:
         warnings.simplefilter('ignore')
         image = identify(data)
         image.load()
-        turn, image = _turn(image), _to_rgb(image)
-        return image if turn is None else image.transpose(turn)
+        return upright_rgb(image)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image in RGB, turned upright by its EXIF tag.
+
+    Raises:
+        ValueError: Its pixels are of no known range.
+    """
+    turn, image = orientation(image), _to_rgb(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
     """What turns an image upright, None where it is; an EXIF block that cannot be read says nothing."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -138,7 +148,7 @@ def decode_jpeg(data: bytes | str | Path) -> torch.Tensor | None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         image = identify(data)
-        if image.mode != 'RGB' or _turn(image) is not None:
+        if image.mode != 'RGB' or orientation(image) is not None:
             return None
     try:
         return torch.from_numpy(simplejpeg.decode_jpeg(data, 'RGB')).permute(2, 0, 1)

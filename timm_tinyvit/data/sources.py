@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 from urllib.request import url2pathname
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 import datasets
 import fsspec
@@ -49,7 +49,13 @@ REMOTE = ('hf://', 'https://')
 Source = datasets.Dataset | datasets.IterableDataset
 
 
-def load_split(name: str, split: str | None, is_training: bool, streaming: bool = False) -> Source:
+def load_split(
+        name: str,
+        split: str | None,
+        is_training: bool,
+        streaming: bool = False,
+        log: Callable[[str], None] = warning,
+) -> Source:
     """Load one split of a data set.
 
     Args:
@@ -60,6 +66,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
             the first of `validation` and `test` that is there.
         is_training: Which default.
         streaming: Read the files from front to back and keep no copy of them; a split has no slices then.
+        log: Takes a line on what is left out.
 
     Returns:
         A map-style data set, whose `split` is this one, or with `streaming` an iterable one.
@@ -112,7 +119,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
         raise InputError(f'the data set {name} has no split {split}, only {", ".join(splits)}; name one with {flag}')
     for key in {part.splitname: None for part in parts} or [split]:
         for line in notes.get(key, ()):
-            warning(line)
+            log(line)
     chosen = [
         rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
         for part in parts for rows in [splits[part.splitname]]
