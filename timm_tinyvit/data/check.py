@@ -191,7 +191,8 @@ def _is_transparent(image: Any) -> bool:
     if 'A' in image.getbands() or 'a' in image.getbands():
         return image.getchannel(len(image.getbands()) - 1).getextrema()[0] < 255
     # A colour of a palette, or one colour of all.
-    return 'transparency' in image.info and image.convert('RGBA').getchannel('A').getextrema()[0] < 255
+    has_one = 'transparency' in image.info and image.mode in ('1', 'L', 'P', 'RGB')
+    return has_one and image.convert('RGBA').getchannel('A').getextrema()[0] < 255
 
 
 @dataclass
