@@ -12,7 +12,9 @@ from support.programs import refusal
 
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.data.check import check_dataset
+from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.teacher.copy import copy_epochs, copy_keys, copy_range, merge_stores
 
 SIZE = (24, 16)
 
@@ -297,6 +299,7 @@ def test_digests_that_are_damaged_of_another_store_or_elsewhere_are_refused(
     else:
         status, said = check(capsys, photos, '--logits', store.path)
         assert status == 2 and f'{file} is damaged or of another store' in said
+        assert any(str(file) in problem for problem in store.verify(range(1)))
 
 
 def test_with_keys_images_are_compared_whatever_their_order_and_whatever_is_left_out(keyed_store, tmp_path, capsys):
@@ -314,6 +317,29 @@ def test_with_keys_images_are_compared_whatever_their_order_and_whatever_is_left
     part.map(swap).save_to_disk(tmp_path / 'changed')
     status, said = check(capsys, tmp_path / 'changed', '--logits', path)
     assert status == 2 and 'filled from: 1' in ' '.join(said.split()) and 'train 1' in said
+
+
+def test_copies_and_merged_stores_remember_what_those_did_that_they_are_made_of(keyed_store, photos, teacher, tmp_path):
+    plain = fill(teacher, photos, tmp_path / 'plain', 2)
+    known = np.concatenate([plain.read_digests(shard) for shard in range(3)])
+    whole = copy_epochs(plain, tmp_path / 'whole', range(1, 2))
+    part = copy_range(plain, tmp_path / 'part', range(2, 7), load_split(str(photos), None, True))
+    merged = merge_stores(tmp_path / 'merged', [plain, whole])
+    for store, rows in ((whole, slice(None)), (part, slice(2, 7)), (merged, slice(None))):
+        found = [store.read_digests(shard) for shard in range(store.manifest.num_shards)]
+        assert np.array_equal(np.concatenate(found), known[rows])
+    data, keyed = keyed_store
+    keyed = LogitStore.open(keyed)
+    known = np.concatenate([keyed.read_digests(shard) for shard in range(4)])
+    rows = datasets.load_from_disk(str(data))
+    first, second = (copy_keys(keyed, tmp_path / f'keys {start}', rows.select(range(start, start + 20)))
+                     for start in (20, 0))
+    both = merge_stores(tmp_path / 'both', [first, second])
+    found = np.concatenate([both.read_digests(shard) for shard in range(4)])
+    assert np.array_equal(found, np.roll(known, -20))
+    # Of what is not known nothing is made up.
+    shutil.rmtree(second.path / 'images')
+    assert merge_stores(tmp_path / 'again', [first, second]).read_digests(0) is None
 
 
 def test_a_stream_is_remembered_as_it_is_filled(keyed_store, teacher, tmp_path, fashion):
