@@ -11,8 +11,9 @@ import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
@@ -65,21 +66,23 @@ class Finding:
     """One kind of thing that was found.
 
     Attributes:
-        what: In words, with how many there are.
-        samples: Each of them.
+        what: In words.
+        rows: What it was found in: rows of a split, mostly.
+        name: From some of these to what people call them.
         is_refused: Whether a run would refuse it.
         lists_all: Whether people see each of them, too.
     """
     what: str
-    samples: list[str] = field(default_factory=list)
+    rows: Sequence[Any] = ()
+    name: Callable[[Sequence[Any]], list[str]] = list
     is_refused: bool = False
     lists_all: bool = False
 
     def __str__(self) -> str:
-        listed = self.samples if self.lists_all else self.samples[:MAX_LISTED]
-        more = len(self.samples) - len(listed)
+        listed = self.rows if self.lists_all else self.rows[:MAX_LISTED]
+        more = len(self.rows) - len(listed)
         return '\n'.join([f'{"refused" if self.is_refused else "found":16} {self.what}', *(
-            f'{"":18}{sample}' for sample in [*listed, *([f'... and {more:,} more (--json)'] if more else [])])])
+            f'{"":18}{name}' for name in [*self.name(listed), *([f'... and {more:,} more (--json)'] if more else [])])])
 
 
 class _Split:
@@ -102,7 +105,7 @@ class _Split:
         self.names = class_names(rows, self.label_column) if self.label_column else None
         self.root = image_root(rows)
         self.digests = np.zeros(len(rows), dtype=np.int64)
-        self.sizes = np.zeros((len(rows), 2), dtype=np.int64)
+        self.sizes = np.zeros((len(rows), 2), dtype=np.int32)
         self.kinds: Counter[str] = Counter()
         self.notes: dict[str, list[int]] = defaultdict(list)
         self.errors: dict[int, str] = {}
@@ -125,10 +128,9 @@ class _Split:
             if image.is_transparent:
                 self.transparent.append(row)
 
-    def samples(self, rows: Iterable[int]) -> list[str]:
-        """What to call samples: their rows, with the paths of their images where they have some."""
-        rows = [int(row) for row in rows]
-        called = []
+    def samples(self, rows: Sequence[int], more: Callable[[int], Any] | None = None) -> list[str]:
+        """What to call samples: their rows, the paths of their images where they have some, and what else is said."""
+        rows, called = [int(row) for row in rows], []
         for start in range(0, len(rows), CHUNK_SIZE):
             part = rows[start:start + CHUNK_SIZE]
             sources = column(select_columns(self.rows, self.image_column)[part], self.image_column).to_pylist()
@@ -136,7 +138,8 @@ class _Split:
                 path = source.get('path') if isinstance(source, dict) else None
                 if path and self.root and os.path.isabs(path):
                     path = os.path.relpath(path, self.root)
-                called.append(f'{self.name} {row}' + (f' ({path})' if path else ''))
+                where, said = f' ({path})' if path else '', f': {more(row)}' if more else ''
+                called.append(f'{self.name} {row}{where}{said}')
         return called
 
     def classes(self) -> set[str]:
@@ -188,7 +191,7 @@ def _look(source: dict[str, Any] | bytes | None, root: str | None) -> _Image:
 
 def _is_transparent(image: Any) -> bool:
     """Whether a loaded image has pixels that are not opaque."""
-    if 'A' in image.getbands() or 'a' in image.getbands():
+    if image.getbands()[-1] in ('A', 'a'):
         return image.getchannel(len(image.getbands()) - 1).getextrema()[0] < 255
     # A colour of a palette, or one colour of all.
     has_one = 'transparency' in image.info and image.mode in ('1', 'L', 'P', 'RGB')
@@ -214,10 +217,16 @@ class DataCheck:
         """0 where nothing was found, 1 where a run goes on all the same, 2 where it refuses something."""
         return max((2 if finding.is_refused else 1 for finding in self.findings), default=0)
 
-    def add(self, rows: Sequence[Any], what: str, samples: Iterable[str] | None = None, **options: bool) -> None:
+    def add(
+            self,
+            rows: Sequence[Any],
+            what: str,
+            name: Callable[[Sequence[Any]], list[str]] = list,
+            **options: bool,
+    ) -> None:
         """Add a finding of these rows, if there are some."""
         if len(rows):
-            self.findings.append(Finding(f'{what}: {len(rows):,}', list(samples or ()), **options))
+            self.findings.append(Finding(f'{what}: {len(rows):,}', rows, name, **options))
 
     def __str__(self) -> str:
         return '\n'.join([*self.facts, *map(str, self.findings)])
@@ -226,7 +235,7 @@ class DataCheck:
         """All of it, with every sample, as JSON."""
         return json.dumps(dict(
             facts=self.facts, content=self.hashes, status=self.status,
-            findings=[dict(what=finding.what, refused=finding.is_refused, samples=finding.samples)
+            findings=[dict(what=finding.what, refused=finding.is_refused, samples=finding.name(finding.rows))
                       for finding in self.findings]), indent=2)
 
 
@@ -270,6 +279,8 @@ def check_dataset(
             raise
         found.findings.append(Finding(f'nothing to evaluate on: {error}'))
     train.name = str(train.rows.split)
+    key_column = key_column or (store.manifest.key if store else None)
+    keys = np.concatenate([hashes for hashes, _ in iterate_keys(train.rows, key_column)]) if key_column else None
     for split in splits:
         _look_at_all(split, num_workers)
     for split in splits:
@@ -283,8 +294,6 @@ def check_dataset(
     if len(splits) == 2:
         _check_classes(*splits, found)
         _check_twice(*splits, found)
-    key_column = key_column or (store.manifest.key if store else None)
-    keys = np.concatenate([hashes for hashes, _ in iterate_keys(train.rows, key_column)]) if key_column else None
     for split in splits:
         digests = split.digests
         if split is train and keys is not None:
@@ -295,7 +304,7 @@ def check_dataset(
     if keys is not None:
         order = np.argsort(keys, kind='stable')
         same = order[1:][keys[order[1:]] == keys[order[:-1]]]
-        found.add(same, 'samples that have the key of another one', train.samples(same), is_refused=True)
+        found.add(same, 'samples that have the key of another one', train.samples, is_refused=True)
     if store is not None:
         _compare_with_store(store, splits, keys, key_column, found)
     return found
@@ -340,17 +349,15 @@ def _kinds(splits: Sequence[_Split]) -> list[str]:
 def _check_images(split: _Split, found: DataCheck) -> None:
     if not len(split):
         found.findings.append(Finding(f'{split.name} is empty', is_refused=True))
-    samples = [f'{name}: {error}' for name, error in zip(split.samples(split.errors), split.errors.values())]
-    found.add(samples, f'images of {split.name} that cannot be read', samples, is_refused=True, lists_all=True)
+    found.add(list(split.errors), f'images of {split.name} that cannot be read', partial(
+        split.samples, more=split.errors.get), is_refused=True, lists_all=True)
     found.add(split.transparent, f'images of {split.name} with transparent pixels, which get the colour below them',
-              split.samples(split.transparent))
-    width, height = split.sizes.T
-    is_read = width > 0
-    odd = np.flatnonzero(is_read & ((np.minimum(width, height) < MIN_SIDE)
-                                    | (np.maximum(width, height) > MAX_ASPECT * np.minimum(width, height))))
-    samples = [f'{name}: {split.sizes[row][0]}x{split.sizes[row][1]}' for name, row in zip(split.samples(odd), odd)]
+              split.samples)
+    long, short = split.sizes.max(axis=1), split.sizes.min(axis=1)
+    odd = np.flatnonzero((long > 0) & ((short < MIN_SIDE) | (long > MAX_ASPECT * short)))
     found.add(odd, f'images of {split.name} with a side of less than {MIN_SIDE} pixels, or more than {MAX_ASPECT} '
-              f'times as long as the other', samples)
+              f'times as long as the other', partial(
+                  split.samples, more=lambda row: 'x'.join(map(str, split.sizes[row]))))
 
 
 def _check_labels(split: _Split, found: DataCheck, is_training: bool) -> None:
@@ -359,16 +366,16 @@ def _check_labels(split: _Split, found: DataCheck, is_training: bool) -> None:
             f'{split.name} has no labels: {no_labels(split.rows)}', is_refused=not is_training))
         return
     outside = np.flatnonzero((split.labels < -1) | (split.labels >= len(split.names) if split.names else False))
-    found.add(outside, f'labels of {split.name} that are none of its classes', [
-        f'{name}: {split.labels[row]}' for name, row in zip(split.samples(outside), outside)], is_refused=True)
+    found.add(outside, f'labels of {split.name} that are none of its classes', partial(
+        split.samples, more=split.labels.__getitem__), is_refused=True)
     absent = np.flatnonzero(split.labels == -1)
-    found.add(absent, f'images of {split.name} without a label', split.samples(absent), is_refused=not is_training)
+    found.add(absent, f'images of {split.name} without a label', split.samples, is_refused=not is_training)
     groups = defaultdict(list)
     for name in split.names or ():
         groups[unicodedata.normalize('NFKC', name).strip().casefold()].append(name)
     alike = [' and '.join(map(repr, names)) for names in groups.values() if len(names) > 1]
     if is_training:
-        found.add(alike, 'names of classes that differ in case, spaces or Unicode form alone', alike)
+        found.add(alike, 'names of classes that differ in case, spaces or Unicode form alone')
 
 
 def _check_classes(train: _Split, val: _Split, found: DataCheck) -> None:
@@ -376,14 +383,13 @@ def _check_classes(train: _Split, val: _Split, found: DataCheck) -> None:
         return
     for here, there in ((train, val), (val, train)):
         alone = sorted(here.classes() - there.classes())
-        found.add(alone, f'classes with images in {here.name} and none in {there.name}', alone)
+        found.add(alone, f'classes with images in {here.name} and none in {there.name}')
 
 
 def _check_twice(train: _Split, val: _Split, found: DataCheck) -> None:
     both = np.intersect1d(_known(train), _known(val))
-    samples = [f'{one} = {other}' for one, other in zip(*(
-        split.samples(_first_rows(split, both)) for split in (train, val)))]
-    found.add(both, f'images that are in {train.name} and in {val.name}, byte for byte', samples)
+    found.add(_first_rows(train, both), f'images that are in {train.name} and in {val.name}, byte for byte', partial(
+        _equal, train, val))
 
 
 def _check_repeated(split: _Split, found: DataCheck) -> None:
@@ -391,12 +397,16 @@ def _check_repeated(split: _Split, found: DataCheck) -> None:
     repeated = np.flatnonzero(np.isin(split.digests, digests[counts > 1]))
     first = _first_rows(split, split.digests[repeated])
     if split.labels is not None:
-        other = split.labels[repeated] != split.labels[first]
-        found.add(repeated[other], f'images of {split.name} that are there with another label too', [
-            f'{one} = {same}' for one, same in zip(split.samples(repeated[other]), split.samples(first[other]))])
-    later = repeated != first
-    found.add(repeated[later], f'images of {split.name} that are there before, byte for byte', [
-        f'{one} = {same}' for one, same in zip(split.samples(repeated[later]), split.samples(first[later]))])
+        found.add(repeated[split.labels[repeated] != split.labels[first]],
+                  f'images of {split.name} that are there with another label too', partial(_equal, split, split))
+    found.add(repeated[repeated != first], f'images of {split.name} that are there before, byte for byte',
+              partial(_equal, split, split))
+
+
+def _equal(split: _Split, other: _Split, rows: np.ndarray) -> list[str]:
+    """What to call the samples of these rows, [n], and the first ones of the same bytes in another split."""
+    return [f'{one} = {same}' for one, same in zip(
+        split.samples(rows), other.samples(_first_rows(other, split.digests[rows])))]
 
 
 def _known(split: _Split) -> np.ndarray:
@@ -453,8 +463,8 @@ def _compare_with_store(
         elif len(rows) == manifest.shard_rows(shard):
             lacking[shard] = np.empty(len(rows), dtype=np.int64)
             lacking[shard][inside] = train.digests[rows]
-    found.add(changed, f'images of {train.name} that are others than the store {store.path} was filled from',
-              train.samples(sorted(changed)), is_refused=True, lists_all=True)
+    found.add(sorted(changed), f'images of {train.name} that are others than the store {store.path} was filled from',
+              train.samples, is_refused=True, lists_all=True)
     line = f'{"store":16} {store.path}: {compared:,} of {len(train):,} images compared'
     if lacking and isinstance(store, LogitStore) and len(found.findings) == problems and not train.errors:
         for shard, digests in lacking.items():
