@@ -16,12 +16,8 @@ from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.copy import copy_epochs, copy_keys, copy_range, merge_stores
 
+pytestmark = pytest.mark.usefixtures('own_cache')
 SIZE = (24, 16)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'datasets')
 
 
 def picture(number, mode='RGB', size=SIZE):

@@ -22,7 +22,6 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from support.files import encode_image
-
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.data.classes import match_names
 from timm_tinyvit.data.dataset import ImageDataset

@@ -147,7 +147,7 @@ def test_colours_of_photographs_that_are_no_ycc_are_right(file_format, options):
     options = dict(options)
     image = Image.new('RGB', (16, 16), (200, 30, 60)).convert(options.pop('mode'))
     for decoder in ('pillow', 'torch'):
-        found = Replay(ViewConfig(decoder=decoder), 0).decode(encoded(image, file_format, quality=95, **options))
+        found = Replay(ViewConfig(decoder=decoder), 0).decode(encode_image(image, file_format, quality=95, **options))
         pixels = np.asarray(found) if isinstance(found, Image.Image) else found.permute(1, 2, 0).numpy()
         assert np.abs(pixels - np.array([200, 30, 60])).max() <= 3
 
@@ -174,7 +174,7 @@ def test_layouts_that_pillow_reads_wrong_or_not_at_all_are_refused_by_what_they_
 def test_of_several_frames_the_first_is_read(file_format):
     frames = [Image.new('RGB', (16, 16), color) for color in ((200, 30, 60), (0, 0, 255))]
     options = dict(quality=95) if file_format in ('WEBP', 'MPO', 'AVIF') else {}
-    data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    data = encode_image(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
     assert np.abs(np.asarray(decode_image(data)) - np.array([200, 30, 60])).max() <= 4
 
 
