@@ -10,7 +10,7 @@ need not know of each other, because a shard's bytes are a function of the manif
 import os
 from dataclasses import replace
 from pathlib import Path
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -117,6 +117,14 @@ class LogitStore(ShardStore):
         for epoch in epochs:
             for shard in self._stored(epoch):
                 self._format.check(self.shard_path(epoch, shard), epoch, shard)
+
+    def verify(self, epochs: Iterable[int]) -> Iterator[str]:
+        for shard in range(self.manifest.num_shards):
+            try:
+                self.read_digests(shard)
+            except InputError as error:
+                yield str(error)
+        yield from super().verify(epochs)
 
     def _stored(self, epoch: int) -> list[int]:
         folder = self.shard_path(epoch, 0).parent

@@ -91,11 +91,6 @@ class ShardStore(StoreReader):
                 self.open_keys()
             except InputError as error:
                 yield str(error)
-        for shard in range(self.manifest.num_shards):
-            try:
-                self.read_digests(shard)
-            except InputError as error:
-                yield str(error)
         for epoch in epochs:
             if missing := self.missing([epoch]):
                 yield (
