@@ -7,6 +7,7 @@ each command imports what it needs. Filling and training with several processes 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 from collections.abc import Sequence
@@ -42,6 +43,21 @@ def evaluate(args: argparse.Namespace) -> None:
     setup_console(accelerator.is_main_process, args.quiet)
     print_result(', '.join(f'{name} {value:.3f}' for name, value in evaluate_checkpoint(args, accelerator).items()))
     accelerator.end_training()
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Look at every image of a data set and list what a run would trip over; the exit status is 0 where nothing is
+    found, 1 where a run goes on all the same, and 2 where it refuses something."""
+    from .data.check import check_dataset
+    from .store.remote import open_reader
+
+    store = open_reader(args.logits, args.keep_epochs, args.store_cache) if args.logits else None
+    found = check_dataset(
+        args.dataset, args.train_split, args.val_split, args.val_dataset, args.input_key, args.target_key, args.key,
+        store, args.workers)
+    print_result(found.to_json() if args.json else str(found))
+    if found.status:
+        sys.exit(found.status)
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -188,6 +204,7 @@ COMMANDS = {
     'fill': (fill, commands.add_fill_arguments),
     'train': (train, training.add_arguments),
     'eval': (evaluate, training.add_eval_arguments),
+    'data check': (check_data, commands.add_data_check_arguments),
     'store describe': (describe, commands.add_describe_arguments),
     'store verify': (verify, commands.add_verify_arguments),
     'store check': (check, commands.add_check_arguments),
@@ -201,6 +218,10 @@ COMMANDS = {
     'convert': (convert_model, commands.add_convert_arguments),
     'export': (export, commands.add_export_arguments),
 }
+GROUPS = {
+    'data': 'check a data set',
+    'store': 'describe, verify, check, copy, merge, estimate or push a store',
+}
 
 
 def create_parser() -> ArgumentParser:
@@ -211,9 +232,9 @@ def create_parser() -> ArgumentParser:
     for command, (run, add_arguments) in COMMANDS.items():
         group, _, name = command.rpartition(' ')
         if group not in groups:
-            store = groups[''].add_parser(group, help='describe, verify, check, copy, merge, estimate or push a store')
-            groups[group] = store.add_subparsers(required=True, metavar='COMMAND')
-        what = run.__doc__.split('\n')[0]
+            child = groups[''].add_parser(group, help=GROUPS[group])
+            groups[group] = child.add_subparsers(required=True, metavar='COMMAND')
+        what = ' '.join(run.__doc__.split())
         child = groups[group].add_parser(name, help=what[0].lower() + what[1:].removesuffix('.'), description=what)
         add_arguments(child)
         child.set_defaults(run=run)

@@ -2,11 +2,16 @@
 
 import argparse
 import json
+import pickle
 from dataclasses import replace
+from datetime import date, datetime
+from decimal import Decimal
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -17,7 +22,7 @@ from timm_tinyvit.data.classes import (
 )
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
-from timm_tinyvit.data.sources import class_names, find_column, read_labels
+from timm_tinyvit.data.sources import class_names, find_column, load_split, read_labels
 from timm_tinyvit.data.streaming import SparseLogitStream
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay
@@ -165,6 +170,30 @@ def test_a_label_column_of_another_kind_is_told_with_what_to_do(values, kind, wo
         check_labels(rows, None, 3, '--val-split')
     with refused("'label'", *words, '--target-key'):
         find_column(rows, 'label', is_image=False)
+
+
+@pytest.mark.parametrize('kind', ['decimal128(3, 0)', 'timestamp[us]', 'date32', 'binary'])
+def test_labels_of_kinds_that_are_no_numbers_are_told(kind, refused):
+    values = {'decimal128(3, 0)': [Decimal(1)], 'timestamp[us]': [datetime(2026, 1, 1)],
+              'date32': [date(2026, 1, 1)], 'binary': [pickle.dumps(3)]}[kind]
+    rows = datasets.Dataset.from_dict({'label': values}, features=datasets.Features({'label': datasets.Value(kind)}))
+    with refused("'label'", kind, 'not class numbers'):
+        check_labels(rows, None, 3, '--val-split')
+
+
+@pytest.mark.parametrize('values, expected', [
+    (pa.array([5, 6, 5]).dictionary_encode(), [5, 6, 5]), (pa.array([0, 255], pa.uint8()), [0, 255]),
+    (pa.array([3, None]), [3, -1]), (pa.array([1, 1 << 63], pa.uint64()), None),
+    (pa.array(['b', 'a'], pa.large_string()).dictionary_encode(), 'words')], ids=[
+        'dictionary of numbers', 'uint8', 'null', 'beyond 64 bits', 'dictionary of words'])
+def test_labels_in_parquet_of_others_are_their_numbers_or_told(values, expected, tmp_path, refused):
+    pq.write_table(pa.table({'label': values}), tmp_path / 'train.parquet')
+    rows = load_split(str(tmp_path), None, True)
+    if isinstance(expected, list):
+        assert read_labels(rows, find_column(rows, None, is_image=False)).tolist() == expected
+    else:
+        with refused("'label'", 'class numbers', expected or '9223372036854775808'):
+            check_labels(rows, find_column(rows, None, is_image=False), 9, '--val-split')
 
 
 # Stores

@@ -36,6 +36,7 @@ from timm_tinyvit.teacher.creating import create_teacher
 
 FIRST = ['--dataset', DATA, '--train-split', 'train[:120]']
 BESIDES = {'store.json', 'README.md', 'sample.parquet'}
+DIGESTS = {f'images/shard-{shard:05d}.digests' for shard in range(6)}
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     commits = hub.commits('org/logits', 'dataset')
     added = [set(after.files) - set(before.files) for before, after in zip(commits, commits[1:])]
     assert [len(files) for files in added[:-1]] == [10, 10, 4]
-    assert added[-1] == BESIDES | {'views.png'}
+    assert added[-1] == BESIDES | DIGESTS | {'views.png'}
     there = published(hub)
     assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert hub.repos['dataset', 'org/logits'].private
@@ -91,7 +92,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     assert all(status == 0 and 'nothing was pushed' in said for status, said, _ in ends), ends
     commits_of_keyed = hub.commits('org/keyed', 'dataset')
     assert keyed[0] == 0 and set(commits_of_keyed[-1].files) - set(commits_of_keyed[-2].files) == {
-        *BESIDES, 'keys.arrow'}
+        *BESIDES, 'keys.arrow', *sorted(DIGESTS)[:4]}
     mark = json.loads((filled_store / '.published').read_text())
     assert mark == {'url': f'hf://datasets/org/logits@{commits[-1].oid}',
                     'identity': LogitStore.open(filled_store).manifest.identity, 'epochs': [0, 4]}
@@ -116,8 +117,9 @@ def test_a_push_that_is_killed_leaves_no_manifest_and_the_next_one_sends_what_is
     (status, said, _), = push([filled_store])
     assert status == 0 and 'give --dataset' in said
     assert set(published(hub)) == set(tree(filled_store, hidden=False)) | BESIDES
-    # Of 24 shards the 4 of the third commit, as those of the second had been sent before the kill; and the sample.
-    assert len({request.path for request in hub.seen('PUT /storage/upload')}) == 5
+    # Of 24 shards the 4 of the third commit, as those of the second had been sent before the kill; and the sample. The
+    # digests of 20 images have 176 bytes.
+    assert len({request.path for request in hub.seen('PUT /storage/upload') if '/176/' not in request.path}) == 5
     assert 'views.png' not in published(hub)['README.md'].decode()
 
 
@@ -129,7 +131,7 @@ def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, 
     one_sentence(whole[2].strip(), '12 shards', 'epoch 2', '--epochs 0:2')
     one_sentence(gap[2].strip(), '0:2', '3:4', 'gap')
     there = published(hub)
-    assert json.loads(there['store.json'])['epochs'] == 2 and len(there) == 12 + 3
+    assert json.loads(there['store.json'])['epochs'] == 2 and len(there) == 12 + 3 + 6
     # Only the new ones, as where the first are no longer on this disk; the licence of the owner stays.
     card = there['README.md'].decode().replace('pretty_name', 'license: cc-by-4.0\npretty_name', 1)
     hub.add_commit('org/logits', {'README.md': card.encode()}, repo_type='dataset')
@@ -138,7 +140,7 @@ def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, 
     assert status == 0
     there = published(hub)
     manifest = json.loads(there['store.json'])
-    assert (manifest['first_epoch'], manifest['epochs']) == (0, 4) and len(there) == 24 + 4
+    assert (manifest['first_epoch'], manifest['epochs']) == (0, 4) and len(there) == 24 + 4 + 6
     assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert messages(hub)[before:] == ['Shards of epoch-00002 to epoch-00003', 'Shards of epoch-00003',
                                       'Store of 4 epochs, 120 samples']

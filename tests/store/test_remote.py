@@ -223,12 +223,15 @@ def test_the_programs_take_a_store_on_the_hub(hub, run, pushed, filled_store, tm
     ends = json.loads(run(hub_programs.run_commands, *(['store', *words.split()] for words in (
         f'describe {URL}', f'verify {URL}', f'verify {URL} --epochs 1:3 --store-cache {tmp_path}/cache',
         f'copy {URL} --output {tmp_path}/copy --epochs 1:3'))))
+    *_, (_, checked, _) = json.loads(run(hub_programs.run_commands, [
+        'data', 'check', DATA, '--train-split', 'train[:120]', '--logits', URL, '-j', '0']))
+    assert f'{URL}@{pushed}: 120 of 120 images compared' in checked and 'others than the store' not in checked
     assert not any(status for status, _, _ in ends), ends
     said = ''.join(out for _, out, _ in ends)
     assert f'{URL}@{pushed}' in said and '24 of 24' in said and 'on the Hub' in said
     assert '24 shards, every byte' in said and '12 shards, every byte' in said
     copied, there = tree(tmp_path / 'copy', hidden=False), tree(filled_store, hidden=False)
-    assert len(copied) == 13 and all(copied[name] == there[name] for name in copied if name != 'store.json')
+    assert len(copied) == 13 + 6 and all(copied[name] == there[name] for name in copied if name != 'store.json')
     assert list((tmp_path / 'cache' / 'timm_tinyvit' / 'org--logits').iterdir())
 
 

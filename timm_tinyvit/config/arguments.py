@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'KeyValues', 'add_data_arguments', 'add_image_arguments',
-    'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_store_arguments', 'add_teacher_arguments',
-    'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments', 'check_store_flags', 'folder',
-    'parse_range', 'recipe_names', 'store_settings', 'view_arguments',
+    'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_split_arguments', 'add_store_arguments',
+    'add_teacher_arguments', 'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments',
+    'check_store_flags', 'folder', 'parse_range', 'recipe_names', 'store_settings', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
@@ -160,10 +160,15 @@ def add_image_arguments(parser: argparse.ArgumentParser, required: bool = False)
     either.add_argument('--dataset', metavar='NAME',
                         help='Hub name (hfds/NAME too), or a folder of parquet files, images, tars or save_to_disk')
     either.add_argument('--data-dir', dest='dataset', metavar='DIR', help='the same, for a folder')
+    add_split_arguments(group)
+    return group
+
+
+def add_split_arguments(group: argparse._ActionsContainer) -> None:
+    """Which split and which columns of a data set."""
     group.add_argument('--train-split', metavar='NAME', help='training split or a slice of it (default: train)')
     group.add_argument('--input-key', metavar='NAME', help='image column (default: found by its usual names)')
     group.add_argument('--target-key', metavar='NAME', help='label column (default: found by its usual names)')
-    return group
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from ..base.errors import InputError
 from .arguments import (
     STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_image_arguments, add_keep_arguments, add_push_arguments,
-    add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments,
+    add_quiet, add_split_arguments, add_store_arguments, add_teacher_arguments, add_view_arguments, add_workers,
     check_push_arguments, folder, parse_range, view_arguments,
 )
-from .training import create_parser
+from .training import add_validation_data, create_parser
 
 OFFICIAL_MODELS = (
     'tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512',
@@ -43,6 +43,20 @@ def _finish_filling(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError('--push-to-hub publishes whole epochs, and --shards fills parts of them; fill the others too, '
                          'and publish the store with timm-tinyvit store push')
     return args
+
+
+def add_data_check_arguments(parser: ArgumentParser) -> None:
+    """Of `data check`."""
+    parser.add_argument('dataset', metavar='DATASET',
+                        help='Hub name, or a folder of parquet files, images, tars or save_to_disk')
+    add_split_arguments(parser)
+    add_validation_data(parser)
+    parser.add_argument('--key', metavar='NAME', help='column of keys (default: the store\'s)')
+    parser.add_argument('--logits', metavar='STORE', help='a store whose images are compared with these')
+    parser.add_argument('--json', action='store_true', help='print all of it as JSON, with every sample')
+    add_keep_arguments(parser)
+    add_workers(parser)
+    add_quiet(parser)
 
 
 def _add_store(parser: ArgumentParser) -> None:

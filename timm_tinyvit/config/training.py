@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.finish = _finish
     parser.add_recipes()
     add_data_arguments(parser)
-    _add_validation_data(parser)
+    add_validation_data(parser)
     add_view_arguments(parser)
     group = parser.add_argument_group('store to learn from')
     group.add_argument('--logits', metavar='DIR', nargs='+',
@@ -126,7 +126,7 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('initial_checkpoint', nargs='?', metavar='CHECKPOINT',
                         help='weights, a file or a folder as RUN/best (default: those of --pretrained)')
     group = add_image_arguments(parser, required=True)
-    _add_validation_data(group)
+    add_validation_data(group)
     add_workers(group)
     group = _add_model(parser)
     _add_precision(group)
@@ -140,7 +140,8 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults(drop=0., drop_path=None, validation_batch_size=None)
 
 
-def _add_validation_data(group: argparse._ActionsContainer) -> None:
+def add_validation_data(group: argparse._ActionsContainer) -> None:
+    """What to evaluate on."""
     group.add_argument('--val-dataset', metavar='NAME', help='evaluation data, if not a split of --dataset')
     group.add_argument('--val-split', metavar='NAME', help='evaluation split (default: validation, val or test)')
 

@@ -5,6 +5,7 @@ which is its teacher's, or without one that of the training data; labels of data
 """
 
 import argparse
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 from collections.abc import Sequence
@@ -112,6 +113,8 @@ def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
     Raises:
         ValueError: These are other classes; the message says how.
     """
+    # The same letters with their accents put together or apart are the same name.
+    here, there = ([unicodedata.normalize('NFC', name) for name in names] for names in (here, there))
     places: dict[str, list[int]] = {}
     for place, name in enumerate(there):
         places.setdefault(name, []).append(place)

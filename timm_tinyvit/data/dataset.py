@@ -5,6 +5,7 @@ nothing that was told to it before. The image column is read as it is stored and
 file format and whatever format the data set was set to.
 """
 
+from functools import partial
 from textwrap import shorten
 from typing import Any
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ..base.errors import InputError
 from ..store.base import StoreReader
+from ..store.digests import image_digest
 from ..store.keys import KeyIndex, hash_keys
 from .classes import renumbered
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
@@ -26,7 +28,8 @@ from .sources import column, encoded_image, find_column, find_key_column, image_
 from .views import Replay, decode_image
 
 __all__ = [
-    'ImageDataset', 'SparseLogitDataset', 'check_no_mixing_with_keys', 'collate', 'decode_source', 'read_records',
+    'ImageDataset', 'SparseLogitDataset', 'check_no_mixing_with_keys', 'collate', 'decode_source',
+    'decode_with_digest', 'read_records',
 ]
 
 # What a sampler yields: (epoch, row), a row of the data set in an epoch of the store.
@@ -49,6 +52,7 @@ class ImageDataset(Dataset):
     Raises:
         InputError: A column is missing or of the wrong kind.
     """
+    with_digests = False  # each image decoded as a pair of it and its digest
 
     def __init__(
             self,
@@ -82,6 +86,8 @@ class ImageDataset(Dataset):
         """
         sources = column(table, self.image_column).to_pylist()
         decode = getattr(self.transform, 'decode', decode_image)
+        if self.with_digests:
+            decode = partial(decode_with_digest, decode=decode)
         images = [decode_source(source, index, decode, self.root)
                   for source, index in zip(sources, indices, strict=True)]
         return images, labels_of(table, self.label_column).tolist()
@@ -117,12 +123,21 @@ def decode_source(
             f'and make the store again if it was removed')
 
 
+def decode_with_digest(
+        content: bytes,
+        decode: Callable[[bytes], Image.Image | torch.Tensor],
+) -> tuple[Image.Image | torch.Tensor, int]:
+    """An image, and the digest of its encoded bytes."""
+    return decode(content), image_digest(content)
+
+
 class SparseLogitDataset(ImageDataset):
     """The views of a store, each with its label and, once the store is filled, its record.
 
     Indexed by (epoch, row) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
     `record` uint8 [width]: a codec decodes records where the model is. The index is what the view was drawn by: the
-    row in the data set of the teacher or, with keys, the hash of its key.
+    row in the data set of the teacher or, with keys, the hash of its key. With `with_digests` there is also `digest`
+    int, see `image_digest`.
 
     Where the view config mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share
     of the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
@@ -135,6 +150,7 @@ class SparseLogitDataset(ImageDataset):
         label_column: The label column.
         key_column: The column of keys; by default the store's.
         first_sample: Index of the first row where there are neither store nor keys.
+        with_digests: Hash the encoded images, for filling.
 
     Attributes:
         pairing: Who is mixed with whom, where the view config mixes views.
@@ -153,8 +169,10 @@ class SparseLogitDataset(ImageDataset):
             label_column: str | None = None,
             key_column: str | None = None,
             first_sample: int = 0,
+            with_digests: bool = False,
     ):
         super().__init__(dataset, replay, image_column, label_column)
+        self.with_digests = with_digests
         self.replay = replay
         self.store = store
         self.key_column = key_column or (store.manifest.key if store else None)
@@ -203,6 +221,9 @@ class SparseLogitDataset(ImageDataset):
         rows, numbers = np.unique(rows, return_inverse=True)
         table = self.dataset[rows]
         images, labels = self.decode(table, rows)
+        digests = None
+        if self.with_digests:
+            images, digests = zip(*images)
         store_rows, indices = rows, rows + self.first_sample
         if self.key_column:
             keys = column(table, self.key_column)
@@ -214,6 +235,9 @@ class SparseLogitDataset(ImageDataset):
         views = self.replay.views([images[number] for number in numbers], list(zip(epochs.tolist(), indices)))
         samples = [
             dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, numbers, indices)]
+        if digests is not None:
+            for sample, number in zip(samples, numbers):
+                sample['digest'] = digests[number]
         if self.store is not None:
             for sample, record in zip(samples, read_records(self.store, epochs, store_rows[numbers])):
                 sample['record'] = record
@@ -254,14 +278,14 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of samples.
 
     Returns:
-        `view` uint8 [B, 3, H, W], and where there are `label`, `label2` and `index` int64 [B], `lam` float32 [B] and
-        `record` uint8 [B, width].
+        `view` uint8 [B, 3, H, W], and where there are `label`, `label2`, `index` and `digest` int64 [B], `lam` float32
+        [B] and `record` uint8 [B, width].
 
     Raises:
         InputError: A loader worker has no shared memory left.
     """
     batch = {'view': _stack([sample['view'] for sample in samples])}
-    for name in ('label', 'label2', 'lam', 'index'):
+    for name in ('label', 'label2', 'lam', 'index', 'digest'):
         if name in samples[0]:
             batch[name] = torch.tensor([sample[name] for sample in samples])
     if 'record' in samples[0]:

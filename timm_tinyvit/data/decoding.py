@@ -27,6 +27,7 @@ except ImportError:
 
 __all__ = [
     'FORMATS', 'TensorCrop', 'as_tensor', 'decode_image', 'decode_jpeg', 'identify', 'image_endings', 'keep_a_pixel',
+    'orientation', 'upright_rgb',
 ]
 
 # Those of Pillow's formats whose decoders are made for pictures and run in this process: EPS would start Ghostscript.
@@ -40,7 +41,8 @@ TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TIFF_BITS, TIFF_PHOTOMETRIC = 258, 262
+TIFF_BITS, TIFF_PHOTOMETRIC, TIFF_SAMPLE_FORMAT = 258, 262, 339
+SIGNED = 2  # as sample format
 
 # Text beside the pixels may be longer than Pillow's 1 MB a piece; all of it together is bounded by 64 MB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -60,6 +62,9 @@ def identify(source: bytes | str | Path) -> Image.Image:
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except UnidentifiedImageError:
+        if kind := _begins_as(source):
+            raise OSError(f'it begins as a {kind} file, but its header is damaged or its pixels are of a layout that '
+                          f'Pillow does not read; save it with 8 or 16 bits, grey or RGB')
         raise OSError(f'it is no image of a kind that is read ({", ".join(_formats())})')
     except Image.DecompressionBombError as error:
         raise OSError(f'{str(error).rstrip(".")}; set the environment variable {MAX_PIXELS} to more to read it')
@@ -70,6 +75,18 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     # A Pillow of one's own making may lack some.
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _begins_as(source: bytes | str | Path) -> str | None:
+    """Which of the kinds that are read an image says to be, by its first bytes."""
+    if isinstance(source, bytes):
+        head = source[:16]
+    else:
+        with open(source, 'rb') as file:
+            head = file.read(16)
+    head = head.ljust(16, b'\0')
+    accepts = ((name, Image.OPEN[name][1]) for name in _formats())
+    return next((name for name, accept in accepts if accept is not None and accept(head) is True), None)
 
 
 @functools.cache
@@ -91,11 +108,20 @@ def decode_image(data: bytes | str | Path) -> Image.Image:
         warnings.simplefilter('ignore')
         image = identify(data)
         image.load()
-        turn, image = _turn(image), _to_rgb(image)
-        return image if turn is None else image.transpose(turn)
+        return upright_rgb(image)
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image in RGB, turned upright by its EXIF tag.
+
+    Raises:
+        ValueError: Its pixels are of no known range.
+    """
+    turn, image = orientation(image), _to_rgb(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
     """What turns an image upright, None where it is; an EXIF block that cannot be read says nothing."""
     try:
         return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -110,6 +136,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         ValueError: Its pixels are of no known range.
     """
     tags: dict[int, Any] = getattr(image, 'tag_v2', {})
+    if SIGNED in tags.get(TIFF_SAMPLE_FORMAT, ()) and tags.get(TIFF_BITS, (1,))[0] <= 16:
+        raise ValueError('its pixels are signed integers, whose range is not known; save it with 8 or 16 bits')
     if image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PPM':
         # Pillow would clip each value to 255. A TIFF may have fewer bits, and may count from white.
         bits = tags.get(TIFF_BITS, (16,))[0]
@@ -138,7 +166,7 @@ def decode_jpeg(data: bytes | str | Path) -> torch.Tensor | None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         image = identify(data)
-        if image.mode != 'RGB' or _turn(image) is not None:
+        if image.mode != 'RGB' or orientation(image) is not None:
             return None
     try:
         return torch.from_numpy(simplejpeg.decode_jpeg(data, 'RGB')).permute(2, 0, 1)

@@ -12,6 +12,8 @@ import glob
 import json
 import os
 import re
+import sys
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -21,8 +23,8 @@ from typing import Any
 import datasets
 from datasets.config import REPOYAML_FILENAME
 from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns, get_data_patterns
+from datasets.exceptions import DataFilesNotFoundError
 from fsspec.utils import glob_translate
-from timm.utils.misc import natural_key
 
 from ..base.errors import InputError
 from ..base.yaml_reader import card_head, read_yaml
@@ -43,7 +45,8 @@ SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word i
 SEPARATORS = '[-._ 0-9]+'
 # The last bytes of whole files: tar's two empty blocks; the end of a stream of Arrow, or of a file of it.
 ENDS = {'.tar': (bytes(1024),), '.arrow': (b'\xff\xff\xff\xff\0\0\0\0', b'ARROW1')}
-COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')
+ZSTANDARD = b'\x28\xb5\x2f\xfd'
+COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', ZSTANDARD)
 
 
 @dataclass
@@ -90,7 +93,11 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         # Brackets and stars are no patterns.
         data_files = {split: [f'{base}/{pattern}' for pattern in patterns]
                       for split, patterns in get_data_patterns(base).items()}
-    return Folder(builder=load_builder(str(root), data_files=data_files))
+    try:
+        return Folder(builder=load_builder(str(root), data_files=data_files))
+    except DataFilesNotFoundError:
+        raise InputError(f'the folder {root} holds neither images nor files of parquet, Arrow or tar'
+                         + (f', but {_endings(files)}' if files else ''))
 
 
 def _card_of(root: Path) -> dict[str, Any]:
@@ -122,7 +129,9 @@ def load_builder(*args: Any, **options: Any) -> datasets.DatasetBuilder:
 
 def natural_order(names: set[str]) -> list[str]:
     """Class names in the order in which timm numbers folders; of two that differ in case alone, by their letters."""
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    # timm's `natural_key` takes a lone superscript for a number, and fails.
+    return sorted(names, key=lambda name: ([
+        int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name))
 
 
 def list_files(root: Path) -> list[str]:
@@ -137,13 +146,20 @@ def list_files(root: Path) -> list[str]:
             for entry in entries:
                 if entry.name.startswith('.') or entry.name in UNSEEN:
                     continue
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     found.append(folder + entry.name)
                 elif (place := os.path.realpath(entry.path)) not in above:
                     visit(f'{folder}{entry.name}/', above | {place})
 
     visit('', frozenset({os.path.realpath(root)}))
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def check_saved(root: Path) -> None:
@@ -169,8 +185,12 @@ def check_whole(path: str) -> None:
     name = os.path.basename(path)
     ends = next((ends for ending, ends in ENDS.items() if ending in name.lower()), ENDS['.tar'])
     with open(path, 'rb') as file:
-        if file.read(8).startswith(COMPRESSED):
-            return  # these know their end
+        head = file.read(8)
+        if head.startswith(ZSTANDARD) and sys.version_info < (3, 14):
+            raise InputError(f'the file {path} is compressed with Zstandard, which is not read; decompress it, or use '
+                             f'gzip')
+        if head.startswith(COMPRESSED):
+            return  # whoever reads them to their end sees whether it is there
         size = file.seek(0, os.SEEK_END)
         if not any(size >= len(end) and file.seek(size - len(end)) >= 0 and file.read() == end for end in ends):
             raise InputError(f'the file {path} is cut short: it has no end, so that samples are missing; copy or make '
@@ -213,6 +233,8 @@ def _open_images(root: Path, files: list[str]) -> Folder:
     images = [path for path in files if _is_image(root, path)]
     if not images:
         raise InputError(f'the folder {root} holds neither images nor files of parquet, Arrow or tar')
+    if odd := next((path for path in images if not _is_utf8(path)), None):
+        raise InputError(f'the name of the file {ascii(odd)} in {root} is not in UTF-8; rename it or its folder')
     start, split_of = _split_folders(root, images)
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)  # paths with their folders below that of the split
     left_out: dict[str, list[str]] = defaultdict(list)
@@ -230,23 +252,32 @@ def _open_images(root: Path, files: list[str]) -> Folder:
             folder.notes[split].append(f'{root} has no labels in split {split}: {why}; put every image into '
                                        f'{split}/CLASS/ to have some')
     labelled = [split for split, items in groups.items() if items[0][1] and split not in folder.notes]
-    names = natural_order({os.path.basename(below) for split in labelled for _, below in groups[split]})
+    names = natural_order({_class_of(below) for split in labelled for _, below in groups[split]})
     for split, items in groups.items():
         columns, features = {'image': [f'{root}/{path}' for path, _ in items]}, {'image': datasets.Image()}
         if split in labelled and len(names) > 1:
             numbers = {name: number for number, name in enumerate(names)}
-            columns['label'] = [numbers[os.path.basename(below)] for _, below in items]
+            columns['label'] = [numbers[_class_of(below)] for _, below in items]
             features['label'] = datasets.ClassLabel(names=names)
             if split == 'train' and (absent := set(range(len(names))) - set(columns['label'])):
                 folder.notes[split].append(f'{root} has {len(absent)} classes without an image to train with, as '
                                            f'{names[min(absent)]}')
         folder.splits[split] = datasets.Dataset.from_dict(columns, datasets.Features(features), split=split)
     for split, paths in left_out.items():
-        counts = Counter(os.path.splitext(path)[1].lower() or 'no ending' for path in paths)
-        kinds = ', '.join(f'{count} of {ending}' for ending, count in counts.most_common(5))
         folder.notes[split].append(f'{root}: {len(paths)} files are left out, which are no images or lie in no split '
-                                   f'({kinds}; the first is {paths[0]})')
+                                   f'({_endings(paths)}; the first is {paths[0]})')
     return folder
+
+
+def _endings(paths: list[str]) -> str:
+    """How many files there are of each ending, in words."""
+    counts = Counter(os.path.splitext(path)[1].lower() or 'no ending' for path in paths)
+    return ', '.join(f'{count} of {ending}' for ending, count in counts.most_common(5))
+
+
+def _class_of(below: str) -> str:
+    """The class of images in a folder; one whose letters and accents are put together as most systems write them."""
+    return unicodedata.normalize('NFC', os.path.basename(below))
 
 
 def _is_image(root: Path, path: str) -> bool:
@@ -260,6 +291,13 @@ def _is_image(root: Path, path: str) -> bool:
         identify(root / path).close()
         return True
     except Exception:
+        return False
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        return bool(path.encode())
+    except UnicodeEncodeError:
         return False
 
 
@@ -303,7 +341,7 @@ def _no_classes(items: list[tuple[str, str]]) -> str | None:
         return f'{items[odd][0]} lies at another depth than {items[depths.index(usual)][0]}'
     known: dict[str, str] = {}
     for _, below in items:
-        other = known.setdefault(os.path.basename(below), below)
-        if other != below:
+        other = known.setdefault(_class_of(below), below)
+        if unicodedata.normalize('NFC', other) != unicodedata.normalize('NFC', below):
             return f'the folders {other} and {below} have the same name'
     return None

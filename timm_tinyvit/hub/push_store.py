@@ -24,6 +24,7 @@ from ..base.text import counted, readable_bytes
 from ..models.names import public_name
 from ..report.labels import LabelledViews
 from ..store.cache import HubCommit
+from ..store.digests import digests_name
 from ..store.keys import FILE_NAME
 from ..store.local import LogitStore
 from ..store.manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
@@ -270,6 +271,9 @@ def _last_files(
     files: dict[str, bytes | Path] = {MANIFEST_NAME: manifest.to_json().encode()}
     if manifest.key:
         files[FILE_NAME] = store.path / FILE_NAME
+    for name in map(digests_name, range(manifest.num_shards)):
+        if (store.path / name).is_file():
+            files[name] = store.path / name
     # Without the data, what was published with them is not replaced by less.
     if data is not None or published.manifest != manifest or CARD not in published.files:
         sample, statistics = sample_table(store, epochs, data), card_statistics(store, epochs, data)

@@ -11,13 +11,14 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from ..base.errors import InputError
 from ..base.files import check_no_link, remove_leftovers, write_atomic
 from ..base.leases import Leases, exclusive
+from .digests import DIGESTS_FOLDER, digests_name, encode_digests
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .reader import ShardStore
 from .shard import shard_name
@@ -121,6 +122,14 @@ class LogitStore(ShardStore):
             for shard in self._stored(epoch):
                 self._format.check(self.shard_path(epoch, shard), epoch, shard)
 
+    def verify(self, epochs: Iterable[int]) -> Iterator[str]:
+        for shard in range(self.manifest.num_shards):
+            try:
+                self.read_digests(shard)
+            except InputError as error:
+                yield str(error)
+        yield from super().verify(epochs)
+
     def _stored(self, epoch: int) -> list[int]:
         folder = self.shard_path(epoch, 0).parent
         try:
@@ -137,7 +146,7 @@ class LogitStore(ShardStore):
     def remove_leftovers(self) -> None:
         """Remove the unfinished files and the leases of writers that are no more."""
         with Leases() as leases:
-            for folder in [self.path, *self.path.glob('epoch-*')]:
+            for folder in [self.path, self.path / DIGESTS_FOLDER, *self.path.glob('epoch-*')]:
                 remove_leftovers(folder)
                 with suppress(InputError):  # a store that is only read
                     leases.expire_in(folder)
@@ -153,8 +162,21 @@ class LogitStore(ShardStore):
             ValueError: The shape is not that of this shard.
             InputError: The disk is full or may not be written, or the store has vanished.
         """
-        parts = self._format.encode(epoch, shard, records)
+        self._write(self.shard_path(epoch, shard), self._format.encode(epoch, shard, records))
+
+    def write_digests(self, shard: int, digests: np.ndarray) -> None:
+        """Write the digests, int64 [rows], of the images of a shard's rows.
+
+        Raises:
+            InputError: The disk is full or may not be written, or their folder leads elsewhere.
+        """
+        path = self.path / digests_name(shard)
+        if path.parent.is_symlink():
+            raise InputError(f'{path.parent} is a link; a store is written in its own folder alone, remove the link')
+        self._write(path, [encode_digests(digests, self.manifest.identity)])
+
+    def _write(self, path: Path, parts: list[bytes | memoryview]) -> None:
         if not LogitStore.exists(self.path):
-            # Else the folders would come back with a shard and no manifest in them.
+            # Else the folders would come back with a file and no manifest in them.
             raise InputError(f'the store {self.path} has vanished; bring it back, or make it again')
-        write_atomic(self.shard_path(epoch, shard), parts)
+        write_atomic(path, parts)

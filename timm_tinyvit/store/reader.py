@@ -18,6 +18,7 @@ import numpy as np
 from ..base.errors import InputError
 from ..targets.codecs import create_codec
 from .base import StoreReader
+from .digests import decode_digests, digests_name
 from .keys import KeyIndex
 from .manifest import Manifest
 from .shard import ShardFormat, epoch_name, file_status, shard_name
@@ -74,6 +75,21 @@ class ShardStore(StoreReader):
 
     def open_keys(self) -> KeyIndex:
         return KeyIndex.open(self.folder, self.manifest)
+
+    def read_digests(self, shard: int) -> np.ndarray | None:
+        """Digests, int64 [rows], of the images of a shard's rows; None where the store has none.
+
+        Raises:
+            InputError: Their file is damaged.
+        """
+        path = self.folder / digests_name(shard)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f'{path} cannot be read: {error.strerror}')
+        return decode_digests(data, self.manifest.shard_rows(shard), self.manifest.identity, path)
 
     def verify(self, epochs: Iterable[int]) -> Iterator[str]:
         if self.manifest.key:

@@ -7,6 +7,7 @@ fetches by itself.
 """
 
 import os
+from functools import cached_property
 from pathlib import Path
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,6 +20,7 @@ from ..base.hub_client import is_hub_url, parse_hub_url
 from ..base.leases import Leases
 from .base import StoreReader
 from .cache import HeldEpochs, HubCache, HubCommit
+from .digests import digests_name
 from .fetcher import NUM_DOWNLOADS, Fetcher
 from .keys import FILE_NAME, KeyIndex
 from .local import LogitStore
@@ -162,6 +164,16 @@ class RemoteStore(ShardStore):
         if not KeyIndex.exists(self.folder):
             self.source.download(FILE_NAME, self.folder / FILE_NAME)
         return super().open_keys()
+
+    def read_digests(self, shard: int) -> np.ndarray | None:
+        name = digests_name(shard)
+        if not (self.folder / name).exists() and name in self._files:
+            self.source.download(name, self.folder / name)
+        return super().read_digests(shard)
+
+    @cached_property
+    def _files(self) -> set[str]:
+        return set(self.source.files())
 
     def size(self) -> int:
         """Bytes of all shards on the Hub."""

@@ -165,4 +165,5 @@ def views_to_fill(
         return StreamedRows(dataset, replay, store, args.input_key)
     manifest = store.manifest
     return SparseLogitDataset(
-        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample)
+        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample,
+        with_digests=True)
