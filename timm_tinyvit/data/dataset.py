@@ -5,13 +5,13 @@ nothing that was told to it before. The image column is read as it is stored and
 file format and whatever format the data set was set to.
 """
 
+from functools import partial
 from textwrap import shorten
 from typing import Any
 from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate, get_worker_info
@@ -23,7 +23,7 @@ from .classes import renumbered
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
 from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of
-from .views import Replay, decode_image
+from .views import Replay, decode_image, preserve_random_state
 
 __all__ = [
     'ImageDataset', 'SparseLogitDataset', 'check_no_mixing_with_keys', 'collate', 'decode_source', 'read_records',
@@ -71,34 +71,25 @@ class ImageDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        images, labels = self.decode(self.dataset[indices], indices)
-        return [dict(view=self.transform(image), label=label) for image, label in zip(images, labels)]
-
-    def decode(self, table: pa.Table, indices: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
-        """Decoded RGB images and labels of the rows of a table, which are these samples.
-
-        Raises:
-            InputError: An image cannot be decoded; the message names its sample.
-        """
-        sources = column(table, self.image_column).to_pylist()
-        decode = getattr(self.transform, 'decode', decode_image)
-        images = [decode_source(source, index, decode, self.root)
-                  for source, index in zip(sources, indices, strict=True)]
-        return images, labels_of(table, self.label_column).tolist()
+        table = self.dataset[indices]
+        sources, labels = column(table, self.image_column), labels_of(table, self.label_column).tolist()
+        # One after the other: of photographs, the decoded images of a batch would take a gigabyte.
+        return [dict(view=self.transform(decode_source(source.as_py(), index, root=self.root)), label=label)
+                for source, index, label in zip(sources, indices, labels, strict=True)]
 
 
 def decode_source(
         source: dict[str, Any] | bytes | None,
         name: Any,
-        decode: Callable = decode_image,
+        decode: Callable[[bytes], Any] = decode_image,
         root: str | None = None,
-) -> Image.Image:
-    """An image as it is stored, as the RGB image that the transforms see.
+) -> Any:
+    """An image as it is stored, as the RGB image that the transforms see, or as what else is made of it.
 
     Args:
         source: Its bytes, or a structure of its `bytes` and `path`.
         name: What to call the sample where it cannot be decoded.
-        decode: From bytes to the image.
+        decode: From bytes to the image, or to its views.
         root: The folder below which the path must be; None for anywhere.
 
     Raises:
@@ -109,8 +100,7 @@ def decode_source(
         if not content:
             raise OSError('it is empty')
         return decode(content)
-    except Exception as error:
-        # Pillow's readers of damaged files raise what happens to them: RuntimeError, struct.error, TypeError.
+    except OSError as error:
         path = source.get('path') if isinstance(source, dict) else None
         raise InputError(
             f'the image of sample {name}{f" ({path})" if path else ""} cannot be decoded: {error}; fix or remove it, '
@@ -202,7 +192,7 @@ class SparseLogitDataset(ImageDataset):
         # Several views of one image are cut from one decoded image.
         rows, numbers = np.unique(rows, return_inverse=True)
         table = self.dataset[rows]
-        images, labels = self.decode(table, rows)
+        labels = labels_of(table, self.label_column).tolist()
         store_rows, indices = rows, rows + self.first_sample
         if self.key_column:
             keys = column(table, self.key_column)
@@ -211,7 +201,15 @@ class SparseLogitDataset(ImageDataset):
                 store_rows = self.key_index.rows_of(keys, indices)
             indices = indices.astype(np.int64)
         indices = indices[numbers].tolist()
-        views = self.replay.views([images[number] for number in numbers], list(zip(epochs.tolist(), indices)))
+        keys = list(zip(epochs.tolist(), indices))
+        views: list[torch.Tensor | None] = [None] * len(keys)
+        with preserve_random_state():
+            # One after the other: of photographs, the decoded images of a batch would take a gigabyte.
+            for number, source in enumerate(column(table, self.image_column)):
+                wanted = np.flatnonzero(numbers == number).tolist()
+                make_views = partial(self.replay.views_of, keys=[keys[place] for place in wanted])
+                for place, view in zip(wanted, decode_source(source.as_py(), rows[number], make_views, self.root)):
+                    views[place] = view
         samples = [
             dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, numbers, indices)]
         if self.store is not None:

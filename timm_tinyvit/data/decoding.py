@@ -11,8 +11,10 @@ import io
 import os
 import random
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -83,16 +85,28 @@ def decode_image(data: bytes | str | Path) -> Image.Image:
     """An encoded image, or the file of one, as the RGB image that the transforms see, turned upright by its EXIF tag.
 
     Raises:
-        Exception: Pillow cannot decode it, or its pixels have no known range; mostly OSError, but what Pillow's
-            readers raise is not bounded.
+        OSError: Pillow cannot decode it, or its pixels have no known range.
     """
-    with warnings.catch_warnings():
-        # Files with odd EXIF blocks or palettes are decoded all the same.
-        warnings.simplefilter('ignore')
+    with _decoding():
         image = identify(data)
         image.load()
         turn, image = _turn(image), _to_rgb(image)
         return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Without warnings, and with one kind of error."""
+    with warnings.catch_warnings():
+        # Files with odd EXIF blocks or palettes are decoded all the same.
+        warnings.simplefilter('ignore')
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            # Pillow's readers of damaged files raise what happens to them: RuntimeError, struct.error, TypeError.
+            raise OSError(error)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -135,8 +149,7 @@ def decode_jpeg(data: bytes | str | Path) -> torch.Tensor | None:
         data = Path(data).read_bytes()
     if not data.startswith(b'\xff\xd8'):
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with _decoding():
         image = identify(data)
         if image.mode != 'RGB' or _turn(image) is not None:
             return None

@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..base.errors import InputError
@@ -28,7 +27,7 @@ from .classes import class_numbers, new_labels
 from .dataset import EpochRow, collate, decode_source, read_records
 from .fingerprint import check_image, stored_samples
 from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of, select_columns
-from .views import Replay
+from .views import Replay, preserve_random_state
 
 __all__ = ['SparseLogitStream', 'StreamLoader', 'StreamedRows']
 
@@ -114,8 +113,9 @@ class SparseLogitStream(IterableDataset):
         hashes = hash_keys(names)
         indices = hashes.astype(np.int64).tolist()
         sources = column(table, self.image_column).to_pylist()
-        images = [_image(self, *row) for row in zip(sources, names.to_pylist(), indices)]
-        views = self.replay.views(images, [(epoch, index) for index in indices])
+        with preserve_random_state():
+            views = [_view(self, source, name, (epoch, index))
+                     for source, name, index in zip(sources, names.to_pylist(), indices)]
         labels = labels_of(table, self.label_column)
         labels = (labels if self.numbers is None else new_labels(labels, self.numbers)).tolist()
         samples = [dict(view=view, label=label, index=index) for view, label, index in zip(views, labels, indices)]
@@ -215,9 +215,8 @@ class StreamedRows(Dataset):
         self.stream = select_columns(stream, self.image_column, self.key_column)
 
     def __getitems__(self, items: list[_Item]) -> list[dict[str, Any]]:
-        images = [_image(self, source, name, index) for (_, index), name, source in items]
-        views = self.replay.views(images, [view for view, _, _ in items])
-        return [dict(view=view, index=index) for view, ((_, index), _, _) in zip(views, items)]
+        with preserve_random_state():
+            return [dict(view=_view(self, source, name, key), index=key[1]) for key, name, source in items]
 
     def sampler(self, batches: Iterable[list[EpochRow]]) -> '_StreamedBatches':
         """Batches of (epoch, row) pairs, each batch of consecutive rows, as batches of what the stream has there."""
@@ -256,19 +255,19 @@ class _StreamedBatches:
             yield [((epoch, index), name, source) for index, name, source in zip(indices, names.to_pylist(), sources)]
 
 
-def _image(
+def _view(
         data: SparseLogitStream | StreamedRows,
         source: dict[str, Any] | None,
         name: str | int,
-        index: int,
-) -> Image.Image | torch.Tensor:
-    """A decoded image from wherever its path leads, compared with what the store remembers of it."""
+        key: tuple[int, int],
+) -> torch.Tensor:
+    """The view of an image from wherever its path leads, compared with what the store remembers of it."""
     try:
         content = encoded_image(source, data.root)
     except OSError as error:
         raise InputError(f'the image with key {name!r} ({source["path"]}) cannot be read: {error}')
-    digest = data.checked.get(index % (1 << 64))
+    digest = data.checked.get(key[1] % (1 << 64))
     if digest is not None:
         check_image(data.store, name, content, digest)
     path = source.get('path') if isinstance(source, dict) else None
-    return decode_source({'bytes': content, 'path': path}, repr(name), data.replay.decode)
+    return decode_source({'bytes': content, 'path': path}, repr(name), partial(data.replay.views_of, keys=[key]))[0]

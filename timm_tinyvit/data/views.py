@@ -133,7 +133,7 @@ class Replay:
         """An encoded image, or the file of one, as the view config's decoder gives it.
 
         Raises:
-            Exception: It cannot be decoded, see `decode_image`.
+            OSError: It cannot be decoded.
         """
         if self.config.decoder == 'pillow':
             return decode_image(data)
@@ -153,6 +153,17 @@ class Replay:
         """The views, each uint8 [3, H, W], of images with their (epoch, index): cheaper than one by one."""
         with preserve_random_state():
             return [self._view(image, *key) for image, key in zip(images, keys, strict=True)]
+
+    def views_of(self, data: bytes | str | Path, keys: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """The views, each uint8 [3, H, W], of one encoded image, or the file of one, for each (epoch, index).
+
+        It leaves the global generators seeded: call it inside of `preserve_random_state`, once for many images.
+
+        Raises:
+            OSError: The image cannot be decoded.
+        """
+        image = self.decode(data)
+        return [self._view(image, *key) for key in keys]
 
     def mix(
             self,
