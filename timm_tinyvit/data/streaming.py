@@ -27,7 +27,7 @@ from .classes import class_numbers, new_labels
 from .dataset import EpochRow, collate, decode_source, decode_with_digest, read_records
 from .fingerprint import check_image, stored_samples
 from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of, select_columns
-from .views import Replay
+from .views import Replay, preserve_random_state
 
 __all__ = ['SparseLogitStream', 'StreamLoader', 'StreamedRows']
 
@@ -113,8 +113,10 @@ class SparseLogitStream(IterableDataset):
         hashes = hash_keys(names)
         indices = hashes.astype(np.int64).tolist()
         sources = column(table, self.image_column).to_pylist()
-        images = [_image(self, *row, self.replay.decode) for row in zip(sources, names.to_pylist(), indices)]
-        views = self.replay.views(images, [(epoch, index) for index in indices])
+        with preserve_random_state():
+            views = [
+                _image(self, source, name, index, partial(self.replay.views_of, keys=[(epoch, index)]))[0]
+                for source, name, index in zip(sources, names.to_pylist(), indices)]
         labels = labels_of(table, self.label_column)
         labels = (labels if self.numbers is None else new_labels(labels, self.numbers)).tolist()
         samples = [dict(view=view, label=label, index=index) for view, label, index in zip(views, labels, indices)]
@@ -214,11 +216,14 @@ class StreamedRows(Dataset):
         self.stream = select_columns(stream, self.image_column, self.key_column)
 
     def __getitems__(self, items: list[_Item]) -> list[dict[str, Any]]:
-        decode = partial(decode_with_digest, decode=self.replay.decode)
-        images, digests = zip(*[_image(self, source, name, index, decode) for (_, index), name, source in items])
-        views = self.replay.views(images, [view for view, _, _ in items])
-        return [dict(view=view, index=index, digest=digest)
-                for view, digest, ((_, index), _, _) in zip(views, digests, items)]
+        samples = []
+        with preserve_random_state():
+            for key, name, source in items:
+                make_views = partial(self.replay.views_of, keys=[key])
+                (view,), digest = _image(
+                    self, source, name, key[1], partial(decode_with_digest, decode=make_views))
+                samples.append(dict(view=view, index=key[1], digest=digest))
+        return samples
 
     def sampler(self, batches: Iterable[list[EpochRow]]) -> '_StreamedBatches':
         """Batches of (epoch, row) pairs, each batch of consecutive rows, as batches of what the stream has there."""
