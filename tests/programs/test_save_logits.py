@@ -113,7 +113,7 @@ def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teache
     bars = re.findall(r'(\d+) of (\d+)', said.err)
     # The last shard has the rest, four views.
     assert bars[0] == ('196', '200') and bars[-1] == ('200', '200') and 'kB' in said.err
-    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said.out
+    assert '8 of 8 (up to 32 samples each), 2 of 2 epochs complete' in said.out
 
 
 def test_verify_finds_every_damage_without_data_or_teacher(store, tmp_path, capsys):
@@ -183,7 +183,7 @@ def test_a_store_names_the_classes_of_its_teacher_and_tells_where_data_number_th
 def test_describe_prints_completeness_size_and_accuracy(store, capsys):
     cli.main(['store', 'describe', str(store), *DATA_FLAGS])
     said = capsys.readouterr().out
-    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said
+    assert '8 of 8 (up to 32 samples each), 2 of 2 epochs complete' in said
     assert '18 bytes per view' in said and 'the 3 most probable classes, and the mass of the others' in said
     labels = np.array(load_split(DATA, 'train[:100]', True)['label'])
     opened = LogitStore.open(store)
