@@ -169,7 +169,7 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
     expected = [
         (filled_store, 'images', ['something else', 'data/train.parquet']),
         (filled_store, 'words', ['something else', 'README.md']),
-        (filled_store, 'other', ['another store', 'seed: 5, 0']),
+        (filled_store, 'other', ['another store', 'seed: 5, not 0']),
         (store, 'logits', ['1 problem(s)', 'nothing was pushed']),
     ]
     ends = push(*([path, '--repo', f'org/{repo}'] for path, repo, _ in expected),
@@ -314,11 +314,12 @@ def test_data_with_fewer_classes_than_the_teacher_are_named_by_themselves_and_ha
     assert filled[0] == again[0] == 0, (filled, again)
     there = published(hub)
     card = there['README.md'].decode()
-    assert 'no accuracy, as the labels are 3 classes, those of the teacher 10' in card and 'accuracy |' not in card
+    assert 'no accuracy, as the data have labels of 3 classes, the teacher predicts 10' in card
+    assert 'accuracy |' not in card
     table = pq.read_table(io.BytesIO(there['sample.parquet']))
     assert 'names' not in table.column_names and set(table['label_name'].to_pylist()) == {'first', 'second', 'third'}
     cli.main(['store', 'describe', str(tmp_path / 'store'), *map(str, flags)])
-    assert 'unknown; the labels are 3 classes, those of the teacher 10' in capsys.readouterr().out
+    assert 'unknown; the data have labels of 3 classes, the teacher predicts 10' in capsys.readouterr().out
 
 
 def test_names_of_the_data_and_of_the_teacher_are_kept_apart(views, monkeypatch):

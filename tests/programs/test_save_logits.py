@@ -166,7 +166,7 @@ def test_check_finds_the_stored_targets_again(store, teacher, capsys):
 
 @pytest.mark.parametrize('there, kept, said', [
     ('bca', 'bca', ('3 classes have other numbers for the teacher than in the data, as a: 2 and 0;', 'by name')),
-    ('dcb', 'dcb', ('2 classes have other numbers for the teacher than in the data, as b: 2 and 1;', 'none')),
+    ('dcb', 'dcb', ('2 classes have other numbers for the teacher than in the data, as b: 2 and 1;', 'not compared')),
     ('ab', 'abc', ()), ('xyz', 'xyz', ()), ('abc', 'abc', ()), ('', 'abc', ()), ('a\nb', 'abc', ()),
     ('abcd', '', ('has 4 classes, the data 3', '--val-dataset')),
 ])
@@ -204,13 +204,13 @@ def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
         ([*fill, store, '--epochs', '5:2'], "'5:2' is no range"),
         ([*fill, tmp_path / 'new', '--topk', '11'], 'k = 11 does not fit 10 classes'),
         ([*fill, tmp_path / 'new', '--codec', 'zip'], "there is no codec 'zip'"),
-        ([*fill, tmp_path / 'new', '--teacher', tmp_path], 'cannot be had'),
+        ([*fill, tmp_path / 'new', '--teacher', tmp_path], 'cannot be loaded'),
         ([*fill, tmp_path / 'new', '--aa', 'rand-q1-m9'], 'timm cannot make the transform'),
         ([*fill, tmp_path / 'new', '--aa', 'rand-m9-foo'], "has a part 'foo' without a number"),
-        ([*fill, tmp_path / 'new', '--remode', 'none'], "the erasing mode is 'none'"),
-        ([*fill, store, '--store-seed', '1'], 'seed: 0, 1'),
-        ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, 99'),
-        ([*fill, store, '--hflip', '0'], 'hflip 0.0 instead of 0.5'),
+        ([*fill, tmp_path / 'new', '--remode', 'none'], '--remode none; expected const, rand or pixel'),
+        ([*fill, store, '--store-seed', '1'], 'seed: 0, not 1'),
+        ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, not 99'),
+        ([*fill, store, '--hflip', '0'], '--hflip 0.0 instead of 0.5'),
         ([*fill, tmp_path / 'new', '-j', '-1'], '--workers is -1'),
         ([*fill, tmp_path / 'new', '--shards', '4:9'], 'only shards 0:4'),
         ([*fill, store, '--samples', '0:5'], 'unknown argument --samples'),

@@ -293,7 +293,7 @@ def test_text_and_json_say_the_same(filled_store, labels, capsys):
             f'error {100 * statistics["calibration_error"]:.2f}% (15 bins)',
             f'{100 * statistics["label_probability"]:.2f}% on average for the label',
             f'{statistics["entropy"]:.3f} nats on average, {math.log(10):.3f} at most',
-            f'{100 * statistics["mass"]["3"]:.2f}% by the top 3', f'in {100 * statistics["agreement"]:.2f}% of cases',
+            f'top 3 {100 * statistics["mass"]["3"]:.2f}%', f'in {100 * statistics["agreement"]:.2f}% of cases',
             f'of a sample in {100 * statistics["majority"]:.2f}%, ',
             f'{100 * statistics["unanimous"]:.2f}% of the samples',
             f'{statistics["disagreement"]:.3f} nats: mean KL'):
@@ -554,7 +554,7 @@ def test_other_classes_than_the_teachers_are_not_compared(filled_store, fashion,
     few.to_parquet(tmp_path / 'train.parquet')
     run(filled_store, '--dataset', tmp_path, '--html', tmp_path / 'page.html', '--max-samples', '5')
     said = capsys.readouterr().out
-    assert 'the labels are 12 classes, those of the teacher 10' in said and 'top-1' not in said
+    assert 'the data have labels of 12 classes, the teacher predicts 10' in said and 'top-1' not in said
     page = check_self_contained((tmp_path / 'page.html').read_text())
     assert page.all('img') and 'entropy' in page.text and not [
         item for item in page.all('li') if item['class'] == 'label']
@@ -566,7 +566,7 @@ def test_other_classes_than_the_teachers_are_not_compared(filled_store, fashion,
 def test_labels_are_compared_with_the_classes_of_the_teacher(labels, names, expected):
     """Names say how many classes there are, the largest label only that there are no fewer."""
     found = label_mismatch(np.array(labels), names, 7)
-    assert found == (expected and f'the labels are {expected} classes, those of the teacher 7')
+    assert found == (expected and f'the data have labels of {expected} classes, the teacher predicts 7')
 
 
 def test_classes_are_named_by_the_labels_or_by_the_imagenet_of_the_teacher(filled_store, make_store):

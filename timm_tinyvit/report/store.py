@@ -216,7 +216,7 @@ def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str
     figures['entropy'] = (
         f'{summary["entropy"]:.3f} nats on average, {math.log(manifest.num_classes):.3f} at most')
     figures['mass covered'] = ', '.join(
-        f'{percent(share)} by the top {size}' for size, share in summary['mass'].items())
+        f'top {size} {percent(share)}' for size, share in summary['mass'].items())
     if summary['agreement'] is not None:
         partners = ' (their partners differ)' if statistics.is_mixed else ''
         pairs, majority, all_epochs = (100 * summary[name] for name in ('agreement', 'majority', 'unanimous'))

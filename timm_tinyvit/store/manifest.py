@@ -103,7 +103,7 @@ class Manifest:
         return min(self.shard_size, self.num_samples - shard * self.shard_size)
 
     def differences(self, other: 'Manifest') -> list[str]:
-        """Which fields make another manifest's shards different ones, each as `name: here, there`."""
+        """Which fields make another manifest's shards different ones, each as `name: here, not there`."""
         pairs = []
         others = other._decisive()
         for name, value in self._decisive().items():
@@ -112,7 +112,7 @@ class Manifest:
                 pairs += [(f'{name} {entry}', value.get(entry), others[name].get(entry)) for entry in entries]
             else:
                 pairs.append((name, value, others[name]))
-        return [f'{name}: {_excerpt(here)}, {_excerpt(there)}' for name, here, there in pairs if here != there]
+        return [f'{name}: {_excerpt(here)}, not {_excerpt(there)}' for name, here, there in pairs if here != there]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + '\n'

@@ -221,7 +221,7 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     dataset = match_classes(dataset, label_column, names, '--val-split', f'the model {args.model}')
     check_labels(dataset, label_column, model.num_classes, '--val-split')
     if mismatch := class_mismatch(dataset, label_column, model.num_classes):
-        warning(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
+        warning(f'{mismatch}: its accuracy is right only if the labels are the first of its classes')
     # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
     config = eval_config(args, model, size, use_test_size=not beside)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)

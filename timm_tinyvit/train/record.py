@@ -136,7 +136,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     except OSError:
         raise InputError(
             f'{folder} has no {RUN_RECORD}, which each start of a run writes; name the folder of a run of '
-            f'train_distill, or start it again, which ends at once where it is finished')
+            f'timm-tinyvit train, or start the run again; a finished one ends at once')
     except (KeyError, IndexError, TypeError, ValueError):
         pass
     raise InputError(f'{file} is not readable as the record of a run, or of another version of this package; start the '
