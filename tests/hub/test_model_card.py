@@ -25,7 +25,7 @@ from support.golden_weights import official_state_dict
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.machine import source_commit
 from timm_tinyvit.hub import convert
-from timm_tinyvit.hub.model_card import model_facts, read_weights, recipe_yaml, run_card
+from timm_tinyvit.hub.model_card import PACKAGE, model_facts, read_weights, recipe_yaml, run_card
 from timm_tinyvit.hub.official import OFFICIAL_CHECKPOINTS
 from timm_tinyvit.models import clip_teacher, tiny_vit
 from timm_tinyvit.models.saving import export_model
@@ -435,6 +435,12 @@ def test_the_cards_in_hub_are_those_that_the_script_renders(tmp_path, monkeypatc
                         for file in (ROOT / 'hub').glob(pattern)}
     for name in rendered:
         assert (tmp_path / name).read_text() == (ROOT / 'hub' / name).read_text(), f'{name}: python hub/render.py'
+
+
+def test_every_card_links_this_package_and_says_how_to_install_it():
+    cards = [*(ROOT / 'hub').glob('cards/*.md'), ROOT / 'hub' / 'demo' / 'README.md']
+    for card in cards:
+        assert f'[timm_tinyvit]({PACKAGE})\n(`pip install timm_tinyvit`, ' in card.read_text(), card
 
 
 def test_the_demo_has_a_small_picture():

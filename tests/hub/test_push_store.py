@@ -29,6 +29,7 @@ from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.hub import push_store as publish_store, store_card
+from timm_tinyvit.hub.model_card import PACKAGE
 from timm_tinyvit.hub.store_card import card_statistics
 from timm_tinyvit.report.labels import LabelledViews, data_name, labelled_views, teacher_classes
 from timm_tinyvit.store.local import LogitStore
@@ -85,6 +86,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert hub.repos['dataset', 'org/logits'].private
     assert card_problems(there['README.md'].decode()) == ([], [])
+    assert f'[timm_tinyvit]({PACKAGE})' in there['README.md'].decode()
     assert len(there['views.png']) < 300_000 and Image.open(io.BytesIO(there['views.png'])).width > 500
     # Without the data set nothing that it gave is taken away, and with it the same bytes come out.
     *ends, keyed = push([filled_store], [filled_store, *FIRST], [keyed_store[1], '--repo', 'org/keyed'])
@@ -407,7 +409,7 @@ def test_the_card_of_images_without_labels_speaks_of_none(views):
     assert '`label`' not in card(bare) and 'Some views, each with the most probable classes.' in card(bare)
     assert 'only the total mass is known' in card(bare)
     whole = card(bare, k=store.manifest.num_classes)
-    assert 'only the total mass' not in whole and 'Nothing is left out' in whole
+    assert 'only the total mass' not in whole and 'of the teacher are complete' in whole
 
 
 def test_the_picture_has_a_class_in_each_column(views, monkeypatch):

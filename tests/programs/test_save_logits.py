@@ -158,7 +158,8 @@ def test_check_finds_the_stored_targets_again(store, teacher, capsys):
     cli.main(['store', 'check', str(store), *DATA_FLAGS, '--teacher', teacher])
     said = capsys.readouterr().out
     found = re.search(
-        r'(\d+) views: (\d+) come out .*, ([\d.]+)% other ids, .* by (\S+) in the mean, (\S+) at most, ', said)
+        r'(\d+) views: (\d+) records .*, ([\d.]+)% of the classes differ, .* by (\S+) on average, (\S+) at most, ',
+        said)
     # Alone in its batch a view may be rounded in another way.
     assert int(found[1]) == 200 and int(found[2]) > 190 and float(found[3]) == 0 and float(found[5]) < 5e-3
     assert found.string.strip().endswith('of the codec float16')

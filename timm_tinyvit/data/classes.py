@@ -262,7 +262,7 @@ def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
 
 
 def class_mismatch(dataset: datasets.Dataset, label_column: str, num_classes: int) -> str | None:
-    """Why the labels of an evaluation split are not the classes of a model, in words; None where they can be.
+    """Why the labels of a validation split are not the classes of a model, in words; None where they can be.
 
     Args:
         dataset: The split.

@@ -1,4 +1,4 @@
-"""Accuracy of a model on an evaluation split, with images prepared as timm's validate.py prepares them.
+"""Accuracy of a model on a validation set, with images prepared as timm's validate.py prepares them.
 
 Resize, crop and normalisation come from the model's configuration, changed by the flags. A classifier of ImageNet-22k
 is looked at on the labels of ImageNet-1k as in the paper: by its scores for those 1,000 classes.
@@ -63,7 +63,7 @@ def eval_loader(
         rank: int,
         world_size: int,
 ) -> DataLoader:
-    """This rank's part of an evaluation split, as uint8 batches.
+    """This rank's part of a validation set, as uint8 batches.
 
     Raises:
         InputError: timm does not make the transform.
