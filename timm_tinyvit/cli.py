@@ -145,7 +145,7 @@ def report(args: argparse.Namespace) -> None:
         of_store = ('gallery', 'json', 'epochs', 'max_samples', 'dataset', 'train_split', 'input_key', 'target_key',
                     'key')
         if given := [f'--{name.replace("_", "-")}' for name in of_store if getattr(args, name) not in (None, False)]:
-            raise InputError(f'{args.path} is a run, and {" and ".join(given)} are for stores; leave them out')
+            raise InputError(f'{args.path} is a run; leave out {" and ".join(given)}, which a report on a store takes')
         print_result(str(write_run_report(args.path, args.html)))
     else:
         from .report.store import report_store

@@ -669,5 +669,5 @@ def test_the_folder_of_a_run_is_told_from_a_store(tmp_path, monkeypatch, capsys)
     data = ('--dataset', '--train-split', '--input-key', '--target-key', '--key')
     for flag, *value in (['--json'], ['--gallery', tmp_path / 'x.png'], ['--epochs', '0:1'], ['--max-samples', '9'],
                          *([name, 'x'] for name in data)):
-        assert f'for stores alone; leave {flag} out' in refusal(capsys, tmp_path, flag, *value)
+        assert f'is a run; leave out {flag}, which a report on a store takes' in refusal(capsys, tmp_path, flag, *value)
     assert len(called) == 1
