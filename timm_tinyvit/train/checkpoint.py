@@ -303,8 +303,8 @@ def what_changes(state: dict[str, Any], world_size: int, images_per_update: int,
             return None
         kinds = {True: 'sharded', False: 'whole on each process'}
         return f'the model was {kinds[was_sharded]} and is {kinds[is_sharded]}: rounding can no longer be identical'
-    line = (f'the checkpoint is of {processes} process(es), now there are {world_size}: dropout, drop path and rounding '
-            f'can no longer be identical to a run on {processes}')
+    line = (f'the checkpoint is of {processes} process(es), now there are {world_size}: dropout, drop path and '
+            f'rounding can no longer be identical to a run on {processes}')
     if images != images_per_update:
         line += (f', nor can learning rates and the order of images, with {images_per_update} images per update '
                  f'instead of {images}; choose --batch-size and --grad-accum-steps so that they are equal')
