@@ -34,7 +34,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the accuracy of a model on an evaluation split."""
+    """Print the accuracy of a model on a validation set."""
     from .base.launch import create_accelerator, stop_with_launcher
     from .train.evaluate import evaluate_checkpoint
 
@@ -91,10 +91,10 @@ def check(args: argparse.Namespace) -> None:
     check_teacher(store, teacher)
     found = check_store(store, teacher, data)
     print_result(
-        f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '
-        f'{100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
-        f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most, with the rounding of the '
-        f'codec {store.manifest.codec}')
+        f'{found["views"]} views: {found["same_records"]} records are identical, '
+        f'{100 * found["share_of_other_ids"]:.3f}% of the classes differ, log-probabilities differ by '
+        f'{found["mean_error"]:.2e} on average, {found["largest_error"]:.2e} at most, which includes the rounding of '
+        f'the codec {store.manifest.codec}')
 
 
 def copy(args: argparse.Namespace) -> None:
@@ -105,7 +105,7 @@ def copy(args: argparse.Namespace) -> None:
     store = _open(args)
     if not args.dataset:
         if args.samples:
-            raise InputError('--samples without --dataset: the copy is told from others by its images; name the data')
+            raise InputError('--samples needs --dataset: the copy keeps a hash of its own images; name the data set')
         print_filled(copy_epochs(store, args.output, args.epochs or store.manifest.stored_epochs))
         return
     dataset = load_split(args.dataset, args.train_split, is_training=True)
@@ -149,7 +149,7 @@ def push(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Report on what a store says of its teacher, or write the page on a run anew."""
+    """Report on a store (its teacher's accuracy, confidence and agreement), or write the page of a run again."""
     from .train.metrics import METRICS
 
     if '://' not in args.path and (Path(args.path) / METRICS).is_file():
@@ -158,8 +158,7 @@ def report(args: argparse.Namespace) -> None:
         of_store = ('gallery', 'json', 'epochs', 'max_samples', 'dataset', 'train_split', 'input_key', 'target_key',
                     'key')
         if given := [f'--{name.replace("_", "-")}' for name in of_store if getattr(args, name) not in (None, False)]:
-            raise InputError(f'the run {args.path} has no use for what is for stores alone; leave '
-                             f'{" and ".join(given)} out')
+            raise InputError(f'{args.path} is a run; leave out {" and ".join(given)}, which a report on a store takes')
         print_result(str(write_run_report(args.path, args.html)))
     else:
         from .report.store import report_store

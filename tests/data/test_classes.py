@@ -49,8 +49,8 @@ def flags(**changes):
 @pytest.mark.parametrize('here, there, expected', [
     ('abc', 'abc', [0, 1, 2]), ('cab', 'abc', [2, 0, 1]), ('bc', 'abc', [1, 2]), ('a', 'abc', [0]),
     ('xyz', 'abc', None), ('axc', 'abc', None), ('aac', 'aac', None), (['crane', 'crane'], ['crane', 'crane'], None),
-    ('axb', 'abc', ('1 classes have other numbers', "'b' 2 here and 1 there", "'x'")),
-    ('abcd', 'abc', ('4 classes here and 3 there', "'d'")), ('xy', 'abc', ('2 classes here and 3 there', "'x'")),
+    ('axb', 'abc', ('1 classes have other numbers', "'b' 2 instead of 1", "'x'")),
+    ('abcd', 'abc', ('4 classes instead of 3', "'d'")), ('xy', 'abc', ('2 classes instead of 3', "'x'")),
     ('caa', 'aac', ('other numbers',)), ('aab', 'abc', ('other numbers',)),
 ])
 def test_names_match_classes_whose_order_differs(here, there, expected):
@@ -114,7 +114,8 @@ def test_evaluation_data_in_another_order_or_without_a_class_are_matched_by_name
     ('abc', 'abc', 'xy', 1., ('--val-split', 'the teacher t', "'x'")),
     ('abc', 'abc', 'axb', 1., ('--val-split', 'other numbers')),
     ('abc', 'abcd', 'abc', 0.5, ('--train-split', "'d'")), ('abc', 'bax', 'abc', 0.5, ('--train-split', "'x'")),
-    (3, 'ab', 'ab', 1., ('2 classes', 'has 3', '--val-dataset')), (512, 'abc', 'abc', 1., ('3 classes', 'has 512')),
+    (3, 'ab', 'ab', 1., ('2 classes', 'predicts 3', '--val-dataset')),
+    (512, 'abc', 'abc', 1., ('3 classes', 'predicts 512')),
 ])
 def test_a_teacher_of_other_classes_is_refused_before_it_sees_a_view(teacher, data, val, alpha, words, refused):
     num, names = (teacher, []) if isinstance(teacher, int) else (len(teacher), list(teacher))
@@ -128,7 +129,7 @@ def test_training_labels_of_other_classes_are_told_where_nothing_is_learned_from
     classes, _ = resolve_classes(flags(), split('xbca', [0, 3]), split('abc', [0]), taught)
     assert classes.num_labels == 0
     said = capsys.readouterr().err
-    assert '--train-split' in said and "'x'" in said and 'no prediction' in said
+    assert '--train-split' in said and "'x'" in said and 'goes on without them' in said
 
 
 def test_a_checkpoint_whose_classifier_has_another_order_is_told(tmp_path, capsys):

@@ -333,7 +333,7 @@ def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, teacher, cap
     for flags, words in (
         (['-b', '5'], 'even --batch-size'),
         (['--streaming', '--alpha', '1', '--train-split', 'train'], 'leave --streaming out'),
-        (['--mixup', '0.5'], 'mixup 0.5 instead of 0.8'),
+        (['--mixup', '0.5'], '--mixup 0.5 instead of 0.8'),
     ):
         said = refusal(lambda argv: train(tmp_path, 'refused', *argv), ['--logits', filled[0], *flags], capsys)
         one_sentence(said, words)

@@ -29,6 +29,7 @@ from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.hub import push_store as publish_store, store_card
+from timm_tinyvit.hub.model_card import PACKAGE
 from timm_tinyvit.hub.store_card import card_statistics
 from timm_tinyvit.report.labels import LabelledViews, data_name, labelled_views, teacher_classes
 from timm_tinyvit.store.local import LogitStore
@@ -86,6 +87,7 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert hub.repos['dataset', 'org/logits'].private
     assert card_problems(there['README.md'].decode()) == ([], [])
+    assert f'[timm_tinyvit]({PACKAGE})' in there['README.md'].decode()
     assert len(there['views.png']) < 300_000 and Image.open(io.BytesIO(there['views.png'])).width > 500
     # Without the data set nothing that it gave is taken away, and with it the same bytes come out.
     *ends, keyed = push([filled_store], [filled_store, *FIRST], [keyed_store[1], '--repo', 'org/keyed'])
@@ -171,7 +173,7 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
     expected = [
         (filled_store, 'images', ['something else', 'data/train.parquet']),
         (filled_store, 'words', ['something else', 'README.md']),
-        (filled_store, 'other', ['another store', 'seed: 5, 0']),
+        (filled_store, 'other', ['another store', 'seed: 5, not 0']),
         (store, 'logits', ['1 problem(s)', 'nothing was pushed']),
     ]
     ends = push(*([path, '--repo', f'org/{repo}'] for path, repo, _ in expected),
@@ -316,11 +318,12 @@ def test_data_with_fewer_classes_than_the_teacher_are_named_by_themselves_and_ha
     assert filled[0] == again[0] == 0, (filled, again)
     there = published(hub)
     card = there['README.md'].decode()
-    assert 'no accuracy, as the labels are 3 classes, those of the teacher 10' in card and 'accuracy |' not in card
+    assert 'no accuracy, as the data have labels of 3 classes, the teacher predicts 10' in card
+    assert 'accuracy |' not in card
     table = pq.read_table(io.BytesIO(there['sample.parquet']))
     assert 'names' not in table.column_names and set(table['label_name'].to_pylist()) == {'first', 'second', 'third'}
     cli.main(['store', 'describe', str(tmp_path / 'store'), *map(str, flags)])
-    assert 'unknown; the labels are 3 classes, those of the teacher 10' in capsys.readouterr().out
+    assert 'unknown; the data have labels of 3 classes, the teacher predicts 10' in capsys.readouterr().out
 
 
 def test_names_of_the_data_and_of_the_teacher_are_kept_apart(views, monkeypatch):
@@ -408,7 +411,7 @@ def test_the_card_of_images_without_labels_speaks_of_none(views):
     assert '`label`' not in card(bare) and 'Some views, each with the most probable classes.' in card(bare)
     assert 'only the total mass is known' in card(bare)
     whole = card(bare, k=store.manifest.num_classes)
-    assert 'only the total mass' not in whole and 'Nothing is left out' in whole
+    assert 'only the total mass' not in whole and 'of the teacher are complete' in whole
 
 
 def test_the_picture_has_a_class_in_each_column(views, monkeypatch):

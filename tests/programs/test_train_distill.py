@@ -298,11 +298,11 @@ def test_a_run_of_other_settings_is_not_resumed(distilled, capsys):
     run, store = distilled
     said = message_of(
         [*SMALL, '--logits', store, '--output', run.parent, '--experiment', 'run', '--lr', '0.5'], capsys)
-    assert 'lr 0.001 there and 0.5 here' in said and '--experiment' in said
+    assert '--lr was 0.001 and is 0.5' in said and '--experiment' in said
     said = message_of([
         *SMALL, '--topk', '3', '--shard-size', '40', '--mixup-mode', 'pair', '--train-split', 'train[1:97]', '--output',
         run.parent, '--experiment', 'run'], capsys)
-    assert '(train_split' in said
+    assert '(--train-split was' in said
     assert 'other images or labels in --dataset, another store, or none, in --logits); give the same ones' in said
 
 
@@ -437,8 +437,8 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*here, '--logits', store, store], 'twice; an average is of different stores'),
         ([*with_store, '--val-dataset', words], 'are not the classes of the store'),
         ([*here, '--val-dataset', loose], 'every file must lie in SPLIT/CLASS/'),
-        ([*with_store, '--reprob', '0.5'], 're_prob 0.5 instead of 0.25'),
-        ([*with_store, '--teacher', teacher, '--topk', '4'], 'k: 3, 4'),
+        ([*with_store, '--reprob', '0.5'], '--reprob 0.5 instead of 0.25'),
+        ([*with_store, '--teacher', teacher, '--topk', '4'], 'k: 3, not 4'),
         ([*here, '--no-such-flag', '1'], 'unknown argument --no-such-flag'),
         ([*here, '--epoch', '3'], 'did you mean --epochs?'),
         ([*here, '--epochs', 'many'], "argument --epochs: invalid int value: 'many'"),
@@ -468,7 +468,7 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*here, '--logits', tmp_path / 'new', '--teacher', teacher, '--shard-size', '0'], '--shard-size is 0'),
         ([*here, '--target-key', 'name'], "no column 'name'"),
         ([*here, '--teacher', teacher], '--teacher without --logits'),
-        ([*with_store, '--mixup', '0.8'], 'mixup 0.8 instead of 0.0'),
+        ([*with_store, '--mixup', '0.8'], '--mixup 0.8 instead of 0.0'),
         ([*with_store, '--mixup-mode', 'elem'], 'give --mixup-mode pair'),
         ([*here, '--cutmix', '1', '-b', '3'], '--batch-size is 3; --mixup and --cutmix need an even one'),
         ([*here, '--sync-bn'], '--sync-bn needs GPUs'),

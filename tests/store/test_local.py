@@ -214,11 +214,11 @@ def test_another_store_at_the_same_place_is_refused_with_what_differs(tmp_path, 
     store = make_store(tmp_path / 'store', recipe=recipe, teacher=teacher)
     before = tree(store.path)
     for changes, words in (
-            (dict(seed=8), ['seed: 7, 8']),
-            (dict(k=4), ['k: 3, 4']),
-            (dict(recipe={**recipe, 'vflip': 1.}), ['recipe vflip: 0.0, 1.0']),
-            (dict(teacher={**teacher, 'weights': 'def'}), ["teacher weights: 'abc', 'def'"]),
-            (dict(dataset={'num_samples': 10, 'hash': '0'}), ["dataset hash: None, '0'"])):
+            (dict(seed=8), ['seed: 7, not 8']),
+            (dict(k=4), ['k: 3, not 4']),
+            (dict(recipe={**recipe, 'vflip': 1.}), ['recipe vflip: 0.0, not 1.0']),
+            (dict(teacher={**teacher, 'weights': 'def'}), ["teacher weights: 'abc', not 'def'"]),
+            (dict(dataset={'num_samples': 10, 'hash': '0'}), ["dataset hash: None, not '0'"])):
         with refused(str(store.path), 'something else', *words):
             LogitStore.create(store.path, make_manifest(**{**dict(recipe=recipe, teacher=teacher), **changes}))
     assert tree(store.path) == before

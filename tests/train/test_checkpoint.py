@@ -280,7 +280,7 @@ def test_a_run_goes_on_with_another_number_of_processes(start, tmp_path, before,
     kill(launch)
     first = torch.load(tmp_path / 'run' / checkpoints(tmp_path / 'run')[-1], weights_only=True)
     said = finish(start([*argv, '-b', str(8 // after)], after), tmp_path)
-    assert f'{before} process(es) there, {after} here: dropout, drop path and rounding can no longer be' in said
+    assert f'the checkpoint is of {before} process(es), now there are {after}: dropout, drop path and rounding' in said
     assert 'nor can learning rates' not in said
     assert f'resuming {tmp_path / "run"} at epoch {first["epoch"]}, step {first["samples"] // 8}\n' in said
     finish(start([*argv, '-b', '4', '--experiment', 'peace'], 2), tmp_path)
@@ -378,8 +378,8 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path, capsys, monkeypatch)
 
 def test_what_a_checkpoint_refuses(tmp_path, capsys):
     run(tmp_path, '--epochs', '1')
-    assert 'mixup 0.8 there and 0.0 here' in message_of(capsys, tmp_path, '--epochs', '1', '--mixup', '0')
-    assert 'batch_size 8 there and 4 here' in message_of(capsys, tmp_path, '--epochs', '1', '-b', '4')
+    assert '--mixup was 0.8 and is 0.0' in message_of(capsys, tmp_path, '--epochs', '1', '--mixup', '0')
+    assert '--batch-size was 8 and is 4' in message_of(capsys, tmp_path, '--epochs', '1', '-b', '4')
     last = tmp_path / 'run' / checkpoints(tmp_path / 'run')[-1]
     state = torch.load(last, weights_only=True)
     write_checkpoint(last, {

@@ -22,7 +22,8 @@ from .escaping import for_terminal, sentence, without_home
 __all__ = ['best_effort', 'colored', 'info', 'print_result', 'progress', 'setup_console', 'warning']
 
 LINE_SECONDS = 30.
-LINE_FORMAT = '{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}'
+LINE_FORMAT = (
+    '{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}')
 COLORS = {'bold': 1, 'green': 32, 'yellow': 33}
 
 _speaks = os.environ.get('RANK', '0') == '0'

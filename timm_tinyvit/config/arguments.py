@@ -263,16 +263,17 @@ def add_store_arguments(
     group = parser.add_argument_group('store')
     for name, kind, metavar, help in (
         ('topk', int, 'K', 'most probable classes that are kept of a view'),
-        ('codec', str, 'NAME', 'format of the records, as in compact or float16'),
+        ('codec', str, 'NAME', 'format of the records: compact or float16'),
         ('key', str, 'NAME', 'column of strings or integers that identify samples; without one, their position does'),
         ('shard_size', int, 'N', 'samples per file of the store'),
         ('store_seed', int, 'S', 'seed of the views'),
         ('teacher_batch_size', int, 'N', 'views per teacher batch'),
     ):
         if name in names:
+            new = 'none' if STORE_DEFAULTS[name] == '' else STORE_DEFAULTS[name]
             group.add_argument(
                 f'--{name.replace("_", "-")}', type=kind, metavar=metavar,
-                help=f'{help} (default: the store\'s, or {STORE_DEFAULTS[name] or "none"} for a new one)')
+                help=f'{help} (default: the store\'s, or {new} for a new one)')
     return group
 
 

@@ -174,7 +174,7 @@ def _finish_report(args: argparse.Namespace) -> argparse.Namespace:
 def add_compare_arguments(parser: ArgumentParser) -> None:
     """Of `compare`."""
     parser.add_argument('runs', nargs='+', metavar='RUN',
-                        help='folders of runs, the first of them the one that the others are compared with')
+                        help='folders of runs; the others are compared with the first')
     _add_html(parser)
     add_quiet(parser)
 
@@ -198,8 +198,8 @@ def add_publish_arguments(parser: ArgumentParser) -> None:
 def add_convert_arguments(parser: ArgumentParser) -> None:
     """Of `convert`."""
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='an official .pth file')
-    parser.add_argument('--model', required=True, choices=OFFICIAL_MODELS, help='whose weights it holds')
-    parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to make')
+    parser.add_argument('--model', required=True, choices=OFFICIAL_MODELS, help='model of the checkpoint')
+    parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write')
 
 
 def add_export_arguments(parser: ArgumentParser) -> None:
@@ -209,5 +209,5 @@ def add_export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--checkpoint', metavar='FILE', help='weights, instead of the pretrained ones of that name')
     parser.add_argument('--num-classes', type=int, metavar='N', help='classes of the checkpoint\'s head')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help='another image size')
-    parser.add_argument('--format', required=True, choices=FORMATS, help='what runs it')
+    parser.add_argument('--format', required=True, choices=FORMATS, help='format of the file')
     parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='file to write')

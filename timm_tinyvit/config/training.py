@@ -142,8 +142,8 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
 
 def add_validation_data(group: argparse._ActionsContainer) -> None:
     """What to evaluate on."""
-    group.add_argument('--val-dataset', metavar='NAME', help='evaluation data, if not a split of --dataset')
-    group.add_argument('--val-split', metavar='NAME', help='evaluation split (default: validation, val or test)')
+    group.add_argument('--val-dataset', metavar='NAME', help='validation set, if not a split of --dataset')
+    group.add_argument('--val-split', metavar='NAME', help='validation split (default: validation, val or test)')
 
 
 def _add_model(parser: ArgumentParser) -> argparse._ArgumentGroup:

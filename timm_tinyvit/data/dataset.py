@@ -104,8 +104,8 @@ def decode_source(
     except OSError as error:
         path = source.get('path') if isinstance(source, dict) else None
         raise InputError(
-            f'the image of sample {name}{f" ({path})" if path else ""} cannot be decoded: {error}; fix or remove it, '
-            f'and make the store again if it was removed')
+            f'the image of sample {name}{f" ({path})" if path else ""} cannot be decoded: {error}; replace it, or '
+            f'remove it and fill a new store')
 
 
 def decode_with_digest(

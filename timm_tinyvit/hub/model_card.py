@@ -31,15 +31,17 @@ from ..train.metrics import METRICS, read_metrics, suffixed
 from ..train.record import read_run
 
 __all__ = [
-    'CARD', 'CITATION', 'NO_REPO', 'PICTURE', 'TAG', 'ModelFacts', 'Weights', 'accuracy_results', 'card_metadata',
-    'evaluation_command', 'has_text', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card',
-    'run_card',
+    'CARD', 'CITATION', 'NO_REPO', 'PACKAGE', 'PICTURE', 'TAG', 'ModelFacts', 'Weights', 'accuracy_results',
+    'card_metadata', 'evaluation_command', 'has_text', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml',
+    'render_card', 'run_card',
 ]
 
 HUB = 'https://huggingface.co'
 # What cards of this package have among their tags.
 TAG = 'timm_tinyvit'
 CARD, PICTURE = 'README.md', 'metrics.png'
+# Where this package is found, as in pyproject.toml.
+PACKAGE = 'https://pypi.org/project/timm-tinyvit/'
 # What stands for the repo in a card that is made before it is known.
 NO_REPO = 'ORG/NAME'
 # What a card keeps of the one before it, if its owners have written it there, with the terms of a gated repo.
@@ -226,7 +228,8 @@ def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
         standard_error=_standard_error, store_link=_store_link, store_name=_store_name)
     head = printable(metadata.to_yaml(), lines=True)
     text = environment.get_template(template).render(
-        card_data=Markdown(head), license=metadata.get('license_name') or metadata.get('license'), **facts)
+        card_data=Markdown(head), license=metadata.get('license_name') or metadata.get('license'),
+        package=Markdown(f'[timm_tinyvit]({PACKAGE})'), **facts)
     # What is left out leaves blank lines.
     return without_secrets(re.sub(r'\n{3,}', '\n\n', text).strip()) + '\n'
 

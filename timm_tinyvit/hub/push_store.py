@@ -105,7 +105,7 @@ class PublishedStore:
             return replace(manifest, first_epoch=epochs.start, epochs=len(epochs))
         differences = self.manifest.differences(manifest)
         if differences:
-            raise InputError(f'{self.url} is another store ({"; ".join(differences[:3])}; there and here); give '
+            raise InputError(f'{self.url} is another store ({"; ".join(differences[:3])}); give '
                              f'--push-to-hub another name')
         stored = self.manifest.stored_epochs
         if epochs.start > stored.stop or epochs.stop < stored.start:

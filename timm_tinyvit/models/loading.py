@@ -89,7 +89,7 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
         num_classes: Classes of the checkpoint's head.
 
     Raises:
-        InputError: There is no such model, or its weights cannot be had.
+        InputError: There is no such model, or its weights cannot be loaded.
     """
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
@@ -109,8 +109,8 @@ def create_pretrained(name: str, checkpoint: str | None = None, num_classes: int
             raise InputError(f'the model {name}{weights} cannot be had from the Hub: {hub_reason}')
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f'the model {name}{weights} cannot be had: {reason}; give a timm name, hf-hub:ORG/NAME, or a folder with '
-            f'config.json and model.safetensors')
+            f'the model {name}{weights} cannot be loaded: {reason}; give a timm name, hf-hub:ORG/NAME, or a folder '
+            f'with config.json and model.safetensors')
     if checkpoint is not None:
         try:
             load_weights(model, checkpoint)

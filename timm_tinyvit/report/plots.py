@@ -184,7 +184,7 @@ def reliability_plot(models: Mapping[str, Reliability], caption: str = '') -> It
     above.legend(loc='upper left')
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    intervals = 'Bars are 95% intervals: long where few samples are so sure.'
+    intervals = 'Bars are 95% intervals; they are long where few samples have this confidence.'
     yield figure, f'reliability diagram of {" and ".join(models)}', f'{caption} {intervals}'.strip()
 
 

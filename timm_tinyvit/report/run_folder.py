@@ -116,6 +116,11 @@ class TrainedRun:
         """Their predictions."""
         return self.evaluations.get(self.weights)
 
+    @property
+    def has_top5(self) -> bool:
+        """Whether top-5 says something: of up to five classes it is always 100%."""
+        return all(evaluation.num_classes > 5 for evaluation in self.evaluations.values())
+
     def loss_settings(self) -> dict[str, Any]:
         """The settings that say what its training loss is: losses of others are not the same quantity."""
         names = ['smoothing', 'logits', *MIXING]

@@ -68,8 +68,8 @@ class LogitStore(ShardStore):
         differences = store.manifest.differences(manifest)
         if differences:
             raise InputError(
-                f'{path} is a store of something else ({"; ".join(differences[:4])}; there and in this command); '
-                f'name another folder, or give the command the same settings')
+                f'{path} is a store of something else ({"; ".join(differences[:4])}); name another '
+                f'folder, or give the same settings')
         first_epoch = store.manifest.first_epoch
         if manifest.first_epoch < first_epoch:
             raise InputError(

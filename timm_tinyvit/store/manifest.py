@@ -117,7 +117,7 @@ class Manifest:
         return min(self.shard_size, self.num_samples - shard * self.shard_size)
 
     def differences(self, other: 'Manifest') -> list[str]:
-        """Which fields make another manifest's shards different ones, each as `name: here, there`."""
+        """Which fields make another manifest's shards different ones, each as `name: here, not there`."""
         pairs = []
         others = other._decisive()
         for name, value in self._decisive().items():
@@ -126,7 +126,8 @@ class Manifest:
                 pairs += [(f'{name} {entry}', value.get(entry), others[name].get(entry)) for entry in entries]
             else:
                 pairs.append((name, value, others[name]))
-        differences = [f'{name}: {_excerpt(here)}, {_excerpt(there)}' for name, here, there in pairs if here != there]
+        differences = [
+            f'{name}: {_excerpt(here)}, not {_excerpt(there)}' for name, here, there in pairs if here != there]
         if (distance := output_distance(self.teacher.get('probe'), other.teacher.get('probe'))) > PROBE_TOLERANCE:
             differences.append(f'teacher outputs: {distance:.1e} of their spread apart, {PROBE_TOLERANCE} allowed')
         return differences

@@ -49,9 +49,9 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
     key = find_column(dataset, target_key, is_image=False)
     names = list(key and class_names(dataset, key) or ())
     if len(names) not in (0, teacher.num_classes):
-        warning(f'the teacher {teacher.name} has {teacher.num_classes:,} classes, the data {len(names):,}: their '
-                f'labels say nothing of it or its students; to evaluate them, name data of its classes with '
-                f'--val-dataset')
+        warning(f'the teacher {teacher.name} predicts {teacher.num_classes:,} classes, the data have labels of '
+                f'{len(names):,}: neither its accuracy nor that of its students can be measured with them; give '
+                f'--val-dataset with its classes')
         return teacher.class_names
     if not names or not teacher.class_names:
         return teacher.class_names or valid_names(names, teacher.num_classes)
@@ -63,7 +63,7 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
         warning(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
                 f'{teacher.class_names.index(name)} and {place}; ' + (
                     'labels get the teacher\'s by name' if can_match else
-                    'labels are compared with none of its classes'))
+                    'as not all names are the same, labels are not compared with its predictions'))
     return teacher.class_names
 
 

@@ -328,7 +328,7 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
                          f'package; {remedy}')
     before, processes = state['settings'], state['world_size']
     free = PER_PROCESS if processes != world_size else ()
-    other = [CONTENTS.get(key) or f'{key} {before.get(key)!r} there and {settings.get(key)!r} here'
+    other = [CONTENTS.get(key) or f'--{key.replace("_", "-")} was {before.get(key)!r} and is {settings.get(key)!r}'
              for key in {**before, **settings} if before.get(key) != settings.get(key) and key not in free]
     if other:
         raise InputError(f'the run in {folder} was started with other settings ({", ".join(other[:4])}); give the '
@@ -347,11 +347,11 @@ def what_changes(state: dict[str, Any], world_size: int, images_per_update: int,
             return None
         kinds = {True: 'sharded', False: 'whole on each process'}
         return f'the model was {kinds[was_sharded]} and is {kinds[is_sharded]}: rounding can no longer be identical'
-    line = (f'{processes} process(es) there, {world_size} here: dropout, drop path and rounding can no longer be '
-            f'identical to a run on {processes}')
+    line = (f'the checkpoint is of {processes} process(es), now there are {world_size}: dropout, drop path and '
+            f'rounding can no longer be identical to a run on {processes}')
     if images != images_per_update:
         line += (f', nor can learning rates and the order of images, with {images_per_update} images per update '
-                 f'instead of {images}; --batch-size and --grad-accum-steps could make them equal')
+                 f'instead of {images}; choose --batch-size and --grad-accum-steps so that they are equal')
     return line
 
 

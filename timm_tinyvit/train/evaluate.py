@@ -1,4 +1,4 @@
-"""Accuracy of a model on an evaluation split, with images prepared as timm's validate.py prepares them.
+"""Accuracy of a model on a validation set, with images prepared as timm's validate.py prepares them.
 
 Resize, crop and normalisation come from the model's configuration, changed by the flags. A classifier of ImageNet-22k
 is looked at on the labels of ImageNet-1k as in the paper: by its scores for those 1,000 classes.
@@ -63,7 +63,7 @@ def eval_loader(
         rank: int,
         world_size: int,
 ) -> DataLoader:
-    """This rank's part of an evaluation split, as uint8 batches.
+    """This rank's part of a validation set, as uint8 batches.
 
     Raises:
         InputError: timm does not make the transform.
@@ -221,7 +221,7 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     dataset = match_classes(dataset, label_column, names, '--val-split', f'the model {args.model}')
     check_labels(dataset, label_column, model.num_classes, '--val-split')
     if mismatch := class_mismatch(dataset, label_column, model.num_classes):
-        warning(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
+        warning(f'{mismatch}: its accuracy is right only if the labels are the first of its classes')
     # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
     config = eval_config(args, model, size, use_test_size=not beside)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)

@@ -232,10 +232,10 @@ def round_robin(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def samples_to_show(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """The samples whose pictures tell most: those of which the model is surest, rightly and wrongly.
+    """The samples whose pictures tell most: the most confident predictions, correct and wrong.
 
     Returns:
-        Up to 12 right ones, of as many classes as there are, and up to 12 wrong ones; surest first.
+        Up to 12 correct ones, of different classes where possible, and up to 12 wrong ones; most confident first.
     """
     order = np.argsort(-predictions.confidence, kind='stable')
     right, wrong = order[predictions.right[order]], order[~predictions.right[order]]

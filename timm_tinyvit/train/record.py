@@ -196,7 +196,7 @@ def read_run(folder: Path, is_whole: bool = False) -> dict[str, Any]:
     except OSError:
         raise InputError(
             f'{folder} has no {RUN_RECORD}, which each start of a run writes; name the folder of a run of '
-            f'train_distill, or start it again, which ends at once where it is finished')
+            f'timm-tinyvit train, or start the run again; a finished one ends at once')
     except (KeyError, TypeError, ValueError):
         version = None
     why = 'another version of this package wrote it' if version != VERSION else mismatch(
