@@ -42,6 +42,16 @@ def optimizer_of(args, images_per_update):
     return model, create_optimizer(args, model, rates['lr']), rates
 
 
+def test_further_arguments_of_an_optimiser_are_timms(refused):
+    args = settings_of('in22k_to_in1k_tiny_vit_5m', '--opt-kwargs', 'layer_decay_min_scale=0.5', 'amsgrad=True')
+    _, optimizer, _ = optimizer_of(args, 1024)
+    assert optimizer.defaults['amsgrad'] is True
+    assert min(group['lr_scale'] for group in optimizer.param_groups) == 0.5
+    for pair, words in (('lr=1', "multiple values for keyword argument 'lr'"), ('nothing=1', "'nothing'")):
+        with refused(words, '--opt-kwargs'):
+            optimizer_of(settings_of('in1k_tiny_vit_5m', '--opt-kwargs', pair), 1024)
+
+
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_recipe_has_every_value_of_the_official_configuration(stage):
     args, official = settings_of(stage), dict(STAGES[stage]['settings'])

@@ -74,6 +74,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--opt', default='adamw', metavar='NAME', help='timm optimiser')
     group.add_argument('--opt-eps', type=float, metavar='X', help='its epsilon')
     group.add_argument('--opt-betas', type=float, nargs='+', metavar='B', help='its betas')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='NAME=VALUE',
+                       help='further arguments of it')
     group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='its momentum')
     group.add_argument('--weight-decay', type=float, default=0.05, metavar='W',
                        help='weight decay, but not of norms and biases')

@@ -36,8 +36,8 @@ __all__ = ['FREE_FLAGS', 'TrainState', 'fixed_settings', 'is_finite', 'random_st
 FREE_FLAGS = {
     'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
     'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
-    'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs',
-    'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
+    'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs', 'store_cache', 'push_to_hub', 'hub_private',
+    'hub_license',
 }
 
 # Entries of a checkpoint that hold weights; timm, too, looks for a model under this name.
@@ -278,7 +278,9 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
         return None
     try:
         state = torch.load(files[-1], map_location='cpu', weights_only=True)
-        there, processes = state['settings'], state['world_size']
+        # A flag that is newer than the checkpoint was off.
+        there = {name: value for name, value in settings.items() if not value} | state['settings']
+        processes = state['world_size']
     except Exception as error:
         # Damaged archives and foreign pickles fail in as many ways as there are bytes.
         raise InputError(f'the checkpoint {files[-1]} cannot be read ({type(error).__name__}); delete it to go on '
