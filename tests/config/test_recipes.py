@@ -52,6 +52,12 @@ def test_further_arguments_of_an_optimiser_are_timms(refused):
             optimizer_of(settings_of('in1k_tiny_vit_5m', '--opt-kwargs', pair), 1024)
 
 
+def test_a_model_without_gradient_checkpointing_is_refused(refused):
+    args = settings_of('in1k_tiny_vit_5m', '--model', 'coat_tiny', '--grad-checkpointing')
+    with refused('coat_tiny has no gradient checkpointing', 'leave --grad-checkpointing out'):
+        create_student(args, num_classes=10)
+
+
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_recipe_has_every_value_of_the_official_configuration(stage):
     args, official = settings_of(stage), dict(STAGES[stage]['settings'])

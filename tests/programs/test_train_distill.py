@@ -9,13 +9,18 @@ import sys
 import weakref
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
 from timm.utils import dispatch_clip_grad
 
 import train_distill
@@ -271,6 +276,37 @@ def test_cores_that_the_launcher_leaves_idle_are_told(monkeypatch, capsys):
         create_accelerator()
         assert said in capsys.readouterr().err if said else not capsys.readouterr().err
     AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize('model', ['tiny_vit_5m_224', 'test_resnet', 'test_vit'])
+def test_gradient_checkpointing_trains_the_same_weights_and_statistics(model, tmp_path):
+    flags = [*SMALL, '--train-split', 'train[:48]', '--model', model, '--drop', '0.2', '--model-kwargs', *(
+        ['img_size=32'] if model == 'test_vit' else []), '--output', str(tmp_path)]
+    train_distill.main([*flags, '--experiment', 'plain'])
+    train_distill.main([*flags, '--experiment', 'again', '--grad-checkpointing'])
+    plain, again = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('plain', 'again'))
+    assert plain.keys() == again.keys()
+    for name in plain:
+        assert torch.allclose(plain[name], again[name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize('smoothing', ['0.1', '0'])
+@pytest.mark.parametrize('mixup', [[], ['--mixup', '0.8']], ids=['plain', 'mixed'])
+def test_the_binary_cross_entropy_of_labels_is_timms(smoothing, mixup):
+    args = train_distill.settings([
+        *SMALL, *mixup, '--smoothing', smoothing, '--bce-loss', '--bce-sum', '--bce-target-thresh', '0.2'])
+    model, labels = timm.create_model('test_resnet', num_classes=10), torch.arange(8) % 10
+    evaluator, classes = SimpleNamespace(normalize=None), SimpleNamespace(num=10)
+    task = train_distill.create_task(args, model, None, evaluator, classes, Accelerator(cpu=True))
+    views = torch.rand(8, 3, 32, 32)
+    numpy.random.seed(0)
+    found = task(views, {'label': labels})
+    targets = labels
+    if mixup:
+        numpy.random.seed(0)
+        _, targets = Mixup(0.8, label_smoothing=float(smoothing), num_classes=10)(views, labels)
+    expected = BinaryCrossEntropy(float(smoothing), target_threshold=0.2, sum_classes=True)(found['output'], targets)
+    assert torch.allclose(found['label_loss'], expected) and torch.equal(found['loss'], found['label_loss'])
 
 
 def test_epochs_that_are_all_warm_up_are_told(tmp_path, capsys):

@@ -63,6 +63,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--model-ema', action='store_true', help='also average the weights; evaluate and export both')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of the average')
     group.add_argument('--model-ema-warmup', action='store_true', help='start with a smaller decay')
+    group.add_argument('--grad-checkpointing', action='store_true',
+                       help='compute activations again in the backward pass: less memory, slower')
     group.add_argument('--compile', '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
                        help='torch.compile the student')
     group = parser.add_argument_group('optimisation')
@@ -97,6 +99,10 @@ def add_arguments(parser: ArgumentParser) -> None:
                        help='multistep schedule: epochs of the decays')
     group.add_argument('--decay-rate', type=float, default=0.1, metavar='R', help='step schedule: factor per decay')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing of the label loss')
+    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy of each class as the label loss')
+    group.add_argument('--bce-sum', action='store_true', help='its sum over the classes instead of its mean')
+    group.add_argument('--bce-target-thresh', type=float, metavar='P',
+                       help='its targets, of smoothed or mixed labels, are 1 above P and else 0')
     group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'),
                        help='pair: views mixed as in a store; batch, elem: timm\'s Mixup, one lambda per batch or view '
                             '(default: pair with --logits, else batch)')
@@ -139,7 +145,7 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     _add_crop(group)
     add_quiet(group)
     # What else makes a student.
-    parser.set_defaults(drop=0., drop_path=None, validation_batch_size=None)
+    parser.set_defaults(drop=0., drop_path=None, grad_checkpointing=False, validation_batch_size=None)
 
 
 def _add_validation_data(group: argparse._ActionsContainer) -> None:
@@ -178,6 +184,13 @@ def _finish_precision(args: argparse.Namespace) -> None:
     del args.amp
 
 
+def _finish_loss(args: argparse.Namespace) -> None:
+    if (args.bce_sum or args.bce_target_thresh is not None) and not args.bce_loss:
+        raise InputError('--bce-sum and --bce-target-thresh change the loss of --bce-loss; add it, or leave them out')
+    if args.bce_loss and args.logits and args.alpha == 1:
+        warning('--bce-loss changes nothing: with --alpha 1 labels have no weight')
+
+
 def _finish_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     if args.initial_checkpoint is None and not args.pretrained:
         raise InputError('there are no weights to evaluate; name a checkpoint, or add --pretrained')
@@ -195,6 +208,7 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
     check_push_arguments(args)
     view_arguments(args)
     _finish_precision(args)
+    _finish_loss(args)
     args.model = args.model or DEFAULT_MODEL
     if args.sched == 'none':
         raise InputError('--sched none is not a schedule here; use --sched constant')

@@ -37,7 +37,7 @@ FREE_FLAGS = {
     'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
     'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
     'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs', 'store_cache', 'push_to_hub', 'hub_private',
-    'hub_license',
+    'hub_license', 'grad_checkpointing',
 }
 
 # Entries of a checkpoint that hold weights; timm, too, looks for a model under this name.
