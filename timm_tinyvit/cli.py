@@ -40,6 +40,7 @@ def evaluate(args: argparse.Namespace) -> None:
     stop_with_launcher()
     accelerator = create_accelerator(args.amp_dtype)
     setup_console(accelerator.is_main_process, args.quiet)
+    training.tell_launch(args)
     print_result(', '.join(f'{name} {value:.3f}' for name, value in evaluate_checkpoint(args, accelerator).items()))
     accelerator.end_training()
 

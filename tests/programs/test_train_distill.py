@@ -256,9 +256,44 @@ def test_a_precision_of_the_launch_and_one_that_a_cpu_lacks_are_told(monkeypatch
     AcceleratorState._reset_state(True)
     create_accelerator('float16')
     said = capsys.readouterr().err
-    assert 'asks for mixed precision bf16' in said and '--teacher-amp-dtype' in said
+    assert 'asks for mixed precision bf16; --amp-dtype wins' in said and '--teacher-amp-dtype' in said
     assert 'float16 needs a GPU' in said or torch.accelerator.is_available()
     AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize('name, value, flag, given', [
+    ('GRADIENT_ACCUMULATION_STEPS', '4', '--grad-accum-steps', '4'),
+    ('MIXED_PRECISION', 'bf16', '--amp-dtype', 'bfloat16')])
+def test_what_accelerate_is_configured_to_is_followed_where_no_flag_says_it(
+        name, value, flag, given, tmp_path, monkeypatch, capsys):
+    small = [*SMALL, '-b', '8', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--epochs', '1',
+             '--warmup-epochs', '0', '--output', str(tmp_path)]
+
+    def run(experiment, *flags):
+        AcceleratorState._reset_state(True)
+        train_distill.main([*small, '--experiment', experiment, *flags])
+        weights = load_file(tmp_path / experiment / 'last' / 'model.safetensors')
+        return capsys.readouterr(), weights, json.loads((tmp_path / experiment / 'run.json').read_text())
+
+    *_, by_flag, flags = run('flag', flag, given)
+    _, plain, _ = run('plain')
+    monkeypatch.setenv(f'ACCELERATE_{name}', value)
+    said, by_launch, record = run('launch')
+    line = f'{flag} {given}, as accelerate is configured'
+    assert said.out.startswith(line) and by_launch.keys() == by_flag.keys()
+    assert all(torch.equal(by_launch[name], by_flag[name]) for name in by_flag)
+    assert any(not torch.equal(plain[name], by_flag[name]) for name in by_flag)
+    # The record is that of the flag: elsewhere accelerate may be configured otherwise.
+    assert [record[key] for key in ('changed', 'recipe')] == [flags[key] for key in ('changed', 'recipe')]
+    assert {**record['flags'], 'experiment': 'flag'} == flags['flags']
+    # A flag wins, one of a recipe too.
+    (tmp_path / 'recipe.yaml').write_text('grad-accum-steps: 2\namp-dtype: float16\n')
+    said, *_ = run('recipe', '--config', str(tmp_path / 'recipe.yaml'))
+    won = {'--grad-accum-steps': '2', '--amp-dtype': 'float16'}[flag]
+    assert f'{flag} {won} wins over {given}, which accelerate is configured to' in said.err and line not in said.out
+    monkeypatch.delenv(f'ACCELERATE_{name}')
+    AcceleratorState._reset_state(True)
+    assert f'{flag[2:].replace("-", "_")} ' in message_of([*small, '--experiment', 'launch'], capsys)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='the cores are not what computes')

@@ -1,10 +1,11 @@
 """The flags of train_distill, and everything that is refused about them, in one place."""
 
 import argparse
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 from collections.abc import Sequence
 
-from ..base.console import warning
+from ..base.console import info, warning
 from ..base.errors import InputError
 from .arguments import (
     ArgumentParser, KeyValues, add_data_arguments, add_image_arguments, add_keep_arguments, add_push_arguments,
@@ -15,10 +16,17 @@ from .arguments import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['DEFAULT_MODEL', 'add_arguments', 'add_eval_arguments', 'check_launch', 'create_parser', 'settings']
+__all__ = [
+    'DEFAULT_MODEL', 'LAUNCH_DEFAULTS', 'add_arguments', 'add_eval_arguments', 'check_launch', 'create_parser',
+    'settings', 'tell_launch',
+]
 
 DEFAULT_MODEL = 'tiny_vit_5m_224'
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
+
+# Flags that accelerate may be configured to, and what they are where neither says anything.
+LAUNCH_DEFAULTS = dict(amp_dtype=None, grad_accum_steps=1)
+PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16'}
 
 
 def create_parser() -> ArgumentParser:
@@ -69,7 +77,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                        help='torch.compile the student')
     group = parser.add_argument_group('optimisation')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='views per process and step')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per update')
+    group.add_argument('--grad-accum-steps', type=int, metavar='N',
+                       help='batches per update (default: what accelerate is configured to, or 1)')
     group.add_argument('--views-per-image', type=int, default=1, metavar='N',
                        help='put N views of each image, of N epochs, in one batch and decode the image once')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
@@ -168,7 +177,8 @@ def _add_model(parser: ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_precision(group: argparse._ActionsContainer) -> None:
     group.add_argument('--amp', action='store_true', help='as --amp-dtype float16, unless that says otherwise')
-    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast the student')
+    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'),
+                       help='autocast the student (default: what accelerate is configured to, or none)')
 
 
 def _add_crop(group: argparse._ActionsContainer) -> None:
@@ -178,10 +188,34 @@ def _add_crop(group: argparse._ActionsContainer) -> None:
     group.add_argument('--interpolation', metavar='NAME', help='evaluation resize (default: the model\'s)')
 
 
-def _finish_precision(args: argparse.Namespace) -> None:
+def _launch_settings() -> dict[str, Any]:
+    """The flags that accelerate is configured to, by its launcher or the environment."""
+    asked = {'amp_dtype': PRECISIONS.get(os.environ.get('ACCELERATE_MIXED_PRECISION', 'no'))}
+    if (steps := os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')) != '1':
+        if not steps.isdecimal() or not int(steps):
+            raise InputError(f'ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}; expected a number of batches')
+        asked['grad_accum_steps'] = int(steps)
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _finish_launch(args: argparse.Namespace) -> None:
     if args.amp and args.amp_dtype is None:
         args.amp_dtype = 'float16'
     del args.amp
+    asked = LAUNCH_DEFAULTS | _launch_settings()
+    for name in asked.keys() & vars(args).keys():
+        if getattr(args, name) is None:
+            setattr(args, name, asked[name])
+
+
+def tell_launch(args: argparse.Namespace) -> None:
+    """Say what accelerate is configured to where it is followed, and where a flag wins over it."""
+    for name, value in _launch_settings().items():
+        flag, given = f'--{name.replace("_", "-")}', getattr(args, name, None)
+        if given == value:
+            info(f'{flag} {value}, as accelerate is configured')
+        elif given is not None:
+            warning(f'{flag} {given} wins over {value}, which accelerate is configured to')
 
 
 def _finish_loss(args: argparse.Namespace) -> None:
@@ -194,7 +228,7 @@ def _finish_loss(args: argparse.Namespace) -> None:
 def _finish_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     if args.initial_checkpoint is None and not args.pretrained:
         raise InputError('there are no weights to evaluate; name a checkpoint, or add --pretrained')
-    _finish_precision(args)
+    _finish_launch(args)
     if args.model is None and args.initial_checkpoint is not None:
         from ..models.loading import config_beside
 
@@ -207,7 +241,7 @@ def _finish_evaluation(args: argparse.Namespace) -> argparse.Namespace:
 def _finish(args: argparse.Namespace) -> argparse.Namespace:
     check_push_arguments(args)
     view_arguments(args)
-    _finish_precision(args)
+    _finish_launch(args)
     _finish_loss(args)
     args.model = args.model or DEFAULT_MODEL
     if args.sched == 'none':
@@ -251,11 +285,12 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def check_launch(args: argparse.Namespace, accelerator: 'Accelerator') -> None:
-    """Refuse flags that the launch or its devices have no way to do.
+    """Say what the launch is configured to, and refuse flags that it or its devices have no way to do.
 
     Raises:
         InputError: They have none.
     """
+    tell_launch(args)
     if args.sync_bn and accelerator.device.type == 'cpu':
         raise InputError('--sync-bn needs GPUs: torch has no synchronised batch norm on a CPU; leave it out')
     if args.clip_mode == 'agc' and accelerator.is_fsdp2:
