@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
-from . import __version__, register_models
+from . import register_models
 from .base.console import info, print_result, setup_console
 from .base.errors import InputError, reports_input_errors
 from .config import commands, training
@@ -210,7 +210,6 @@ COMMANDS = {
 def create_parser() -> ArgumentParser:
     """The parser of all commands; in what it parses, `run` is the function of the command."""
     parser = ArgumentParser(prog='timm-tinyvit', description='TinyViT and fast pretraining distillation for timm.')
-    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     groups = {'': parser.add_subparsers(required=True, metavar='COMMAND')}
     for command, (run, add_arguments) in COMMANDS.items():
         group, _, name = command.rpartition(' ')

@@ -58,6 +58,15 @@ def test_a_model_without_gradient_checkpointing_is_refused(refused):
         create_student(args, num_classes=10)
 
 
+def test_weights_of_a_checkpoint_need_no_others_from_elsewhere(tmp_path):
+    torch.manual_seed(0)
+    export_model(tmp_path, timm.create_model('test_vit', num_classes=10))
+    # There are no weights of this name on the machine, nor a way to fetch them.
+    args = settings_of('in1k_tiny_vit_5m', '--model', 'test_vit.r160_in1k', '--pretrained', '--pretrained-path',
+                       str(tmp_path))
+    assert create_student(args, num_classes=10).num_classes == 10
+
+
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_recipe_has_every_value_of_the_official_configuration(stage):
     args, official = settings_of(stage), dict(STAGES[stage]['settings'])

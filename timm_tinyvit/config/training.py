@@ -1,6 +1,7 @@
 """The flags of train_distill, and everything that is refused about them, in one place."""
 
 import argparse
+import math
 import os
 from typing import TYPE_CHECKING, Any
 from collections.abc import Sequence
@@ -8,10 +9,11 @@ from collections.abc import Sequence
 from ..base.console import info, warning
 from ..base.errors import InputError
 from .arguments import (
-    ArgumentParser, KeyValues, add_data_arguments, add_image_arguments, add_keep_arguments, add_push_arguments,
-    add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments, add_workers, check_push_arguments,
-    view_arguments,
+    ArgumentParser, KeyValues, add_data_arguments, add_image_arguments, add_image_size, add_keep_arguments,
+    add_push_arguments, add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments, add_workers,
+    check_push_arguments, view_arguments,
 )
+from .timm_flags import REFUSED, REFUSED_BY_EVAL
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +46,7 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_arguments(parser: ArgumentParser) -> None:
     """The flags of a training."""
     parser.finish = _finish
+    parser.refused = REFUSED
     parser.add_recipes()
     add_data_arguments(parser)
     _add_validation_data(parser)
@@ -58,12 +61,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('distillation')
     group.add_argument('--store-epochs', type=int, metavar='E',
                        help='with --teacher: epochs that the store is to hold (default: its own, or --epochs)')
-    group.add_argument('--alpha', type=float, default=1., metavar='A',
-                       help='weight of the distillation loss; that of the label loss is 1 - A')
+    group.add_argument('--alpha', type=float, metavar='A',
+                       help='weight of the distillation loss; that of the label loss is 1 - A (default: 1)')
+    group.add_argument('--task-loss-weight', type=float, metavar='W', help='the same, as the weight of the label loss')
+    group.add_argument('--distill-loss-weight', type=float, metavar='W',
+                       help='the same, beside a --task-loss-weight that makes it 1')
     group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
                        help='temperature that softens teacher and student')
     group = _add_model(parser)
-    group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights, a file or a folder')
+    group.add_argument('--initial-checkpoint', '--pretrained-path', metavar='FILE',
+                       help='start from these weights, a file or a folder')
     group.add_argument('--drop', type=float, default=0., metavar='P', help='dropout')
     group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth (default: the model\'s)')
     group.add_argument('--freeze-bn', action='store_true', help='keep the running statistics of batch norms fixed')
@@ -106,7 +113,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--decay-epochs', type=float, default=30, metavar='N', help='step schedule: epochs per decay')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
                        help='multistep schedule: epochs of the decays')
-    group.add_argument('--decay-rate', type=float, default=0.1, metavar='R', help='step schedule: factor per decay')
+    group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='R',
+                       help='step schedule: factor per decay')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing of the label loss')
     group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy of each class as the label loss')
     group.add_argument('--bce-sum', action='store_true', help='its sum over the classes instead of its mean')
@@ -139,16 +147,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 def add_eval_arguments(parser: ArgumentParser) -> None:
     """The flags of an evaluation; its recipe may be that of the training."""
     parser.finish = _finish_evaluation
+    parser.refused = REFUSED_BY_EVAL
     parser.add_recipes(lambda: create_parser().flags)
-    parser.add_argument('initial_checkpoint', nargs='?', metavar='CHECKPOINT',
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument('initial_checkpoint', nargs='?', default=argparse.SUPPRESS, metavar='CHECKPOINT',
                         help='weights, a file or a folder as RUN/best (default: those of --pretrained)')
+    either.add_argument('--checkpoint', dest='initial_checkpoint', metavar='CHECKPOINT', help='the same')
     group = add_image_arguments(parser, required=True)
-    _add_validation_data(group)
+    _add_validation_data(group, '--split')
     add_workers(group)
     group = _add_model(parser)
     _add_precision(group)
     group = parser.add_argument_group('evaluation')
-    group.add_argument('--img-size', type=int, metavar='N', help='height and width of images (default: the model\'s)')
+    add_image_size(group, 'height and width of images (default: the model\'s)')
     group.add_argument('-b', '--batch-size', '-vb', '--validation-batch-size', type=int, default=128, metavar='N',
                        help='images per process')
     _add_crop(group)
@@ -157,14 +168,15 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     parser.set_defaults(drop=0., drop_path=None, grad_checkpointing=False, validation_batch_size=None)
 
 
-def _add_validation_data(group: argparse._ActionsContainer) -> None:
+def _add_validation_data(group: argparse._ActionsContainer, *aliases: str) -> None:
     group.add_argument('--val-dataset', metavar='NAME', help='evaluation data, if not a split of --dataset')
-    group.add_argument('--val-split', metavar='NAME', help='evaluation split (default: validation, val or test)')
+    group.add_argument('--val-split', *aliases, metavar='NAME',
+                       help='evaluation split (default: validation, val or test)')
 
 
 def _add_model(parser: ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group('student')
-    group.add_argument('--model', metavar='NAME',
+    group.add_argument('-m', '--model', metavar='NAME',
                        help=f'timm name (default: that of the weights that are evaluated, or {DEFAULT_MODEL})')
     group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
     group.add_argument('--num-classes', type=int, metavar='N',
@@ -219,6 +231,24 @@ def tell_launch(args: argparse.Namespace) -> None:
 
 
 def _finish_loss(args: argparse.Namespace) -> None:
+    """timm's two weights are alpha where they sum to one; with the first alone they do."""
+    task, distill = args.task_loss_weight, args.distill_loss_weight
+    del args.task_loss_weight, args.distill_loss_weight
+    if task is not None or distill is not None:
+        # As in timm: weights apart from each other where the second is given.
+        task = 1. if task is None else task
+        distill = 1 - task if distill is None else distill
+        total = task + distill
+        if not math.isclose(total, 1) or task > 1:
+            alike = f'--alpha {distill / total:.4g} weighs them alike' if task <= total > 0 else 'see --alpha'
+            raise InputError(f'the weights of the losses are {task:g} (--task-loss-weight) and {distill:g} '
+                             f'(--distill-loss-weight); expected a sum of 1: {alike}')
+        alpha = round(distill, 9)
+        if args.alpha not in (None, alpha):
+            raise InputError(f'--alpha is {args.alpha:g}, and timm\'s weights of the losses are --alpha {alpha:g}; '
+                             f'leave one of them out')
+        args.alpha = alpha
+    args.alpha = 1. if args.alpha is None else args.alpha
     if (args.bce_sum or args.bce_target_thresh is not None) and not args.bce_loss:
         raise InputError('--bce-sum and --bce-target-thresh change the loss of --bce-loss; add it, or leave them out')
     if args.bce_loss and args.logits and args.alpha == 1:
@@ -244,8 +274,8 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
     _finish_launch(args)
     _finish_loss(args)
     args.model = args.model or DEFAULT_MODEL
-    if args.sched == 'none':
-        raise InputError('--sched none is not a schedule here; use --sched constant')
+    if args.sched in ('none', 'plateau'):
+        raise InputError(f'--sched {args.sched} is not a schedule here; use --sched constant, or another of timm')
     if args.compile not in (None, 'inductor'):
         import torch
 
