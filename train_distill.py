@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import timm_tinyvit  # noqa: F401  registers the models
@@ -54,7 +54,7 @@ from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
 )
 from timm_tinyvit.train.record import own_run_folder, record_run
-from timm_tinyvit.train.student import check_batch_norms, create_student
+from timm_tinyvit.train.student import check_batch_norms, create_student, fixed_statistics
 from timm_tinyvit.train.task import LOSSES, SparseLogitTask
 from timm_tinyvit.train.teacher_comparison import compare_with_teacher
 
@@ -126,6 +126,8 @@ def create_task(
             views.mixup, views.cutmix, views.cutmix_minmax, views.mixup_prob, views.mixup_switch_prob, args.mixup_mode,
             label_smoothing=args.smoothing, num_classes=classes.num)
         label_loss = SoftTargetCrossEntropy()
+    if args.bce_loss:
+        label_loss = BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, sum_classes=args.bce_sum)
     task = SparseLogitTask(
         student, store and store.codec, evaluator.normalize, args.alpha, args.temperature, label_loss, args.smoothing,
         mixup, args.channels_last, args.freeze_bn, accelerator.autocast, accelerator.device)
@@ -185,7 +187,8 @@ def train_epoch(
             # Gradients are summed up here, and over processes with the last part.
             with accelerator.no_sync(task.trainable_module) if part + 1 < num_parts else nullcontext():
                 output = task(batch['view'], batch)
-                accelerator.backward(output['loss'] / num_parts)
+                with fixed_statistics(task.student) if args.grad_checkpointing else nullcontext():
+                    accelerator.backward(output['loss'] / num_parts)
             losses += torch.stack([output[name].detach() for name in LOSSES]) / num_parts
         accelerator.unscale_gradients(optimizer)
         norm = clip_gradients(task.student.parameters(), args.clip_grad, args.clip_mode)

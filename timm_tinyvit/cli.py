@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
-from . import __version__, register_models
+from . import register_models
 from .base.console import info, print_result, setup_console
 from .base.errors import InputError, reports_input_errors
 from .config import commands, training
@@ -41,6 +41,7 @@ def evaluate(args: argparse.Namespace) -> None:
     stop_with_launcher()
     accelerator = create_accelerator(args.amp_dtype)
     setup_console(accelerator.is_main_process, args.quiet)
+    training.tell_launch(args)
     print_result(', '.join(f'{name} {value:.3f}' for name, value in evaluate_checkpoint(args, accelerator).items()))
     accelerator.end_training()
 
@@ -226,7 +227,6 @@ GROUPS = {
 def create_parser() -> ArgumentParser:
     """The parser of all commands; in what it parses, `run` is the function of the command."""
     parser = ArgumentParser(prog='timm-tinyvit', description='TinyViT and fast pretraining distillation for timm.')
-    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     groups = {'': parser.add_subparsers(required=True, metavar='COMMAND')}
     for command, (run, add_arguments) in COMMANDS.items():
         group, _, name = command.rpartition(' ')

@@ -438,6 +438,14 @@ def test_random_states_come_back_exactly():
     assert (random.random(), torch.rand(3).tolist()) == drawn
 
 
+def test_a_flag_that_is_newer_than_a_checkpoint_was_off(tmp_path, refused):
+    torch.save({'settings': {'lr': 0.1}, 'world_size': 1}, tmp_path / 'checkpoint-0.pt')
+    assert checkpoint.last_checkpoint(tmp_path, {'lr': 0.1, 'bce_loss': False, 'opt_kwargs': {}}, 1)
+    for on in ({'bce_loss': True}, {'opt_kwargs': {'amsgrad': True}}):
+        with refused('was started with other settings', f'{next(iter(on))} None there'):
+            checkpoint.last_checkpoint(tmp_path, {'lr': 0.1, **on}, 1)
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     for epoch in range(4):
         checkpoint.save_checkpoint(tmp_path, {'epoch': epoch, 'samples': 0}, keep=2)

@@ -71,13 +71,10 @@ def create_accelerator(
             raise InputError(f'the tracker {tracker} is not installed; pip install {tracker}')
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if precision not in ('no', PRECISIONS[amp_dtype]):
-        warning(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '
-                f'--teacher-amp-dtype of a teacher, that says what is computed in half precision')
-    # accelerate would divide every loss by the one, and compile the model with the other.
-    for name, usual, flag in (('GRADIENT_ACCUMULATION_STEPS', '1', '--grad-accum-steps'),
-                              ('DYNAMO_BACKEND', 'no', '--compile')):
-        if (asked := os.environ.get(f'ACCELERATE_{name}', usual)).lower() != usual:
-            warning(f'the launch sets ACCELERATE_{name} to {asked}, which is not looked at: here it is {flag}')
+        warning(f'the launch asks for mixed precision {precision}; --amp-dtype wins over it, and of a teacher '
+                f'--teacher-amp-dtype alone says what is computed in half precision')
+    if (backend := os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no')).lower() != 'no':
+        warning(f'the launch sets ACCELERATE_DYNAMO_BACKEND to {backend}, which is not looked at: here it is --compile')
     if amp_dtype == 'float16' and not torch.accelerator.is_available():
         warning('--amp-dtype float16 needs a GPU: on this CPU all is computed in float32')
     plugin = _fsdp_plugin()
@@ -85,6 +82,7 @@ def create_accelerator(
     # itself for the only one.
     # Ranks wait while one downloads the data, or has more shards to fill than the others.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    # Gradients are summed up over the batches of an update, and divided, by the training: once.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype], kwargs_handlers=[patience],
         log_with=list(trackers) or None, project_dir=folder, fsdp_plugin=plugin, dynamo_backend='no',

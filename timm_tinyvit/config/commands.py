@@ -9,6 +9,7 @@ from .arguments import (
     add_quiet, add_split_arguments, add_store_arguments, add_teacher_arguments, add_view_arguments, add_workers,
     check_push_arguments, folder, parse_range, view_arguments,
 )
+from .timm_flags import REFUSED
 from .training import add_validation_data, create_parser
 
 OFFICIAL_MODELS = (
@@ -22,6 +23,7 @@ FORMATS = ('onnx', 'torch', 'aotinductor')
 def add_fill_arguments(parser: ArgumentParser) -> None:
     """The flags of a filling; its recipe may be that of the training."""
     parser.finish = _finish_filling
+    parser.refused = REFUSED
     parser.add_recipes(lambda: create_parser().flags)
     add_data_arguments(parser)
     add_view_arguments(parser)

@@ -39,8 +39,8 @@ __all__ = ['FREE_FLAGS', 'TrainState', 'fixed_settings', 'is_finite', 'random_st
 FREE_FLAGS = {
     'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
     'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
-    'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs',
-    'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
+    'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs', 'store_cache', 'push_to_hub', 'hub_private',
+    'hub_license', 'grad_checkpointing',
 }
 
 # Entries of a checkpoint that hold weights; timm, too, looks for a model under this name.
@@ -326,7 +326,9 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
     if lacking:
         raise InputError(f'the checkpoint {files[-1]} lacks {", ".join(lacking)}, as of another version of this '
                          f'package; {remedy}')
-    before, processes = state['settings'], state['world_size']
+    # A flag that is newer than the checkpoint was off.
+    before = {name: value for name, value in settings.items() if not value} | state['settings']
+    processes = state['world_size']
     free = PER_PROCESS if processes != world_size else ()
     other = [CONTENTS.get(key) or f'--{key.replace("_", "-")} was {before.get(key)!r} and is {settings.get(key)!r}'
              for key in {**before, **settings} if before.get(key) != settings.get(key) and key not in free]

@@ -28,7 +28,7 @@ from ..base.leases import Leases
 from ..base.machine import source_commit
 from ..base.types import COUNT, Number, mismatch, read_json
 from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
-from ..config.training import settings
+from ..config.training import LAUNCH_DEFAULTS, settings
 from ..data.classes import Classes
 from ..data.view_config import ViewConfig
 from ..models.imagenet22k import NUM_CLASSES_22K
@@ -141,8 +141,9 @@ def record_run(
         InputError: The disk is full, or may not be written.
     """
     folder, accelerator, student = state.folder, state.accelerator, state.task.student
-    defaults = settings(['--dataset', args.dataset])
-    changed = [name for name, value in vars(args).items() if value != getattr(defaults, name)]
+    # What accelerate is configured to is no default: elsewhere it may not be.
+    defaults = vars(settings(['--dataset', args.dataset])) | LAUNCH_DEFAULTS
+    changed = [name for name, value in vars(args).items() if value != defaults[name]]
     recipe = {name: value for name, value in state.settings.items()
               if name == 'model' or name in changed and name not in NO_RECIPE}
     if args.model.startswith('local-dir:'):
