@@ -169,7 +169,7 @@ def test_check_finds_the_stored_targets_again(store, teacher, capsys):
     ('bca', 'bca', ('3 classes have other numbers for the teacher than in the data, as a: 2 and 0;', 'by name')),
     ('dcb', 'dcb', ('2 classes have other numbers for the teacher than in the data, as b: 2 and 1;', 'not compared')),
     ('ab', 'abc', ()), ('xyz', 'xyz', ()), ('abc', 'abc', ()), ('', 'abc', ()), ('a\nb', 'abc', ()),
-    ('abcd', '', ('has 4 classes, the data 3', '--val-dataset')),
+    ('abcd', '', ('predicts 4 classes, the data have labels of 3', '--val-dataset')),
 ])
 def test_a_store_names_the_classes_of_its_teacher_and_tells_where_data_number_them_otherwise(there, kept, said, capsys):
     model = timm.create_model('test_resnet', num_classes=4 if there == 'abcd' else 3)

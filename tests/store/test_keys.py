@@ -295,7 +295,7 @@ def test_a_manifest_that_forgot_its_images_is_refused(named, replay, store, tmp_
         manifest = replace(store.manifest, dataset=changed)
         folder = tmp_path / str(samples)
         KeyIndex.write(folder, manifest, keyed_fingerprint(named, 'name')[1])
-        with refused('does not say which images'):
+        with refused('does not list the images'):
             SparseLogitDataset(named, replay, LogitStore(folder, manifest))
 
 
