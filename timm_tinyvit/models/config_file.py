@@ -56,12 +56,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def image_config(model: nn.Module, name: str, **options: Any) -> dict[str, Any]:
+def image_config(model: nn.Module, name: str = '', **options: Any) -> dict[str, Any]:
     """timm's data configuration of a model, with the right types and sizes.
 
     Args:
         model: The model; one that has no configuration gets timm's usual one.
-        name: What it is called.
+        name: What it is called; by default as its configuration says.
         options: Of timm's `resolve_data_config`, `args` among them.
 
     Raises:
@@ -71,6 +71,7 @@ def image_config(model: nn.Module, name: str, **options: Any) -> dict[str, Any]:
     try:
         # Of a module that has none, timm's usual one; an empty one would be looked for in the module again.
         known = getattr(model, 'pretrained_cfg', None) or {'crop_pct': None}
+        name = name or known.get('architecture') or type(model).__name__
         config = resolve_data_config(args, pretrained_cfg=known, **options)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
     except (AssertionError, AttributeError, TypeError, ValueError) as error:

@@ -53,7 +53,7 @@ def eval_config(
     flags = {'crop_pct': args.crop_pct, 'crop_mode': args.crop_mode, 'interpolation': args.interpolation or ''}
     if size is not None:
         flags['input_size'] = (3, *size)
-    return image_config(model, args.model, args=flags, use_test_size=use_test_size)
+    return image_config(model, args=flags, use_test_size=use_test_size)
 
 
 def eval_loader(
