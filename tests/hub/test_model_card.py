@@ -393,7 +393,7 @@ def test_the_commit_of_a_package_that_pip_got_from_git_is_the_one_that_pip_noted
     ('run.json', lambda file: file.write_text('{'), 'is not readable as the record of a run'),
     ('metrics.csv', lambda file: file.unlink(), 'has no metrics.csv'),
     ('metrics.csv', lambda file: file.write_text('epoch,loss\nx,1\n'), 'is not readable as the metrics'),
-    ('best/config.json', lambda file: file.write_text('{}'), 'timm makes no model of'),
+    ('best/config.json', lambda file: file.write_text('{}'), 'is not that of a timm model: it lacks architecture'),
 ], ids=['no record', 'damaged record', 'no metrics', 'damaged metrics', 'no config'])
 def test_what_is_missing_in_a_run_is_one_sentence(run, tmp_path, refused, name, damage, words):
     copy = copy_of(run, tmp_path)

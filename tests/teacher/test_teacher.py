@@ -70,7 +70,7 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(tmp_path):
     cases = [
         (dict(name='no_such_model'), 'cannot be loaded'),
         (dict(name=str(tmp_path / 'nowhere')), 'cannot be loaded'),
-        (dict(name=str(tmp_path / 'broken')), 'cannot be loaded'),
+        (dict(name=str(tmp_path / 'broken')), 'config.json is no JSON'),
         (dict(name='test_vit', checkpoint=str(tmp_path / 'none.pth')), 'there is no file'),
         (dict(name='test_vit', checkpoint=str(tmp_path / 'other.safetensors')),
          r'are of another model \(Missing key.*give the model test_vit and the number of classes \(1000 here\)'),
