@@ -11,7 +11,9 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,6 @@ from support.launches import (
     assert_same, checkpoints, finish, free_port, kill, launches, resource, wait_for, weights,
 )
 from timm_tinyvit.base.launch import StepFlags
-from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.train import checkpoint
 
 CPU = torch.device('cpu')
@@ -77,7 +78,8 @@ def test_a_run_has_one_owner_at_a_time(start, tmp_path, monkeypatch, capsys, pro
     launch = start(argv, processes)
     wait_for(lambda: within_an_epoch(tmp_path / 'run'), launch)
     assert hidden(tmp_path / 'run')[0] == '.run.lease'
-    monkeypatch.setattr('timm_tinyvit.train.record.Leases', partial(Leases, expire=1., heartbeat=0.1))
+    # The second one's patience is at its end at once.
+    monkeypatch.setattr('timm_tinyvit.train.record.time', SimpleNamespace(monotonic=partial(next, count(0, 100))))
     if processes == 1:
         said = programs.refusal(train_distill.main, [*argv, '--output', tmp_path], capsys)
         assert f'{tmp_path / "run"} is in use by process {launch[0].pid}' in said and '--experiment' in said

@@ -166,6 +166,11 @@ class ShardStore(StoreReader):
             or_removed: Those whose files are gone, too; else they stay readable.
             at_once: Also where the last look was just now.
         """
+        if or_removed:
+            # One file of an epoch tells, at each call: the disk of a removed one is to be free at once.
+            removed = [epoch for epoch, files in self._files.items()
+                       if files and file_status(next(iter(files.values()))[0]) is None]
+            self.forget(*removed)
         start = time.monotonic()
         if start < self._next_look and not at_once:
             return

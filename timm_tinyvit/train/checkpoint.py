@@ -234,6 +234,9 @@ def checkpoint_errors(folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # For want of memory, or of another rank, no checkpoint is to blame.
+        if isinstance(error, RuntimeError) and (type(error) is not RuntimeError or 'onnection' in str(error)):
+            raise
         reason = f'{type(error).__name__} {error}'.strip().splitlines()[0]
         raise InputError(f'the last checkpoint in {folder} is not one of this run ({reason}); delete it to go on from '
                          f'the one before')
