@@ -329,8 +329,9 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
     if lacking:
         raise InputError(f'the checkpoint {files[-1]} lacks {", ".join(lacking)}, as of another version of this '
                          f'package; {remedy}')
+    before = state['settings']
     # A flag that is newer than the checkpoint was off.
-    before = {name: value for name, value in settings.items() if not value} | state['settings']
+    before |= {name: value for name, value in settings.items() if not value and name not in before}
     processes = state['world_size']
     free = PER_PROCESS if processes != world_size else ()
     other = [CONTENTS.get(key) or f'--{key.replace("_", "-")} was {before.get(key)!r} and is {settings.get(key)!r}'
