@@ -441,10 +441,11 @@ def test_random_states_come_back_exactly():
 
 
 def test_a_flag_that_is_newer_than_a_checkpoint_was_off(tmp_path, refused):
-    torch.save({'settings': {'lr': 0.1}, 'world_size': 1}, tmp_path / 'checkpoint-0.pt')
+    state = dict.fromkeys(checkpoint.ALL_ENTRIES) | {'settings': {'lr': 0.1}, 'world_size': 1}
+    torch.save(state, tmp_path / 'checkpoint-0.pt')
     assert checkpoint.last_checkpoint(tmp_path, {'lr': 0.1, 'bce_loss': False, 'opt_kwargs': {}}, 1)
     for on in ({'bce_loss': True}, {'opt_kwargs': {'amsgrad': True}}):
-        with refused('was started with other settings', f'{next(iter(on))} None there'):
+        with refused('was started with other settings', f'--{next(iter(on)).replace("_", "-")} was None'):
             checkpoint.last_checkpoint(tmp_path, {'lr': 0.1, **on}, 1)
 
 
