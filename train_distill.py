@@ -21,11 +21,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import timm_tinyvit  # noqa: F401  registers the models
-from timm_tinyvit.base.console import best_effort, colored, info, print_result, progress, setup_console
+from timm_tinyvit.base.console import best_effort, info, print_result, progress, setup_console
 from timm_tinyvit.base.errors import Diverged, InputError, Terminated, reports_input_errors
 from timm_tinyvit.base.launch import (
     StepFlags, all_reduce_sum, catch_stop_signals, create_accelerator, make_deterministic, start_trackers,
@@ -46,7 +46,7 @@ from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
-from timm_tinyvit.train.batches import TrainBatches
+from timm_tinyvit.train.batches import TrainBatches, worker_errors
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
 from timm_tinyvit.train.evaluate import Evaluator, load_validation
 from timm_tinyvit.train.features import FeatureStudent
@@ -54,8 +54,8 @@ from timm_tinyvit.train.metrics import METRICS, write_metrics
 from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
 )
-from timm_tinyvit.train.record import create_run_folder, record_run
-from timm_tinyvit.train.student import check_batch_norms, create_student
+from timm_tinyvit.train.record import own_run_folder, record_run
+from timm_tinyvit.train.student import check_batch_norms, create_student, fixed_statistics
 from timm_tinyvit.train.task import SparseLogitTask
 from timm_tinyvit.train.teacher_comparison import compare_with_teacher
 
@@ -92,8 +92,6 @@ def open_or_fill(
             if LogitStore.exists(args.logits[0]):
                 known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
             store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, info)
-            if accelerator.is_main_process:
-                store.remove_leftovers()
         needed = store.manifest.stored_epochs[:num_epochs]
         fill_store(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
@@ -133,6 +131,8 @@ def create_task(
             views.mixup, views.cutmix, views.cutmix_minmax, views.mixup_prob, views.mixup_switch_prob, args.mixup_mode,
             label_smoothing=args.smoothing, num_classes=classes.num)
         label_loss = SoftTargetCrossEntropy()
+    if args.bce_loss:
+        label_loss = BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, sum_classes=args.bce_sum)
     task = SparseLogitTask(
         student, store and store.codec, evaluator.normalize, args.alpha, args.temperature, label_loss, args.smoothing,
         mixup, args.channels_last, args.freeze_bn, accelerator.autocast, accelerator.device, args.feature_loss,
@@ -171,7 +171,7 @@ def train_epoch(
         task: SparseLogitTask,
         data: TrainBatches,
         state: TrainState,
-        stop: Callable[[], type[BaseException] | None],
+        stop: Callable[[], BaseException | None],
 ) -> dict[str, float]:
     """Train one epoch, or what is left of it, and return its metrics."""
     accelerator, optimizer, first_update = state.accelerator, state.optimizer, state.update
@@ -193,7 +193,8 @@ def train_epoch(
             # Gradients are summed up here, and over processes with the last part.
             with accelerator.no_sync(task.trainable_module) if part + 1 < num_parts else nullcontext():
                 output = task(batch['view'], batch)
-                accelerator.backward(output['loss'] / num_parts)
+                with fixed_statistics(task.student) if args.grad_checkpointing else nullcontext():
+                    accelerator.backward(output['loss'] / num_parts)
             losses += torch.stack([output[name].detach() for name in task.losses]) / num_parts
         accelerator.unscale_gradients(optimizer)
         norm = clip_gradients(task.trained.parameters(), args.clip_grad, args.clip_mode)
@@ -248,9 +249,7 @@ def epoch_line(row: dict[str, float], best: float, num_epochs: int) -> str:
     """What is said of an epoch."""
     line = f'epoch {row["epoch"] + 1}/{num_epochs}: loss {row["loss"]:.3f}'
     if 'eval_top1' in row:
-        best_text = f'best {best:.2f}%'
-        is_best = row['eval_top1'] == best
-        line += f', top-1 {row["eval_top1"]:.2f}% ({colored(best_text, "green") if is_best else best_text})'
+        line += f', top-1 {row["eval_top1"]:.2f}% (best {best:.2f}%)'
     line += f', nearest neighbours {row["eval_knn"]:.2f}%' if 'eval_knn' in row else ''
     if 'eval_top1_ema' in row:
         line += f', averaged {row["eval_top1_ema"]:.2f}%'
@@ -264,10 +263,15 @@ def train(args: argparse.Namespace) -> None:
         make_deterministic()
     folder = Path(args.output) / (args.experiment or args.model.replace('/', '_').replace(':', '_'))
     accelerator = create_accelerator(args.amp_dtype, args.log, folder)
-    show, num_epochs = accelerator.is_main_process, args.epochs + args.cooldown_epochs
-    setup_console(show, args.quiet)
+    setup_console(accelerator.is_main_process, args.quiet)
     check_launch(args, accelerator)
-    create_run_folder(folder, show)
+    with own_run_folder(folder, accelerator.is_main_process) as check_owner:
+        train_in(folder, args, accelerator, check_owner)
+
+
+def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, check_owner: Callable[[], None]) -> None:
+    """Train in the folder of a run that this launch owns."""
+    show, num_epochs = accelerator.is_main_process, args.epochs + args.cooldown_epochs
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
@@ -278,7 +282,7 @@ def train(args: argparse.Namespace) -> None:
 
     # Teacher and store.
     store, replay = open_or_fill(args, accelerator, train_set, val_set)
-    state = TrainState(folder, args, fixed_settings(args, train_set, store), store, accelerator)
+    state = TrainState(folder, args, fixed_settings(args, train_set, store), store, accelerator, check_owner)
     classes, val_set = resolve_classes(args, train_set, val_set, store)
     data = TrainBatches(args, train_set, replay, store, classes.num, accelerator)
     start_trackers(accelerator, args, folder)
@@ -309,9 +313,10 @@ def train(args: argparse.Namespace) -> None:
          f'learning from {"labels" if store is None else f"the store {store.path}"}'
          f'{" and labels" if store is not None and args.alpha < 1 else ""}')
 
-    with catch_stop_signals() as stop, reporting(folder, accelerator) as report:
+    with catch_stop_signals() as stop, worker_errors(store), reporting(folder, accelerator) as report:
         for epoch in range(first_epoch, num_epochs):
             row = train_epoch(args, task, data, state, stop)
+            check_owner()
             is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs
             for weights, model in task.models().items():
                 # Of a sharded model a whole copy, one at a time and gone before the next epoch.
@@ -326,7 +331,8 @@ def train(args: argparse.Namespace) -> None:
                 plot_metrics(folder / METRICS, folder / 'metrics.png')
             accelerator.log(row, step=state.epoch * data.updates_per_epoch)
             state.save()
-            info(epoch_line(row, state.best['student'], num_epochs))
+            best = state.best['student']
+            info(epoch_line(row, best, num_epochs), green=f'best {best:.2f}%' if row.get('eval_top1') == best else '')
             if is_due:
                 report()
             if all_reduce_sum(accelerator, stop() is not None)[0]:
@@ -334,7 +340,7 @@ def train(args: argparse.Namespace) -> None:
         if store is not None and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
             compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
     best, what = state.best['student'], 'top-1' if classes.num else 'nearest neighbours'
-    print_result(f'{colored("finished:", "bold")} {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else ''))
+    print_result(f'finished: {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else ''), bold='finished:')
     accelerator.end_training()
     if args.push_to_hub and show:
         push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)

@@ -199,7 +199,7 @@ def measure_fidelity(report: Callable, teacher: str, log_probs: torch.Tensor, ks
         cells = [f'{width} B {kl:.4f}', *(f'{codec.width} B {value:.4f}' for codec, value in zip(codecs, kls))]
         report(
             f'| {k} | {" | ".join(cells)} | {100 * (compact / half - 1):.2f}%, {compact - half:.1e} '
-            f'| k = {same_width.k}: {same:.4f}, {kl / same:.1f} times closer |')
+            f'| k = {same_width.k}: {same:.4f}, KL {kl / same:.1f} times smaller |')
         report(None, teacher=teacher, k=k, codec='official', bytes=width, kl=kl)
         for codec, value in zip(codecs, kls):
             report(None, teacher=teacher, k=k, codec=codec.name, bytes=codec.width, kl=value, above=value / half - 1)

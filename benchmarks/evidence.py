@@ -1,7 +1,7 @@
 """Does distillation from disk make better students for the same budget? Grids of runs on Fashion-MNIST.
 
     python benchmarks/evidence.py --grid reduced                         # run it, or go on where it was stopped
-    python benchmarks/evidence.py --grid reduced --table                 # the README's table
+    python benchmarks/evidence.py --grid reduced --table                 # the tables of docs/results.md
     python benchmarks/evidence.py --grid reduced --plot docs/evidence.png
 
 full      all 60,000 images, 30 epochs, three seeds of everything: for a GPU

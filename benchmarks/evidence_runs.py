@@ -127,7 +127,7 @@ class Experiment:
     def call(self, name: str, command: Sequence[str]) -> float:
         log = ROOT / self.folder / f'{name}.log'
         log.parent.mkdir(parents=True, exist_ok=True)
-        start = time.time()
+        start = time.monotonic()
         with open(log, 'a') as file:
             child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
             self.children.add(child)
@@ -142,7 +142,7 @@ class Experiment:
         if status:
             raise InputError(f'{name} ended with status {status}; its last words are in {log}; the same command of '
                              f'evidence.py goes on from there')
-        return time.time() - start
+        return time.monotonic() - start
 
     def stop(self) -> None:
         """Stop what is running; it keeps a checkpoint."""

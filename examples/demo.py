@@ -33,7 +33,7 @@ def run_together(commands: dict[str, list[str]]) -> dict[str, float]:
     """Run commands of this project, print them as a user would type them, and return the seconds of each."""
     processes: dict[str, subprocess.Popen] = {}
     seconds: dict[str, float] = {}
-    start = time.time()
+    start = time.monotonic()
     # Half of the cores for each.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     threads = str(max(1, cores // len(commands)))
@@ -42,7 +42,7 @@ def run_together(commands: dict[str, list[str]]) -> dict[str, float]:
         process = processes[name]
         for line in process.stdout:
             print(f'{name:9} | {line}', end='', flush=True)
-        seconds[name] = time.time() - start
+        seconds[name] = time.monotonic() - start
         if process.wait():
             for other in processes.values():
                 other.terminate()

@@ -53,13 +53,19 @@ def published(tmp_path_factory, fashion):
 
 
 @pytest.mark.parametrize('page', PAGES)
-def test_the_code_of_a_page_runs(page, published, hub, hub_children, tmp_path):
+def test_the_code_of_a_page_runs(page, published, fashion, hub, hub_children, tmp_path):
     for (repo, kind), files in published.items():
         hub.add_commit(repo, files, repo_type=kind)
     for name in ('examples', 'hub'):
         (tmp_path / name).symlink_to(ROOT / name)
+    for number, row in enumerate(fashion.select(range(200))):
+        split, name = 'train' if number < 150 else 'validation', fashion.features['label'].int2str(row['label'])
+        folder = tmp_path / 'photos' / split / f'{row["label"]} {name}'.replace('/', ' or ')
+        folder.mkdir(parents=True, exist_ok=True)
+        row['image'].save(folder / f'{number}.jpg')
+    row['image'].save(tmp_path / 'image.jpg')
     environment = hub.environment(tmp_path / 'home') | {'PYTHONPATH': str(ROOT)}
-    if page == 'README.md':
+    if 'runs/demo/logits' in (ROOT / page).read_text(encoding='utf-8'):
         hub_children.run([
             '-m', 'timm_tinyvit.save_logits', '--dataset', 'examples/fashion_mnist', '--train-split', 'train[:500]',
             '--teacher', 'examples/fashion_mnist/teacher', '--logits', 'runs/demo/logits', '--topk', '3', '--epochs',

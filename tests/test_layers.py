@@ -62,3 +62,20 @@ def test_the_models_and_the_targets_know_nothing_of_the_project():
     for file, others in ALONE.items():
         assert graph[file.removesuffix('.py').replace('/', '.')] == others
     assert all(other.startswith('targets.') for name in graph if name.startswith('targets.') for other in graph[name])
+
+
+def test_no_duration_is_measured_by_a_clock_that_somebody_sets():
+    """People and servers change what `time.time` says while a program runs."""
+    root = ROOT.parent
+    files = [*root.glob('*.py'), *(file for folder in ('timm_tinyvit', 'benchmarks', 'examples', 'hub')
+                                   for file in root.joinpath(folder).rglob('*.py'))]
+    found = []
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                names = {(node.value.id, node.attr)}
+            else:
+                names = {(node.module, name.name) for name in node.names} if isinstance(node, ast.ImportFrom) else set()
+            if names & {('time', 'time'), ('datetime', 'now')}:
+                found.append(f'{file.relative_to(root)}, line {node.lineno}')
+    assert len(files) > 90 and found == []

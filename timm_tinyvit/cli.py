@@ -7,11 +7,12 @@ each command imports what it needs. Filling and training with several processes 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 from collections.abc import Sequence
 
-from . import __version__, register_models
+from . import register_models
 from .base.console import info, print_result, setup_console
 from .base.errors import InputError, reports_input_errors
 from .config import commands, training
@@ -33,15 +34,31 @@ def train(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the accuracy of a model on an evaluation split."""
+    """Print the accuracy of a model on a validation set."""
     from .base.launch import create_accelerator, stop_with_launcher
     from .train.evaluate import evaluate_checkpoint
 
     stop_with_launcher()
     accelerator = create_accelerator(args.amp_dtype)
     setup_console(accelerator.is_main_process, args.quiet)
+    training.tell_launch(args)
     print_result(', '.join(f'{name} {value:.3f}' for name, value in evaluate_checkpoint(args, accelerator).items()))
     accelerator.end_training()
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Look at every image of a data set and list what a run would trip over; the exit status is 0 where nothing is
+    found, 1 where a run goes on all the same, and 2 where it refuses something."""
+    from .data.check import check_dataset
+    from .store.remote import open_reader
+
+    store = open_reader(args.logits, args.keep_epochs, args.store_cache) if args.logits else None
+    found = check_dataset(
+        args.dataset, args.train_split, args.val_split, args.val_dataset, args.input_key, args.target_key, args.key,
+        store, args.workers)
+    print_result(found.to_json() if args.json else str(found))
+    if found.status:
+        sys.exit(found.status)
 
 
 def describe(args: argparse.Namespace) -> None:
@@ -65,7 +82,7 @@ def check(args: argparse.Namespace) -> None:
     from .data.dataset import SparseLogitDataset
     from .data.opening import open_store
     from .data.sources import load_split
-    from .teacher.check import check_store
+    from .teacher.check import check_store, check_teacher
     from .teacher.creating import create_teacher
 
     dataset = load_split(args.dataset, args.train_split, is_training=True)
@@ -73,20 +90,17 @@ def check(args: argparse.Namespace) -> None:
     teacher = create_teacher(args, create_accelerator().device, store.manifest.features.get('grid'))
     teacher.project(store.open_projection())
     data = SparseLogitDataset(dataset, replay, store, args.input_key, args.target_key, args.key)
-    if teacher.weights != store.manifest.teacher['weights']:
-        raise InputError(
-            f'{args.teacher} is not the teacher of the store {args.store}: it was made with '
-            f'{store.manifest.teacher["name"]} of other weights; give --teacher that one')
+    check_teacher(store, teacher)
     found = check_store(store, teacher, data)
-    same = f'{found["views"]} views: {found["same_records"]} come out bit for bit as they were stored, '
+    same = f'{found["views"]} views: {found["same_records"]} records are identical, '
     if 'mean_cosine' in found:
         print_result(f'{same}vectors have a cosine of {found["mean_cosine"]:.6f} in the mean, '
                      f'{found["least_cosine"]:.6f} at least, with the rounding of the codec {store.manifest.codec}')
         return
     print_result(
-        f'{same}{100 * found["share_of_other_ids"]:.3f}% other ids, log-probabilities differ by '
-        f'{found["mean_error"]:.2e} in the mean, {found["largest_error"]:.2e} at most, with the rounding of the '
-        f'codec {store.manifest.codec}')
+        f'{same}{100 * found["share_of_other_ids"]:.3f}% of the classes differ, log-probabilities differ by '
+        f'{found["mean_error"]:.2e} on average, {found["largest_error"]:.2e} at most, which includes the rounding of '
+        f'the codec {store.manifest.codec}')
 
 
 def copy(args: argparse.Namespace) -> None:
@@ -97,7 +111,7 @@ def copy(args: argparse.Namespace) -> None:
     store = _open(args)
     if not args.dataset:
         if args.samples:
-            raise InputError('--samples without --dataset: the copy is told from others by its images; name the data')
+            raise InputError('--samples needs --dataset: the copy keeps a hash of its own images; name the data set')
         print_filled(copy_epochs(store, args.output, args.epochs or store.manifest.stored_epochs))
         return
     dataset = load_split(args.dataset, args.train_split, is_training=True)
@@ -141,7 +155,7 @@ def push(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Report on what a store says of its teacher, or write the page on a run anew."""
+    """Report on a store (its teacher's accuracy, confidence and agreement), or write the page of a run again."""
     from .train.metrics import METRICS
 
     if '://' not in args.path and (Path(args.path) / METRICS).is_file():
@@ -150,8 +164,7 @@ def report(args: argparse.Namespace) -> None:
         of_store = ('gallery', 'json', 'epochs', 'max_samples', 'dataset', 'train_split', 'input_key', 'target_key',
                     'key')
         if given := [f'--{name.replace("_", "-")}' for name in of_store if getattr(args, name) not in (None, False)]:
-            raise InputError(f'the run {args.path} has no use for what is for stores alone; leave '
-                             f'{" and ".join(given)} out')
+            raise InputError(f'{args.path} is a run; leave out {" and ".join(given)}, which a report on a store takes')
         print_result(str(write_run_report(args.path, args.html)))
     else:
         from .report.store import report_store
@@ -196,6 +209,7 @@ COMMANDS = {
     'fill': (fill, commands.add_fill_arguments),
     'train': (train, training.add_arguments),
     'eval': (evaluate, training.add_eval_arguments),
+    'data check': (check_data, commands.add_data_check_arguments),
     'store describe': (describe, commands.add_describe_arguments),
     'store verify': (verify, commands.add_verify_arguments),
     'store check': (check, commands.add_check_arguments),
@@ -209,19 +223,22 @@ COMMANDS = {
     'convert': (convert_model, commands.add_convert_arguments),
     'export': (export, commands.add_export_arguments),
 }
+GROUPS = {
+    'data': 'check a data set',
+    'store': 'describe, verify, check, copy, merge, estimate or push a store',
+}
 
 
 def create_parser() -> ArgumentParser:
     """The parser of all commands; in what it parses, `run` is the function of the command."""
     parser = ArgumentParser(prog='timm-tinyvit', description='TinyViT and fast pretraining distillation for timm.')
-    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     groups = {'': parser.add_subparsers(required=True, metavar='COMMAND')}
     for command, (run, add_arguments) in COMMANDS.items():
         group, _, name = command.rpartition(' ')
         if group not in groups:
-            store = groups[''].add_parser(group, help='describe, verify, check, copy, merge, estimate or push a store')
-            groups[group] = store.add_subparsers(required=True, metavar='COMMAND')
-        what = run.__doc__.split('\n')[0]
+            child = groups[''].add_parser(group, help=GROUPS[group])
+            groups[group] = child.add_subparsers(required=True, metavar='COMMAND')
+        what = ' '.join(run.__doc__.split())
         child = groups[group].add_parser(name, help=what[0].lower() + what[1:].removesuffix('.'), description=what)
         add_arguments(child)
         child.set_defaults(run=run)

@@ -40,12 +40,10 @@ def fill(args: argparse.Namespace) -> None:
     teacher = create_teacher(args, accelerator.device, grid_of(target_settings(args.logits, args)))
     with accelerator.main_process_first():
         store, replay = create_store(args.logits, args, teacher, dataset, args.epochs.stop)
-        if accelerator.is_main_process:
-            store.remove_leftovers()
-            if args.push_to_hub:
-                # What the Hub would refuse in the end, it refuses before the teacher works for days.
-                check_license(args.hub_license, 'dataset')
-                PublishedStore(args.push_to_hub, args.hub_private).joined(store.manifest, store.manifest.stored_epochs)
+        if accelerator.is_main_process and args.push_to_hub:
+            # What the Hub would refuse in the end, it refuses before the teacher works for days.
+            check_license(args.hub_license, 'dataset')
+            PublishedStore(args.push_to_hub, args.hub_private).joined(store.manifest, store.manifest.stored_epochs)
     # A copy may begin later, and has no place for the epochs before.
     epochs = range(max(args.epochs.start, store.manifest.first_epoch), args.epochs.stop)
     fill_store(store, teacher, views_to_fill(args, store, replay, dataset), epochs, args.shards, args.workers)

@@ -35,9 +35,10 @@ def test_on_a_gpu_flags_are_read_one_step_late_without_waiting_for_it():
     assert list(flags.due(is_last=True)) == [(2, [0., 0.])]
 
 
-@pytest.mark.parametrize('name, value, flag', [
-    ('GRADIENT_ACCUMULATION_STEPS', '4', '--grad-accum-steps'), ('DYNAMO_BACKEND', 'EAGER', '--compile')])
-def test_what_a_launch_sets_changes_no_gradient_and_is_told(name, value, flag, monkeypatch, capsys):
+@pytest.mark.parametrize('name, value, words', [
+    # What it asks for is what the training does by itself.
+    ('GRADIENT_ACCUMULATION_STEPS', '4', ''), ('DYNAMO_BACKEND', 'EAGER', 'DYNAMO_BACKEND to EAGER')])
+def test_what_a_launch_sets_changes_no_gradient(name, value, words, monkeypatch, capsys):
     gradients = []
     for is_set in (False, True):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -52,4 +53,4 @@ def test_what_a_launch_sets_changes_no_gradient_and_is_told(name, value, flag, m
         assert type(accelerator.unwrap_model(prepared)) is type(prepared) is torch.nn.Linear
     assert torch.equal(*gradients) and gradients[0].tolist() == [[2., 2., 2.]]
     said = capsys.readouterr().err
-    assert f'ACCELERATE_{name} to {value}' in said and flag in said and said.count('warning') == 1
+    assert words in said and said.count('warning') == bool(words)

@@ -276,3 +276,28 @@ def test_one_at_a_time_is_inside(file):
     for thread in threads:
         thread.join(PATIENCE)
     assert counts == [1] * 20 and names(file) == []
+
+
+def test_who_was_suspended_for_longer_than_its_lease_finds_out(file, refused):
+    with Leases(heartbeat=NEVER) as asleep, Leases(expire=0) as other:
+        assert asleep.acquire(file)
+        asleep.check(file)
+        assert not other.acquire(file)
+        assert other.acquire(file)
+        with refused(str(file), 'taken over'):
+            asleep.check(file)
+        other.check(file)
+        other.release(file)
+        with refused(str(file), 'taken over'):
+            asleep.check(file)
+
+
+def test_leases_of_the_dead_go_and_those_of_the_living_stay(owner, file):
+    process, _ = owner()
+    Leases.path(file.with_name('shard-00013.arrow')).write_bytes(Leases.path(file).read_bytes())
+    with Leases() as other:
+        assert not other.expire_in(file.parent) and len(names(file)) == 2
+        process.kill()
+        process.join(PATIENCE)
+        assert other.expire_in(file.parent, 'shard-00013') and names(file) == ['.shard-00012.arrow.lease']
+        assert other.expire_in(file.parent) and names(file) == []

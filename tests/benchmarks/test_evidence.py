@@ -1,4 +1,4 @@
-"""The README's evidence: its table is that of the committed runs, and the grid runs, stops and goes on."""
+"""The evidence of docs/results.md: its tables are those of the committed runs, and the grid runs, stops and goes on."""
 
 import argparse
 import io
@@ -44,12 +44,12 @@ def students(grid: str) -> list[tuple[evidence.Row, argparse.Namespace]]:
 
 
 @pytest.mark.parametrize('grid', ['reduced', 'whole'])
-def test_the_table_of_the_readme_is_that_of_the_committed_runs(capsys, grid):
+def test_the_tables_of_the_results_are_those_of_the_committed_runs(capsys, grid):
     evidence.main(['--grid', grid, '--table'])
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert any(line.startswith('| TinyViT-5M |') for line in lines)
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8').splitlines()
-    assert [line for line in lines if line not in readme] == []
+    results = (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8').splitlines()
+    assert [line for line in lines if line not in results] == []
 
 
 def test_every_committed_run_is_of_a_command_of_its_grid():

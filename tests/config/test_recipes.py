@@ -37,6 +37,31 @@ def optimizer_of(args, images_per_update):
     return model, create_optimizer(args, model, rates['lr']), rates
 
 
+def test_further_arguments_of_an_optimiser_are_timms(refused):
+    args = settings_of('in22k_to_in1k_tiny_vit_5m', '--opt-kwargs', 'layer_decay_min_scale=0.5', 'amsgrad=True')
+    _, optimizer, _ = optimizer_of(args, 1024)
+    assert optimizer.defaults['amsgrad'] is True
+    assert min(group['lr_scale'] for group in optimizer.param_groups) == 0.5
+    for pair, words in (('lr=1', "multiple values for keyword argument 'lr'"), ('nothing=1', "'nothing'")):
+        with refused(words, '--opt-kwargs'):
+            optimizer_of(settings_of('in1k_tiny_vit_5m', '--opt-kwargs', pair), 1024)
+
+
+def test_a_model_without_gradient_checkpointing_is_refused(refused):
+    args = settings_of('in1k_tiny_vit_5m', '--model', 'coat_tiny', '--grad-checkpointing')
+    with refused('coat_tiny has no gradient checkpointing', 'leave --grad-checkpointing out'):
+        create_student(args, num_classes=10)
+
+
+def test_weights_of_a_checkpoint_need_no_others_from_elsewhere(tmp_path):
+    torch.manual_seed(0)
+    export_model(tmp_path, timm.create_model('test_vit', num_classes=10))
+    # There are no weights of this name on the machine, nor a way to fetch them.
+    args = settings_of('in1k_tiny_vit_5m', '--model', 'test_vit.r160_in1k', '--pretrained', '--pretrained-path',
+                       str(tmp_path))
+    assert create_student(args, num_classes=10).num_classes == 10
+
+
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_recipe_has_every_value_of_the_official_configuration(stage):
     args, official = settings_of(stage), dict(STAGES[stage]['settings'])

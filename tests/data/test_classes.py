@@ -2,11 +2,16 @@
 
 import argparse
 import json
+import pickle
 from dataclasses import replace
+from datetime import date, datetime
+from decimal import Decimal
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
@@ -17,7 +22,7 @@ from timm_tinyvit.data.classes import (
 )
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
-from timm_tinyvit.data.sources import class_names, find_column, read_labels
+from timm_tinyvit.data.sources import class_names, find_column, load_split, read_labels
 from timm_tinyvit.data.streaming import SparseLogitStream
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay
@@ -44,8 +49,8 @@ def flags(**changes):
 @pytest.mark.parametrize('here, there, expected', [
     ('abc', 'abc', [0, 1, 2]), ('cab', 'abc', [2, 0, 1]), ('bc', 'abc', [1, 2]), ('a', 'abc', [0]),
     ('xyz', 'abc', None), ('axc', 'abc', None), ('aac', 'aac', None), (['crane', 'crane'], ['crane', 'crane'], None),
-    ('axb', 'abc', ('1 classes have other numbers', "'b' 2 here and 1 there", "'x'")),
-    ('abcd', 'abc', ('4 classes here and 3 there', "'d'")), ('xy', 'abc', ('2 classes here and 3 there', "'x'")),
+    ('axb', 'abc', ('1 classes have other numbers', "'b' 2 instead of 1", "'x'")),
+    ('abcd', 'abc', ('4 classes instead of 3', "'d'")), ('xy', 'abc', ('2 classes instead of 3', "'x'")),
     ('caa', 'aac', ('other numbers',)), ('aab', 'abc', ('other numbers',)),
 ])
 def test_names_match_classes_whose_order_differs(here, there, expected):
@@ -109,7 +114,8 @@ def test_evaluation_data_in_another_order_or_without_a_class_are_matched_by_name
     ('abc', 'abc', 'xy', 1., ('--val-split', 'the teacher t', "'x'")),
     ('abc', 'abc', 'axb', 1., ('--val-split', 'other numbers')),
     ('abc', 'abcd', 'abc', 0.5, ('--train-split', "'d'")), ('abc', 'bax', 'abc', 0.5, ('--train-split', "'x'")),
-    (3, 'ab', 'ab', 1., ('2 classes', 'has 3', '--val-dataset')), (512, 'abc', 'abc', 1., ('3 classes', 'has 512')),
+    (3, 'ab', 'ab', 1., ('2 classes', 'predicts 3', '--val-dataset')),
+    (512, 'abc', 'abc', 1., ('3 classes', 'predicts 512')),
 ])
 def test_a_teacher_of_other_classes_is_refused_before_it_sees_a_view(teacher, data, val, alpha, words, refused):
     num, names = (teacher, []) if isinstance(teacher, int) else (len(teacher), list(teacher))
@@ -123,7 +129,7 @@ def test_training_labels_of_other_classes_are_told_where_nothing_is_learned_from
     classes, _ = resolve_classes(flags(), split('xbca', [0, 3]), split('abc', [0]), taught)
     assert classes.num_labels == 0
     said = capsys.readouterr().err
-    assert '--train-split' in said and "'x'" in said and 'no prediction' in said
+    assert '--train-split' in said and "'x'" in said and 'goes on without them' in said
 
 
 def test_a_checkpoint_whose_classifier_has_another_order_is_told(tmp_path, capsys):
@@ -165,6 +171,30 @@ def test_a_label_column_of_another_kind_is_told_with_what_to_do(values, kind, wo
         check_labels(rows, None, 3, '--val-split')
     with refused("'label'", *words, '--target-key'):
         find_column(rows, 'label', is_image=False)
+
+
+@pytest.mark.parametrize('kind', ['decimal128(3, 0)', 'timestamp[us]', 'date32', 'binary'])
+def test_labels_of_kinds_that_are_no_numbers_are_told(kind, refused):
+    values = {'decimal128(3, 0)': [Decimal(1)], 'timestamp[us]': [datetime(2026, 1, 1)],
+              'date32': [date(2026, 1, 1)], 'binary': [pickle.dumps(3)]}[kind]
+    rows = datasets.Dataset.from_dict({'label': values}, features=datasets.Features({'label': datasets.Value(kind)}))
+    with refused("'label'", kind, 'not class numbers'):
+        check_labels(rows, None, 3, '--val-split')
+
+
+@pytest.mark.parametrize('values, expected', [
+    (pa.array([5, 6, 5]).dictionary_encode(), [5, 6, 5]), (pa.array([0, 255], pa.uint8()), [0, 255]),
+    (pa.array([3, None]), [3, -1]), (pa.array([1, 1 << 63], pa.uint64()), None),
+    (pa.array(['b', 'a'], pa.large_string()).dictionary_encode(), 'words')], ids=[
+        'dictionary of numbers', 'uint8', 'null', 'beyond 64 bits', 'dictionary of words'])
+def test_labels_in_parquet_of_others_are_their_numbers_or_told(values, expected, tmp_path, refused):
+    pq.write_table(pa.table({'label': values}), tmp_path / 'train.parquet')
+    rows = load_split(str(tmp_path), None, True)
+    if isinstance(expected, list):
+        assert read_labels(rows, find_column(rows, None, is_image=False)).tolist() == expected
+    else:
+        with refused("'label'", 'class numbers', expected or '9223372036854775808'):
+            check_labels(rows, find_column(rows, None, is_image=False), 9, '--val-split')
 
 
 # Stores

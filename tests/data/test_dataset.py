@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import resource
+import weakref
 
 import datasets
 import huggingface_hub
@@ -20,7 +21,7 @@ from timm_tinyvit.data.fingerprint import check_fingerprint, dataset_fingerprint
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import class_names, find_column, load_split
 from timm_tinyvit.data.view_config import ViewConfig
-from timm_tinyvit.data.views import Replay
+from timm_tinyvit.data.views import Replay, decode_image
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
@@ -253,6 +254,21 @@ def test_a_batch_equals_its_samples_one_by_one(real, replay, tmp_path):
     # Each record is the one of its epoch and sample.
     targets = data.store.codec.decode(batch['record'])
     assert [(epoch - 500, index) for epoch, index in targets.ids.tolist()] == keys
+
+
+def test_the_decoded_images_of_a_batch_are_not_in_memory_together(real, replay, monkeypatch):
+    images = []
+
+    def decode(source):
+        assert not any(image() is not None for image in images)
+        image = decode_image(source)
+        images.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(replay, 'decode', decode)
+    places = [(epoch, row) for epoch in range(2) for row in range(8)]
+    SparseLogitDataset(real, replay).__getitems__(places)
+    assert len(images) == 8
 
 
 def test_views_and_records_belong_together_through_loader_workers(real, replay, tmp_path):

@@ -1,9 +1,13 @@
 """Folders and files of data: which split and class each image is of, and what is refused, left out and told."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import shutil
+import sys
 import tarfile
 import zipfile
 from contextlib import nullcontext
@@ -18,6 +22,8 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from support.files import encode_image
+from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.data.classes import match_names
 from timm_tinyvit.data.dataset import ImageDataset
 from timm_tinyvit.data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from timm_tinyvit.data.sources import class_names, load_split
@@ -130,6 +136,34 @@ def test_names_that_differ_in_case_alone_have_one_order(tmp_path):
     assert class_names(load_split(str(tmp_path), None, True), 'label') == ['ant', 'BEE', 'Bee', 'bee']
 
 
+@pytest.mark.parametrize('names, expected', [
+    (('1', '\u0661', '2', '\u00b2'), ['1', '\u0661', '2', '\u00b2']),
+    (('x\u00b2', 'x10', 'x9'), ['x9', 'x10', 'x\u00b2']),
+    (('7', '007', '10', '08'), ['007', '7', '08', '10'])])
+def test_digits_of_other_scripts_and_zeros_before_them_have_an_order(names, expected, tmp_path):
+    write(tmp_path, *(f'train/{name}/1.png' for name in names))
+    assert class_names(load_split(str(tmp_path), None, True), 'label') == expected
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_a_name_whose_accents_are_put_together_otherwise_is_the_same_class(split, tmp_path, capsys):
+    together, apart = 'caf\u00e9', 'cafe\u0301'
+    write(tmp_path, f'train/{together}/1.png', 'train/dog/1.png', f'{split}/{apart}/2.png', 'val/dog/2.png')
+    train, val = (load_split(str(tmp_path), None, is_training) for is_training in (True, False))
+    assert class_names(train, 'label') == class_names(val, 'label') == [together, 'dog']
+    assert (train if split == 'train' else val)['label'][:] == ([0, 0, 1] if split == 'train' else [0, 1])
+    assert len(decoded(train)) == len(train) and not capsys.readouterr().err
+    assert match_names([apart, 'dog'], ['dog', together]).tolist() == [1, 0]
+
+
+def test_a_name_that_is_not_in_utf_8_is_told(tmp_path, refused):
+    write(tmp_path, 'train/ant/1.png', 'train/bee/1.png')
+    with open(os.fsencode(tmp_path) + b'/train/bee/caf\xe9.png', 'wb') as file:
+        file.write(picture())
+    with refused('UTF-8', r'caf\udce9', 'rename'):
+        load_split(str(tmp_path), None, True)
+
+
 def test_splits_of_a_folder_share_their_classes(tmp_path, capsys):
     write(tmp_path, *(f'train/{name}/1.png' for name in ('ant', 'bee', 'cat')), 'val/bee/1.png', 'val/dog/1.png')
     assert class_names(load_split(str(tmp_path), None, True), 'label') == ['ant', 'bee', 'cat', 'dog']
@@ -177,6 +211,30 @@ def test_links_are_followed_and_circles_of_them_are_not(tmp_path):
         rows = load_split(str(tmp_path / root), None, True)
         assert class_names(rows, 'label') == ['ant', 'bee', 'cat'] and rows['label'][:] == [0, 0, 1, 2, 2]
         assert len(decoded(rows)) == 5
+
+
+def test_a_link_to_itself_or_to_nothing_is_left_out_and_counted(tmp_path, capsys):
+    write(tmp_path, 'train/ant/1.png', 'train/bee/1.png')
+    for name, target in (('self', 'self'), ('a.png', 'b.png'), ('b.png', 'a.png'), ('gone', 'nowhere')):
+        (tmp_path / 'train' / 'ant' / name).symlink_to(target)
+    assert load_split(str(tmp_path), None, True)['label'][:] == [0, 1]
+    assert '4 files are left out' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['a.heic', 'train.tgz', 'train.7z', 'train.tfrecord', 'data.mdb', 'x.npz'])
+def test_a_folder_of_what_is_not_read_is_refused_with_its_endings(name, tmp_path, refused):
+    write(tmp_path, name, f'more/{name}', data=b'x')
+    with refused('neither images nor files', f'2 of {Path(name).suffix}'):
+        load_split(str(tmp_path), None, True)
+
+
+@pytest.mark.parametrize('name', ['train-clean', 'my split', 'train'])
+def test_a_split_of_any_name_is_found_by_it(name, tmp_path):
+    rows = datasets.Dataset.from_dict({'image': [{'bytes': picture(5), 'path': None}] * 2, 'label': [1, 2]})
+    datasets.DatasetDict({name: rows, 'val': rows.select([0])}).save_to_disk(tmp_path / 'saved')
+    found = load_split(str(tmp_path / 'saved'), name, True)
+    assert found['label'][:] == [1, 2] and str(found.split) == name.replace('-', '_').replace(' ', '_')
+    assert len(load_split(str(tmp_path / 'saved'), name, True, streaming=True).take(9).to_list()) == 2
 
 
 @pytest.mark.parametrize('kind', ['parquet', 'arrow', 'tar'])
@@ -292,9 +350,50 @@ def test_a_compressed_tar_is_read_and_refused_where_it_is_cut(mode, tmp_path, re
     write_tar(tmp_path / 'set' / f'train.tar.{mode[2:]}', members, mode)
     assert len(decoded(load_split(str(tmp_path / 'set'), None, True))) == 6
     file = next((tmp_path / 'set').iterdir())
-    write(tmp_path / 'cut', file.name, data=file.read_bytes()[:-file.stat().st_size // 2])
+    data = file.read_bytes()
     with refused('cut'):
+        write(tmp_path / 'cut', file.name, data=data[:len(data) // 2])
         load_split(str(tmp_path / 'cut'), None, True)
+    for lost in (8, 20, 60, 100, 150, 200, 300, 400):
+        write(tmp_path / f'cut {lost}', file.name, data=data[:-lost])
+        try:  # what is beyond the samples and the end of the archive may be missing
+            assert len(load_split(str(tmp_path / f'cut {lost}'), None, True)) == 6
+        except InputError as error:
+            assert 'cannot be read' in str(error)
+
+
+@pytest.mark.parametrize('mode', ['w', 'w:gz', 'w:bz2', 'w:xz'])
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('blocks', [4, 5])
+def test_a_compressed_tar_that_was_cut_before_it_was_compressed_is_refused(
+        mode, streaming, blocks, tmp_path, refused):
+    write_tar(tmp_path / 'whole.tar', [item for number in range(6) for item in sample(number)])
+    with tarfile.open(tmp_path / 'whole.tar') as opened:
+        end = opened.getmembers()[blocks].offset
+    packed = {'w': bytes, 'w:gz': gzip.compress, 'w:bz2': bz2.compress, 'w:xz': lzma.compress}[mode](
+        (tmp_path / 'whole.tar').read_bytes()[:end])
+    write(tmp_path / 'set', f'train.tar.{mode[2:]}'.rstrip('.'), data=packed)
+    with refused('cut short'):
+        list(load_split(str(tmp_path / 'set'), None, True, streaming))
+
+
+def test_a_tar_that_is_compressed_in_a_way_that_is_not_read_is_told(tmp_path, refused):
+    write(tmp_path, 'train.tar.zst', data=b'\x28\xb5\x2f\xfd' + bytes(100))
+    with refused('train.tar.zst', 'Zstandard' if sys.version_info < (3, 14) else 'cannot be read'):
+        load_split(str(tmp_path), None, True)
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+@pytest.mark.parametrize('kind', [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_tar_is_refused_and_no_sample_is_lost(kind, streaming, tmp_path, refused):
+    write_tar(tmp_path / 'train.tar', [item for number in range(6) for item in sample(number)])
+    with tarfile.open(tmp_path / 'train.tar', 'a') as file:
+        for ending in ('jpg', 'cls'):
+            about = tarfile.TarInfo(f'006.{ending}')
+            about.type, about.linkname = kind, f'000.{ending}'
+            file.addfile(about)
+    with refused('train.tar', '006.jpg is a link to 000.jpg', '--hard-dereference'):
+        list(load_split(str(tmp_path), None, True, streaming))
 
 
 def test_arrow_files_that_are_cut_between_their_batches_are_refused(tmp_path, refused):
@@ -527,3 +626,17 @@ def test_a_row_may_name_a_file_of_its_folder_and_one_of_ones_own_any(tmp_path):
     assert len(decoded(load_split(str(tmp_path / 'set'), None, True))) == 3
     own = datasets.Dataset.from_dict({'image': [str(tmp_path / 'elsewhere.png')]})
     assert len(decoded(own.cast_column('image', datasets.Image()))) == 1
+
+
+def test_many_files_are_found_without_a_bar_for_each_look_at_them(tmp_path, capsys, monkeypatch):
+    """As on a terminal, where `datasets` would draw six; the bars of what takes long stay."""
+    rows = datasets.Dataset.from_dict({'image': [b'1', b'2'], 'label': [0, 1]})
+    for split in ('train', 'test'):
+        for number in range(20):
+            rows.to_parquet(str(tmp_path / f'{split}-{number:05d}.parquet'))
+    datasets.enable_progress_bars()
+    capsys.readouterr()
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    assert len(load_split(str(tmp_path), None, is_training=True)) == 40
+    said = capsys.readouterr().err
+    assert 'Resolving' not in said and not datasets.are_progress_bars_disabled()

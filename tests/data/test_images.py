@@ -37,6 +37,37 @@ def tiff(values, bits, photometric=1, file_format='<H'):
     return head + struct.pack(f'{order}I', 0) + data
 
 
+def tiff_of(data, bits, bands=1, photometric=None, width=1, **others):
+    """An uncompressed TIFF of one row, with these bits for each of its bands and more tags by their numbers."""
+    tags = {256: [width], 257: [1], 258: [bits] * bands, 259: [1], 262: [2 if bands > 2 else 1], 273: [8],
+            277: [bands], 278: [1], 279: [len(data)]}
+    tags |= {} if photometric is None else {262: [photometric]}
+    tags |= {int(number[1:]): values for number, values in others.items()}
+    start = 8 + len(data) + len(data) % 2
+    entries, more = b'', b''
+    for tag, values in sorted(tags.items()):
+        raw = struct.pack(f'<{len(values)}H', *values)
+        if len(raw) > 4:
+            raw, more = struct.pack('<I', start + 6 + 12 * len(tags) + len(more)), more + raw
+        entries += struct.pack('<HHI', tag, 3, len(values)) + raw.ljust(4, b'\0')
+    return b'II*\0' + struct.pack('<I', start) + data.ljust(start - 8, b'\0') + struct.pack(
+        '<H', len(tags)) + entries + bytes(4) + more
+
+
+def png_of(row, width, bits, color, *chunks):
+    """A PNG of one row of packed pixels."""
+
+    def chunk(name, data):
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*item) for item in (
+        (b'IHDR', struct.pack('>IIBBBBB', width, 1, bits, color, 0, 0, 0)), *chunks,
+        (b'IDAT', zlib.compress(b'\0' + row)), (b'IEND', b'')))
+
+
+PALETTE = b'PLTE', bytes([200, 30, 60, 1, 2, 3])
+
+
 def photo(orientation, *entries, size=(48, 32)):
     """A JPEG with a hand-made EXIF block: the orientation, and entries of (tag, type, count, bytes)."""
     base = encode_image(Image.linear_gradient('L').resize(size).convert('RGB'), 'JPEG')
@@ -77,6 +108,74 @@ def test_grey_of_any_depth_becomes_8_bits(data, expected):
 def test_pixels_of_no_known_range_are_refused(values, words, refused):
     with refused('sample 7', *words):
         decode_source({'bytes': encode_image(Image.fromarray(values), 'TIFF'), 'path': None}, 7)
+
+
+@pytest.mark.parametrize('data, expected', [
+    (png_of(struct.pack('>4H', 0xC812, 0xFFFF, 0x1E00, 0), 2, 16, 4), [[200] * 3, [30] * 3]),
+    (png_of(struct.pack('>4H', 0xC8FF, 0x1EFF, 0x3CFF, 0), 1, 16, 6), [[200, 30, 60]]),
+    (png_of(struct.pack('>3H', 0xC8FF, 0x1EFF, 0x3CFF), 1, 16, 2), [[200, 30, 60]]),
+    (png_of(bytes([0b00011011]), 4, 2, 0), [[0] * 3, [85] * 3, [170] * 3, [255] * 3]),
+    (png_of(bytes([0xF0]), 8, 1, 3, PALETTE), [[1, 2, 3]] * 4 + [[200, 30, 60]] * 4),
+    (png_of(bytes([0, 1]), 2, 8, 3, PALETTE, (b'tRNS', b'\0')), [[200, 30, 60], [1, 2, 3]]),
+    (png_of(bytes([200, 30, 60, 1, 2, 3]), 2, 8, 2, (b'tRNS', struct.pack('>3H', 200, 30, 60))),
+     [[200, 30, 60], [1, 2, 3]]),
+    (png_of(struct.pack('>2H', 0xC812, 0x1E00), 2, 16, 0, (b'tRNS', struct.pack('>H', 0x1E00))), [[200] * 3, [30] * 3]),
+    (tiff_of(bytes([0xF0]), 1, photometric=0, width=8), [[0] * 3] * 4 + [[255] * 3] * 4),
+    (tiff_of(bytes([0, 64, 255]), 8, photometric=0, width=3), [[255] * 3, [191] * 3, [0] * 3]),
+    (tiff_of(bytes([0x5F]), 4, width=2), [[85] * 3, [255] * 3]),
+    (tiff_of(struct.pack('<3H', 0xC8FF, 0x1EFF, 0x3CFF), 16, 3), [[200, 30, 60]]),
+    (tiff_of(struct.pack('<4H', 0xC8FF, 0x1EFF, 0x3CFF, 9), 16, 4, t338=[2]), [[200, 30, 60]]),
+    (tiff_of(bytes([200, 30, 60, 9]), 8, 4, t338=[0]), [[200, 30, 60]]),
+    (tiff_of(bytes([100, 15, 30, 128]), 8, 4, t338=[1]), [[199, 29, 59]]),
+    (tiff_of(bytes([200, 30, 60]), 8, 3, t284=[2], t273=[8, 9, 10], t279=[1, 1, 1]), [[200, 30, 60]]),
+    (b'P6 1 1 1023\n' + struct.pack('>3H', 802, 120, 240), [[200, 30, 60]]),
+    (b'P4 8 1\n\xf0', [[0] * 3] * 4 + [[255] * 3] * 4),
+], ids=[
+    'PNG LA 16', 'PNG RGBA 16', 'PNG RGB 16', 'PNG L 2', 'PNG P 1', 'PNG P with a transparent colour',
+    'PNG RGB with a transparent colour', 'PNG L 16 with a transparent grey', 'TIFF 1 from white', 'TIFF L from white',
+    'TIFF L 4', 'TIFF RGB 16', 'TIFF RGBA 16', 'TIFF RGBX', 'TIFF RGBa', 'TIFF RGB in planes', 'PPM 10 bits', 'PBM'])
+@pytest.mark.parametrize('decoder', ['pillow', 'torch'])
+def test_pixels_of_every_layout_have_the_values_that_they_say(data, expected, decoder):
+    image = Replay(ViewConfig(decoder=decoder), 0).decode(data)
+    pixels = np.asarray(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+    assert pixels[0].tolist() == expected
+
+
+@pytest.mark.parametrize('file_format', ['JPEG', 'TIFF'])
+@pytest.mark.parametrize('options', [dict(mode='CMYK'), dict(mode='RGB', keep_rgb=True)], ids=['CMYK', 'RGB'])
+def test_colours_of_photographs_that_are_no_ycc_are_right(file_format, options):
+    options = dict(options)
+    image = Image.new('RGB', (16, 16), (200, 30, 60)).convert(options.pop('mode'))
+    for decoder in ('pillow', 'torch'):
+        found = Replay(ViewConfig(decoder=decoder), 0).decode(encode_image(image, file_format, quality=95, **options))
+        pixels = np.asarray(found) if isinstance(found, Image.Image) else found.permute(1, 2, 0).numpy()
+        assert np.abs(pixels - np.array([200, 30, 60])).max() <= 3
+
+
+@pytest.mark.parametrize('data, words', [
+    (tiff_of(struct.pack('<4b', -5, 0, 100, 127), 8, width=4, t339=[2]), ('signed integers',)),
+    (tiff_of(struct.pack('<4h', -5, 0, 100, 127), 16, width=4, t339=[2]), ('signed integers',)),
+    (tiff_of(struct.pack('<2I', 0, 1 << 31), 32, width=2), ('32-bit integers',)),
+    (tiff_of(struct.pack('<2d', 0, .5), 64, width=2, t339=[3]), ('begins as a TIFF',)),
+    (tiff_of(struct.pack('<3f', 0, .5, 1), 32, 3, t339=[3, 3, 3]), ('begins as a TIFF',)),
+    (tiff_of(bytes([1, 2, 3, 4, 5]), 8, 5, photometric=1, t338=[0, 0, 0, 0]), ('begins as a TIFF',)),
+    (tiff_of(bytes(5), 10, width=4), ('begins as a TIFF',)),
+    (b'Pf\n2 1\n-1.0\n' + struct.pack('<2f', 0, .5), ('real numbers',)),
+    (b'\x89PNG\r\n\x1a\n' + bytes(30), ('begins as a PNG',))],
+    ids=['8 bits, signed', '16 bits, signed', '32 bits', '64-bit floats', 'floats in colour', '5 bands', '10 bits',
+         'PFM', 'a PNG without a header'])
+@pytest.mark.parametrize('decoder', ['pillow', 'torch'])
+def test_layouts_that_pillow_reads_wrong_or_not_at_all_are_refused_by_what_they_are(data, words, decoder, refused):
+    with refused('sample 7', *words):
+        decode_source(dict(bytes=data, path=None), 7, Replay(ViewConfig(decoder=decoder), 0).decode)
+
+
+@pytest.mark.parametrize('file_format', ['GIF', 'WEBP', 'PNG', 'TIFF', 'MPO', 'AVIF'])
+def test_of_several_frames_the_first_is_read(file_format):
+    frames = [Image.new('RGB', (16, 16), color) for color in ((200, 30, 60), (0, 0, 255))]
+    options = dict(quality=95) if file_format in ('WEBP', 'MPO', 'AVIF') else {}
+    data = encode_image(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    assert np.abs(np.asarray(decode_image(data)) - np.array([200, 30, 60])).max() <= 4
 
 
 @pytest.mark.parametrize('mode, file_format', [

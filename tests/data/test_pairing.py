@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data import FastCollateMixup
 from timm.data.mixup import mixup_target
-from timm.loss import SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch.utils.data import DataLoader
 
 import train_distill
@@ -20,7 +20,7 @@ from support.programs import refusal
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
-from timm_tinyvit.data.pairing import Pairing, mixed_cross_entropy
+from timm_tinyvit.data.pairing import Pairing, mixed_cross_entropy, mixed_target
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
 from timm_tinyvit.data.view_config import ViewConfig
@@ -229,6 +229,7 @@ def test_the_label_loss_is_that_of_the_dense_mixed_target(smoothing):
     lam = torch.rand(3, generator=generator)
     lam = torch.cat([lam, lam.flip(0)])
     dense = mixup_target(labels, 12, lam[:, None], smoothing)
+    assert torch.allclose(mixed_target(labels, labels.flip(0), lam, 12, smoothing), dense, atol=1e-7)
     expected = SoftTargetCrossEntropy()(logits, dense)
     found = mixed_cross_entropy(logits, labels, labels.flip(0), lam, smoothing)
     assert torch.allclose(found, expected, rtol=1e-6)
@@ -297,10 +298,14 @@ def test_a_plain_student_sees_the_mixed_views_of_a_distilled_one(filled, tmp_pat
     assert_same(plain, distilled)
 
 
-def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path):
+@pytest.mark.parametrize('flags, loss', [
+    ([], SoftTargetCrossEntropy()), (['--bce-loss'], BinaryCrossEntropy()),
+    (['--bce-loss', '--bce-sum', '--bce-target-thresh', '0.3'], BinaryCrossEntropy(
+        target_threshold=0.3, sum_classes=True))], ids=['ce', 'bce', 'sum'])
+def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path, flags, loss):
     """Of a student that learns nothing, so that it is known what it said."""
     rates = [text for name in ('lr', 'warmup-lr', 'min-lr') for text in (f'--{name}', '1e-30')]
-    train(tmp_path, 'run', '--logits', str(filled[0]), '--epochs', '1', *rates)
+    train(tmp_path, 'run', '--logits', str(filled[0]), '--epochs', '1', *rates, *flags)
     model = timm.create_model(f'local-dir:{tmp_path / "run" / "last"}', pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
     store, replay = open_store(filled[0], {})
@@ -311,7 +316,7 @@ def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path
         pairs = batch['label'].view(-1, 2)
         dense = [mixup_target(pair, 10, lam, 0.1) for pair, lam in zip(pairs, batch['lam'][::2])]
         logits = model((batch['view'] / 255 - mean) / std)
-        losses.append(SoftTargetCrossEntropy()(logits, torch.cat(dense)).item())
+        losses.append(loss(logits, torch.cat(dense)).item())
     row = next(csv.DictReader(open(tmp_path / 'run' / 'metrics.csv')))
     assert float(row['label_loss']) == pytest.approx(np.mean(losses), rel=1e-5)
 
@@ -333,7 +338,7 @@ def test_parts_of_a_data_set_and_keys_are_refused(filled, tmp_path, teacher, cap
     for flags, words in (
         (['-b', '5'], 'even --batch-size'),
         (['--streaming', '--alpha', '1', '--train-split', 'train'], 'leave --streaming out'),
-        (['--mixup', '0.5'], 'mixup 0.5 instead of 0.8'),
+        (['--mixup', '0.5'], '--mixup 0.5 instead of 0.8'),
     ):
         said = refusal(lambda argv: train(tmp_path, 'refused', *argv), ['--logits', filled[0], *flags], capsys)
         one_sentence(said, words)

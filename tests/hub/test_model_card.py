@@ -25,7 +25,7 @@ from support.golden_weights import official_state_dict
 from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.machine import source_commit
 from timm_tinyvit.hub import convert
-from timm_tinyvit.hub.model_card import model_facts, read_weights, recipe_yaml, run_card
+from timm_tinyvit.hub.model_card import PACKAGE, model_facts, read_weights, recipe_yaml, run_card
 from timm_tinyvit.hub.official import OFFICIAL_CHECKPOINTS
 from timm_tinyvit.models import clip_teacher, tiny_vit
 from timm_tinyvit.models.saving import export_model
@@ -393,7 +393,7 @@ def test_the_commit_of_a_package_that_pip_got_from_git_is_the_one_that_pip_noted
     ('run.json', lambda file: file.write_text('{'), 'is not readable as the record of a run'),
     ('metrics.csv', lambda file: file.unlink(), 'has no metrics.csv'),
     ('metrics.csv', lambda file: file.write_text('epoch,loss\nx,1\n'), 'is not readable as the metrics'),
-    ('best/config.json', lambda file: file.write_text('{}'), 'timm makes no model of'),
+    ('best/config.json', lambda file: file.write_text('{}'), 'is not that of a timm model: it lacks architecture'),
 ], ids=['no record', 'damaged record', 'no metrics', 'damaged metrics', 'no config'])
 def test_what_is_missing_in_a_run_is_one_sentence(run, tmp_path, refused, name, damage, words):
     copy = copy_of(run, tmp_path)
@@ -437,6 +437,12 @@ def test_the_cards_in_hub_are_those_that_the_script_renders(tmp_path, monkeypatc
         assert (tmp_path / name).read_text() == (ROOT / 'hub' / name).read_text(), f'{name}: python hub/render.py'
 
 
+def test_every_card_links_this_package_and_says_how_to_install_it():
+    cards = [*(ROOT / 'hub').glob('cards/*.md'), ROOT / 'hub' / 'demo' / 'README.md']
+    for card in cards:
+        assert f'[timm_tinyvit]({PACKAGE})\n(`pip install timm_tinyvit`, ' in card.read_text(), card
+
+
 def test_the_demo_has_a_small_picture():
     assert 5_000 < (ROOT / 'hub' / 'demo' / 'metrics.png').stat().st_size < 100_000
 
@@ -473,9 +479,9 @@ def test_a_card_has_the_published_accuracy_and_its_source(checkpoint):
     assert set(card.data.datasets) <= {'ILSVRC/imagenet-1k', 'timm/imagenet-22k-wds'}
     size = re.fullmatch(r'tiny_vit_(\d+m)_224', checkpoint.name)
     if size:
-        # What the README's table says of this size.
+        # What the table of docs/results.md says of this size.
         row = re.search(rf'^\| TinyViT-{size[1].upper()} \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|',
-                        (ROOT / 'README.md').read_text(), re.M)
+                        (ROOT / 'docs' / 'results.md').read_text(), re.M)
         assert f'{row[2]} images per second with timm_tinyvit, {row[1]} with' in section(card, 'Speed')
     else:
         assert 'with timm_tinyvit, ' not in section(card, 'Speed')

@@ -29,6 +29,7 @@ from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.hub import push_store as publish_store, store_card
+from timm_tinyvit.hub.model_card import PACKAGE
 from timm_tinyvit.hub.store_card import card_statistics
 from timm_tinyvit.report.labels import LabelledViews, data_name, labelled_views, teacher_classes
 from timm_tinyvit.store.local import LogitStore
@@ -36,6 +37,7 @@ from timm_tinyvit.teacher.creating import create_teacher
 
 FIRST = ['--dataset', DATA, '--train-split', 'train[:120]']
 BESIDES = {'store.json', 'README.md', 'sample.parquet'}
+DIGESTS = {f'images/shard-{shard:05d}.digests' for shard in range(6)}
 
 
 @pytest.fixture
@@ -80,18 +82,19 @@ def test_a_store_arrives_shards_first_and_is_not_pushed_twice(hub, push, filled_
     commits = hub.commits('org/logits', 'dataset')
     added = [set(after.files) - set(before.files) for before, after in zip(commits, commits[1:])]
     assert [len(files) for files in added[:-1]] == [10, 10, 4]
-    assert added[-1] == BESIDES | {'views.png'}
+    assert added[-1] == BESIDES | DIGESTS | {'views.png'}
     there = published(hub)
     assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert hub.repos['dataset', 'org/logits'].private
     assert card_problems(there['README.md'].decode()) == ([], [])
+    assert f'[timm_tinyvit]({PACKAGE})' in there['README.md'].decode()
     assert len(there['views.png']) < 300_000 and Image.open(io.BytesIO(there['views.png'])).width > 500
     # Without the data set nothing that it gave is taken away, and with it the same bytes come out.
     *ends, keyed = push([filled_store], [filled_store, *FIRST], [keyed_store[1], '--repo', 'org/keyed'])
     assert all(status == 0 and 'nothing was pushed' in said for status, said, _ in ends), ends
     commits_of_keyed = hub.commits('org/keyed', 'dataset')
     assert keyed[0] == 0 and set(commits_of_keyed[-1].files) - set(commits_of_keyed[-2].files) == {
-        *BESIDES, 'keys.arrow'}
+        *BESIDES, 'keys.arrow', *sorted(DIGESTS)[:4]}
     mark = json.loads((filled_store / '.published').read_text())
     assert mark == {'url': f'hf://datasets/org/logits@{commits[-1].oid}',
                     'identity': LogitStore.open(filled_store).manifest.identity, 'epochs': [0, 4]}
@@ -116,8 +119,9 @@ def test_a_push_that_is_killed_leaves_no_manifest_and_the_next_one_sends_what_is
     (status, said, _), = push([filled_store])
     assert status == 0 and 'give --dataset' in said
     assert set(published(hub)) == set(tree(filled_store, hidden=False)) | BESIDES
-    # Of 24 shards the 4 of the third commit, as those of the second had been sent before the kill; and the sample.
-    assert len({request.path for request in hub.seen('PUT /storage/upload')}) == 5
+    # Of 24 shards the 4 of the third commit, as those of the second had been sent before the kill; and the sample. The
+    # digests of 20 images have 176 bytes.
+    assert len({request.path for request in hub.seen('PUT /storage/upload') if '/176/' not in request.path}) == 5
     assert 'views.png' not in published(hub)['README.md'].decode()
 
 
@@ -129,7 +133,7 @@ def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, 
     one_sentence(whole[2].strip(), '12 shards', 'epoch 2', '--epochs 0:2')
     one_sentence(gap[2].strip(), '0:2', '3:4', 'gap')
     there = published(hub)
-    assert json.loads(there['store.json'])['epochs'] == 2 and len(there) == 12 + 3
+    assert json.loads(there['store.json'])['epochs'] == 2 and len(there) == 12 + 3 + 6
     # Only the new ones, as where the first are no longer on this disk; the licence of the owner stays.
     card = there['README.md'].decode().replace('pretty_name', 'license: cc-by-4.0\npretty_name', 1)
     hub.add_commit('org/logits', {'README.md': card.encode()}, repo_type='dataset')
@@ -138,7 +142,7 @@ def test_a_store_that_has_grown_is_pushed_again(hub, push, filled_store, store, 
     assert status == 0
     there = published(hub)
     manifest = json.loads(there['store.json'])
-    assert (manifest['first_epoch'], manifest['epochs']) == (0, 4) and len(there) == 24 + 4
+    assert (manifest['first_epoch'], manifest['epochs']) == (0, 4) and len(there) == 24 + 4 + 6
     assert {name: there[name] for name in tree(filled_store, hidden=False)} == tree(filled_store, hidden=False)
     assert messages(hub)[before:] == ['Shards of epoch-00002 to epoch-00003', 'Shards of epoch-00003',
                                       'Store of 4 epochs, 120 samples']
@@ -169,7 +173,7 @@ def test_what_may_not_be_pushed_is_one_sentence_and_touches_nothing(
     expected = [
         (filled_store, 'images', ['something else', 'data/train.parquet']),
         (filled_store, 'words', ['something else', 'README.md']),
-        (filled_store, 'other', ['another store', 'seed: 5, 0']),
+        (filled_store, 'other', ['another store', 'seed: 5, not 0']),
         (store, 'logits', ['1 problem(s)', 'nothing was pushed']),
     ]
     ends = push(*([path, '--repo', f'org/{repo}'] for path, repo, _ in expected),
@@ -314,11 +318,12 @@ def test_data_with_fewer_classes_than_the_teacher_are_named_by_themselves_and_ha
     assert filled[0] == again[0] == 0, (filled, again)
     there = published(hub)
     card = there['README.md'].decode()
-    assert 'no accuracy, as the labels are 3 classes, those of the teacher 10' in card and 'accuracy |' not in card
+    assert 'no accuracy, as the data have labels of 3 classes, the teacher predicts 10' in card
+    assert 'accuracy |' not in card
     table = pq.read_table(io.BytesIO(there['sample.parquet']))
     assert 'names' not in table.column_names and set(table['label_name'].to_pylist()) == {'first', 'second', 'third'}
     cli.main(['store', 'describe', str(tmp_path / 'store'), *map(str, flags)])
-    assert 'unknown; the labels are 3 classes, those of the teacher 10' in capsys.readouterr().out
+    assert 'unknown; the data have labels of 3 classes, the teacher predicts 10' in capsys.readouterr().out
 
 
 def test_names_of_the_data_and_of_the_teacher_are_kept_apart(views, monkeypatch):
@@ -406,7 +411,7 @@ def test_the_card_of_images_without_labels_speaks_of_none(views):
     assert '`label`' not in card(bare) and 'Some views, each with the most probable classes.' in card(bare)
     assert 'only the total mass is known' in card(bare)
     whole = card(bare, k=store.manifest.num_classes)
-    assert 'only the total mass' not in whole and 'Nothing is left out' in whole
+    assert 'only the total mass' not in whole and 'of the teacher are complete' in whole
 
 
 def test_the_picture_has_a_class_in_each_column(views, monkeypatch):

@@ -25,6 +25,7 @@ def run_light(*argv: str, module: str = 'timm_tinyvit') -> subprocess.CompletedP
 @pytest.mark.parametrize('argv, words', [
     (['--help'], 'store'), (['train', '--help'], '--logits'), (['store', 'merge', '--help'], '--output'),
     (['fill', '--config', 'demo', '--help'], '--push-to-hub'), (['--version'], timm_tinyvit.__version__),
+    (['train', '--version'], timm_tinyvit.__version__),
 ])
 def test_help_is_printed_before_torch_is_imported(argv, words):
     said = run_light(*argv)
@@ -42,7 +43,11 @@ def test_help_is_printed_before_torch_is_imported(argv, words):
     (['train', '--dataset', 'x', '--model-kwargs', 'depths'], "has 'depths'; write pairs like name=value"),
     (['train', '--dataset', 'x', '--hflip', '2'], 'expected a probability, 0 to 1'),
     ([*FILL, '-j', '-1'], '--workers is -1; expected at least 0'),
-    ([*FILL, 'more'], 'unknown argument more; see timm-tinyvit fill --help'),
+    ([*FILL, 'more'], 'more is an argument too many: the data set is x'),
+    (['store', 'verify', 'x', 'more'], 'unknown argument more; see timm-tinyvit store verify --help'),
+    (['train', 'x', '--resume', 'y'], '--resume of timm is not taken here: the same command resumes a run'),
+    (['fill', 'x', '--tta=2'], '--tta of timm is not taken here: '),
+    (['eval', 'x', '--dataset', 'y', '--use-ema'], '--use-ema of timm is not taken here: name the averaged weights'),
     (['eval', '--dataset', 'x'], 'there are no weights to evaluate; name a checkpoint, or add --pretrained'),
     (['store', 'estimate', '--epochs', '2', '--teacher-num-classes', '9', '--num-samples', '3', '--dataset', 'x'],
      'argument --dataset: not allowed with argument --num-samples'),

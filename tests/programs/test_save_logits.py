@@ -113,7 +113,7 @@ def test_progress_counts_what_is_on_disk_already_and_ends_with_all(store, teache
     bars = re.findall(r'(\d+) of (\d+)', said.err)
     # The last shard has the rest, four views.
     assert bars[0] == ('196', '200') and bars[-1] == ('200', '200') and 'kB' in said.err
-    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said.out
+    assert '8 of 8 (up to 32 samples each), 2 of 2 epochs complete' in said.out
 
 
 def test_verify_finds_every_damage_without_data_or_teacher(store, tmp_path, capsys):
@@ -158,7 +158,8 @@ def test_check_finds_the_stored_targets_again(store, teacher, capsys):
     cli.main(['store', 'check', str(store), *DATA_FLAGS, '--teacher', teacher])
     said = capsys.readouterr().out
     found = re.search(
-        r'(\d+) views: (\d+) come out .*, ([\d.]+)% other ids, .* by (\S+) in the mean, (\S+) at most, ', said)
+        r'(\d+) views: (\d+) records .*, ([\d.]+)% of the classes differ, .* by (\S+) on average, (\S+) at most, ',
+        said)
     # Alone in its batch a view may be rounded in another way.
     assert int(found[1]) == 200 and int(found[2]) > 190 and float(found[3]) == 0 and float(found[5]) < 5e-3
     assert found.string.strip().endswith('of the codec float16')
@@ -166,9 +167,9 @@ def test_check_finds_the_stored_targets_again(store, teacher, capsys):
 
 @pytest.mark.parametrize('there, kept, said', [
     ('bca', 'bca', ('3 classes have other numbers for the teacher than in the data, as a: 2 and 0;', 'by name')),
-    ('dcb', 'dcb', ('2 classes have other numbers for the teacher than in the data, as b: 2 and 1;', 'none')),
+    ('dcb', 'dcb', ('2 classes have other numbers for the teacher than in the data, as b: 2 and 1;', 'not compared')),
     ('ab', 'abc', ()), ('xyz', 'xyz', ()), ('abc', 'abc', ()), ('', 'abc', ()), ('a\nb', 'abc', ()),
-    ('abcd', '', ('has 4 classes, the data 3', '--val-dataset')),
+    ('abcd', '', ('predicts 4 classes, the data have labels of 3', '--val-dataset')),
 ])
 def test_a_store_names_the_classes_of_its_teacher_and_tells_where_data_number_them_otherwise(there, kept, said, capsys):
     model = timm.create_model('test_resnet', num_classes=4 if there == 'abcd' else 3)
@@ -183,7 +184,7 @@ def test_a_store_names_the_classes_of_its_teacher_and_tells_where_data_number_th
 def test_describe_prints_completeness_size_and_accuracy(store, capsys):
     cli.main(['store', 'describe', str(store), *DATA_FLAGS])
     said = capsys.readouterr().out
-    assert '8 of 8 (32 samples each), 2 of 2 epochs complete' in said
+    assert '8 of 8 (up to 32 samples each), 2 of 2 epochs complete' in said
     assert '18 bytes per view' in said and 'the 3 most probable classes, and the mass of the others' in said
     labels = np.array(load_split(DATA, 'train[:100]', True)['label'])
     opened = LogitStore.open(store)
@@ -204,13 +205,13 @@ def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
         ([*fill, store, '--epochs', '5:2'], "'5:2' is no range"),
         ([*fill, tmp_path / 'new', '--topk', '11'], 'k = 11 does not fit 10 classes'),
         ([*fill, tmp_path / 'new', '--codec', 'zip'], "there is no codec 'zip'"),
-        ([*fill, tmp_path / 'new', '--teacher', tmp_path], 'cannot be had'),
+        ([*fill, tmp_path / 'new', '--teacher', tmp_path], 'cannot be loaded'),
         ([*fill, tmp_path / 'new', '--aa', 'rand-q1-m9'], 'timm cannot make the transform'),
         ([*fill, tmp_path / 'new', '--aa', 'rand-m9-foo'], "has a part 'foo' without a number"),
-        ([*fill, tmp_path / 'new', '--remode', 'none'], "the erasing mode is 'none'"),
-        ([*fill, store, '--store-seed', '1'], 'seed: 0, 1'),
-        ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, 99'),
-        ([*fill, store, '--hflip', '0'], 'hflip 0.0 instead of 0.5'),
+        ([*fill, tmp_path / 'new', '--remode', 'none'], '--remode none; expected const, rand or pixel'),
+        ([*fill, store, '--store-seed', '1'], 'seed: 0, not 1'),
+        ([*fill, store, '--train-split', 'train[:99]'], 'num_samples: 100, not 99'),
+        ([*fill, store, '--hflip', '0'], '--hflip 0.0 instead of 0.5'),
         ([*fill, tmp_path / 'new', '-j', '-1'], '--workers is -1'),
         ([*fill, tmp_path / 'new', '--shards', '4:9'], 'only shards 0:4'),
         ([*fill, store, '--samples', '0:5'], 'unknown argument --samples'),

@@ -10,13 +10,18 @@ import sys
 import weakref
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import numpy
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
 from timm.utils import dispatch_clip_grad
 
 import train_distill
@@ -229,21 +234,57 @@ def test_a_precision_of_the_launch_and_one_that_a_cpu_lacks_are_told(monkeypatch
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 1 << 16)
     AcceleratorState._reset_state(True)
     create_accelerator('bfloat16')
-    assert not capsys.readouterr().err
+    assert 'mixed precision' not in capsys.readouterr().err
     AcceleratorState._reset_state(True)
     create_accelerator('float16')
     said = capsys.readouterr().err
-    assert 'asks for mixed precision bf16' in said and '--teacher-amp-dtype' in said
+    assert 'asks for mixed precision bf16; --amp-dtype wins' in said and '--teacher-amp-dtype' in said
     assert 'float16 needs a GPU' in said or torch.accelerator.is_available()
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.parametrize('name, value, flag, given', [
+    ('GRADIENT_ACCUMULATION_STEPS', '4', '--grad-accum-steps', '4'),
+    ('MIXED_PRECISION', 'bf16', '--amp-dtype', 'bfloat16')])
+def test_what_accelerate_is_configured_to_is_followed_where_no_flag_says_it(
+        name, value, flag, given, tmp_path, monkeypatch, capsys):
+    small = [*SMALL, '-b', '8', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--epochs', '1',
+             '--warmup-epochs', '0', '--output', str(tmp_path)]
+
+    def run(experiment, *flags):
+        AcceleratorState._reset_state(True)
+        train_distill.main([*small, '--experiment', experiment, *flags])
+        weights = load_file(tmp_path / experiment / 'last' / 'model.safetensors')
+        return capsys.readouterr(), weights, json.loads((tmp_path / experiment / 'run.json').read_text())
+
+    *_, by_flag, flags = run('flag', flag, given)
+    _, plain, _ = run('plain')
+    monkeypatch.setenv(f'ACCELERATE_{name}', value)
+    said, by_launch, record = run('launch')
+    line = f'{flag} {given}, as accelerate is configured'
+    assert said.out.startswith(line) and by_launch.keys() == by_flag.keys()
+    assert all(torch.equal(by_launch[name], by_flag[name]) for name in by_flag)
+    assert any(not torch.equal(plain[name], by_flag[name]) for name in by_flag)
+    # The record is that of the flag: elsewhere accelerate may be configured otherwise.
+    assert [record[key] for key in ('changed', 'recipe')] == [flags[key] for key in ('changed', 'recipe')]
+    assert {**record['flags'], 'experiment': 'flag'} == flags['flags']
+    # A flag wins, one of a recipe too.
+    (tmp_path / 'recipe.yaml').write_text('grad-accum-steps: 2\namp-dtype: float16\n')
+    said, *_ = run('recipe', '--config', str(tmp_path / 'recipe.yaml'))
+    won = {'--grad-accum-steps': '2', '--amp-dtype': 'float16'}[flag]
+    assert f'{flag} {won} wins over {given}, which accelerate is configured to' in said.err and line not in said.out
+    monkeypatch.delenv(f'ACCELERATE_{name}')
+    AcceleratorState._reset_state(True)
+    assert f'{flag[2:].replace("-", "_")} ' in message_of([*small, '--experiment', 'launch'], capsys)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason='the cores are not what computes')
-def test_cores_that_the_launcher_leaves_idle_are_told(monkeypatch, capsys):
+def test_what_the_launcher_does_not_do_is_told(monkeypatch, capsys):
+    """It leaves cores idle, and does not wait for a single process."""
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: range(8))
-    for launched, threads, said in ((True, 1, '1 of 8 CPU cores are used; give accelerate launch '
-                                     '--num_cpu_threads_per_process 8, or start timm-tinyvit without'),
-                                    (True, 8, ''), (False, 1, '')):
+    idle = '1 of 8 CPU cores are used; give accelerate launch --num_cpu_threads_per_process 8'
+    alone = 'accelerate launch does not wait for a single process'
+    for launched, threads, said in ((True, 1, [alone, idle]), (True, 8, [alone]), (False, 1, [])):
         monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)  # noqa: B023
         if launched:
             monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'no')
@@ -251,8 +292,40 @@ def test_cores_that_the_launcher_leaves_idle_are_told(monkeypatch, capsys):
             monkeypatch.delenv('ACCELERATE_MIXED_PRECISION')
         AcceleratorState._reset_state(True)
         create_accelerator()
-        assert said in capsys.readouterr().err if said else not capsys.readouterr().err
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(said) and all(text in line for text, line in zip(said, lines))
     AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize('model', ['tiny_vit_5m_224', 'test_resnet', 'test_vit'])
+def test_gradient_checkpointing_trains_the_same_weights_and_statistics(model, tmp_path):
+    flags = [*SMALL, '--train-split', 'train[:48]', '--model', model, '--drop', '0.2', '--model-kwargs', *(
+        ['img_size=32'] if model == 'test_vit' else []), '--output', str(tmp_path)]
+    train_distill.main([*flags, '--experiment', 'plain'])
+    train_distill.main([*flags, '--experiment', 'again', '--grad-checkpointing'])
+    plain, again = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('plain', 'again'))
+    assert plain.keys() == again.keys()
+    for name in plain:
+        assert torch.allclose(plain[name], again[name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize('smoothing', ['0.1', '0'])
+@pytest.mark.parametrize('mixup', [[], ['--mixup', '0.8']], ids=['plain', 'mixed'])
+def test_the_binary_cross_entropy_of_labels_is_timms(smoothing, mixup):
+    args = train_distill.settings([
+        *SMALL, *mixup, '--smoothing', smoothing, '--bce-loss', '--bce-sum', '--bce-target-thresh', '0.2'])
+    model, labels = timm.create_model('test_resnet', num_classes=10), torch.arange(8) % 10
+    evaluator, classes = SimpleNamespace(normalize=None), SimpleNamespace(num=10)
+    task = train_distill.create_task(args, model, None, evaluator, classes, Accelerator(cpu=True))
+    views = torch.rand(8, 3, 32, 32)
+    numpy.random.seed(0)
+    found = task(views, {'label': labels})
+    targets = labels
+    if mixup:
+        numpy.random.seed(0)
+        _, targets = Mixup(0.8, label_smoothing=float(smoothing), num_classes=10)(views, labels)
+    expected = BinaryCrossEntropy(float(smoothing), target_threshold=0.2, sum_classes=True)(found['output'], targets)
+    assert torch.allclose(found['label_loss'], expected) and torch.equal(found['loss'], found['label_loss'])
 
 
 def test_epochs_that_are_all_warm_up_are_told(tmp_path, capsys):
@@ -296,11 +369,11 @@ def test_a_run_of_other_settings_is_not_resumed(distilled, capsys):
     run, store = distilled
     said = message_of(
         [*SMALL, '--logits', store, '--output', run.parent, '--experiment', 'run', '--lr', '0.5'], capsys)
-    assert 'lr 0.001 there and 0.5 here' in said and '--experiment' in said
+    assert '--lr was 0.001 and is 0.5' in said and '--experiment' in said
     said = message_of([
         *SMALL, '--topk', '3', '--shard-size', '40', '--mixup-mode', 'pair', '--train-split', 'train[1:97]', '--output',
         run.parent, '--experiment', 'run'], capsys)
-    assert '(train_split' in said
+    assert '(--train-split was' in said
     assert 'other images or labels in --dataset, another store, or none, in --logits); give the same ones' in said
 
 
@@ -435,8 +508,8 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*here, '--logits', store, store], 'twice; an average is of different stores'),
         ([*with_store, '--val-dataset', words], 'are not the classes of the store'),
         ([*here, '--val-dataset', loose], 'every file must lie in SPLIT/CLASS/'),
-        ([*with_store, '--reprob', '0.5'], 're_prob 0.5 instead of 0.25'),
-        ([*with_store, '--teacher', teacher, '--topk', '4'], 'k: 3, 4'),
+        ([*with_store, '--reprob', '0.5'], '--reprob 0.5 instead of 0.25'),
+        ([*with_store, '--teacher', teacher, '--topk', '4'], 'k: 3, not 4'),
         ([*here, '--no-such-flag', '1'], 'unknown argument --no-such-flag'),
         ([*here, '--epoch', '3'], 'did you mean --epochs?'),
         ([*here, '--epochs', 'many'], "argument --epochs: invalid int value: 'many'"),
@@ -466,7 +539,7 @@ def test_bad_input_gets_one_clear_sentence(distilled, teacher, tmp_path, capsys)
         ([*here, '--logits', tmp_path / 'new', '--teacher', teacher, '--shard-size', '0'], '--shard-size is 0'),
         ([*here, '--target-key', 'name'], "no column 'name'"),
         ([*here, '--teacher', teacher], '--teacher without --logits'),
-        ([*with_store, '--mixup', '0.8'], 'mixup 0.8 instead of 0.0'),
+        ([*with_store, '--mixup', '0.8'], '--mixup 0.8 instead of 0.0'),
         ([*with_store, '--mixup-mode', 'elem'], 'give --mixup-mode pair'),
         ([*here, '--cutmix', '1', '-b', '3'], '--batch-size is 3; --mixup and --cutmix need an even one'),
         ([*here, '--sync-bn'], '--sync-bn needs GPUs'),

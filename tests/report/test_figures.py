@@ -91,15 +91,23 @@ def test_the_result_is_that_of_the_metrics(write_run):
     stores = ['/stores/one', 'hf://datasets/ORG/two']
     page = write_run_report(write_run(settings={'epochs': 2, 'cooldown_epochs': 3, 'logits': stores})).read_text()
     assert facts(page).items() >= {
-        'best top-1': '60.00% in epoch 2 (chosen on this split)', 'last top-1': '60.00%, top-5 94.00%, loss 1.3000',
-        'best top-1 of the averaged weights': '61.00% in epoch 2 (chosen on this split)',
-        'last top-1 of the averaged weights': '55.00%, top-5 97.00%, loss 1.2000',
+        'best top-1': '60.00% in epoch 2 (selected on this validation set)',
+        'last top-1': '60.00%, top-5 94.00%, NLL 1.3000',
+        'best top-1 of the averaged weights': '61.00% in epoch 2 (selected on this validation set)',
+        'last top-1 of the averaged weights': '55.00%, top-5 97.00%, NLL 1.2000',
         'training': '6.0 minutes, 23% of it waiting for data', 'speed': '400 images/s',
         'learned from': 'one, two'}.items()
     assert ', 3 of 5 epochs so far' in page
     assert table(page, 'epoch') == [
         ['epoch', 'loss', 'top-1', 'averaged', 'learning rate'], ['1', '2', '50', '40', '0.1'],
         ['2', '1.5', '60', '61', '0.05'], ['3', '1.4', '60', '55', '0.01']]
+
+
+def test_top5_of_five_classes_is_left_out(write_run):
+    """It is always 100%."""
+    runs = [write_run(best=[0] * 10, num_classes=5), write_run('two', best=[0] * 10, num_classes=5)]
+    assert facts(write_run_report(runs[0]).read_text())['last top-1'] == '60.00%, NLL 1.3000'
+    assert 'top-5' not in compare_runs(runs)
 
 
 @pytest.mark.parametrize('seconds, expected', [(59, '59 seconds'), (90, '1.5 minutes'), (9000, '2.5 hours')])
@@ -138,7 +146,7 @@ def test_samples_are_shown_surest_first_with_what_the_label_has(write_run):
     page = write_run_report(write_run()).read_text()
     right, wrong = (
         re.findall(r'>([a-f] #\d)<', part)
-        for part in re.split('Most confident (?:right predictions, of as many classes|wrong predictions)', page)[1:])
+        for part in re.split('Most confident (?:correct predictions, of different|wrong predictions)', page)[1:])
     assert right == ['d #7', 'd #8', 'a #0', 'a #1', 'b #5', 'd #9']
     assert wrong == ['a #2', 'c #6', 'a #3', 'b #4']
     bars = re.findall('<li class="(.*?)" style="--share:(.*?)" title="(.*?)">', page[page.index('c #6'):])[:5]
@@ -156,7 +164,7 @@ def test_student_and_teacher_are_told_apart(write_run):
         run / 'stored_views.npz')
     page = write_run_report(run).read_text()
     assert 'same 4 views of the training data, of epoch 3, stored epoch 2: ' in page and 'top-1 class of 50.0%' in page
-    assert 'is 0.4000 nats in the mean, 0.2500 in the median' in page
+    assert 'is 0.4000 nats on average, median 0.2500' in page
     assert table(page, 'on views with a label') == [
         ['on views with a label', 'student', 'teacher'], ['top-1', '66.7%', '33.3%'],
         ['mean confidence', '60.0%', '90.0%'],
@@ -179,11 +187,11 @@ def test_figures_of_runs_side_by_side_are_those_of_the_metrics(write_run):
     other = METRICS.replace('1.3,60,94,1.2,55,97', '1.1,70,96,1.0,58,98').replace(',500', ',700')
     lines = squeezed(compare_runs([write_run(), write_run('two', other)]))
     for line in (
-            'best top-1 (chosen on this split) 60.00% 70.00% +10.00', 'last top-1 60.00% 70.00% +10.00',
-            'last top-5 94.00% 96.00% +2.00', 'last loss 1.3000 1.1000 -0.2000',
-            'best top-1, averaged (chosen on this split) 61.00% 61.00% +0.00',
+            'best top-1 (selected on this validation set) 60.00% 70.00% +10.00', 'last top-1 60.00% 70.00% +10.00',
+            'last top-5 94.00% 96.00% +2.00', 'last NLL 1.3000 1.1000 -0.2000',
+            'best top-1, averaged (selected on this validation set) 61.00% 61.00% +0.00',
             'last top-1, averaged 55.00% 58.00% +3.00', 'last top-5, averaged 97.00% 98.00% +1.00',
-            'last loss, averaged 1.2000 1.0000 -0.2000', 'training loss 1.4000 1.4000 +0.0000',
+            'last NLL, averaged 1.2000 1.0000 -0.2000', 'training loss 1.4000 1.4000 +0.0000',
             'images per second 400.00 400.00 +0.00', 'minutes of training 6.00 6.00 +0.00', 'epochs 3 3 +0'):
         assert line in lines, line
 

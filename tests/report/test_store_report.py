@@ -287,15 +287,16 @@ def test_text_and_json_say_the_same(filled_store, labels, capsys):
     assert found['size']['views'] == 480 and found['size']['bytes'] == found['size']['bytes_when_complete']
     assert found['notes'] == []
     for words in (
-            '24 of 24 (20 samples each), 4 of 4 epochs complete', '4 of 4 epochs, 120 of 120 samples, 480 views',
+            '24 of 24 (up to 20 samples each), 4 of 4 epochs complete', '4 of 4 epochs, 120 of 120 samples, 480 views',
             f'{100 * statistics["accuracy"]:.2f}% top-1 on the views of 4 epochs, ',
-            f'{100 * statistics["majority_accuracy"]:.2f}% top-1 where the epochs vote',
+            f'{100 * statistics["majority_accuracy"]:.2f}% top-1 with the class that most epochs',
             f'error {100 * statistics["calibration_error"]:.2f}% (15 bins)',
-            f'{100 * statistics["label_probability"]:.2f}% for the label',
-            f'{statistics["entropy"]:.3f} nats of at most {math.log(10):.3f}',
-            f'{100 * statistics["mass"]["3"]:.2f}% by 3', f'{100 * statistics["agreement"]:.2f}% of all pairs',
-            f'{100 * statistics["majority"]:.2f}% of the views', f'{100 * statistics["unanimous"]:.2f}% of the samples',
-            f'{statistics["disagreement"]:.3f} nats of KL'):
+            f'{100 * statistics["label_probability"]:.2f}% on average for the label',
+            f'{statistics["entropy"]:.3f} nats on average, {math.log(10):.3f} at most',
+            f'top 3 {100 * statistics["mass"]["3"]:.2f}%', f'in {100 * statistics["agreement"]:.2f}% of cases',
+            f'of a sample in {100 * statistics["majority"]:.2f}%, ',
+            f'{100 * statistics["unanimous"]:.2f}% of the samples',
+            f'{statistics["disagreement"]:.3f} nats: mean KL'):
         assert words in text
     table = text.strip().splitlines()[-5:]
     assert table[0].split()[:4] == ['epoch', 'views', 'top-1', 'label']
@@ -447,7 +448,7 @@ def test_mixed_views_are_shown_with_what_was_mixed(teacher, tmp_path, capsys):
         '1', '--topk', '3', '--workers', '0', '--quiet'])))
     run(tmp_path / 'mixed', *split, '--html', tmp_path / 'page.html')
     text = capsys.readouterr().out
-    assert 'by either label' in text and 'both labels' in text and 'whose partners differ;' in text
+    assert 'by either label' in text and 'both labels' in text and 'their partners differ' in text
     assert 'samples compared, with other partners in each epoch' in text
     assert re.search('top-1 +both labels +entropy', text)
     page = check_self_contained((tmp_path / 'page.html').read_text())
@@ -507,8 +508,13 @@ def test_the_two_sizes_of_a_view_are_told_apart(filled_store):
     facts = store_facts(store)
     assert facts['codec'].endswith(f', records of {store.manifest.record_width} bytes per view')
     per_view = store.size() / 480
-    assert facts['size'].endswith(f'; files take {per_view:,.1f} bytes per view, with their headers')
+    assert facts['size'].endswith(f'; files take {per_view:,.1f} bytes per view, headers included')
     assert per_view > store.manifest.record_width + 0.1
+
+
+def test_a_shard_is_not_said_to_hold_more_than_there_is(filled_store, tmp_path):
+    manifest = replace(LogitStore.open(filled_store).manifest, num_samples=97, shard_size=16384)
+    assert store_facts(LogitStore.create(tmp_path / 'small', manifest))['shards'].startswith('0 of 4 (97 samples each)')
 
 
 def test_facts_of_a_store_say_where_it_begins_and_what_names_its_samples(filled_store, keyed_store):
@@ -548,7 +554,7 @@ def test_other_classes_than_the_teachers_are_not_compared(filled_store, fashion,
     few.to_parquet(tmp_path / 'train.parquet')
     run(filled_store, '--dataset', tmp_path, '--html', tmp_path / 'page.html', '--max-samples', '5')
     said = capsys.readouterr().out
-    assert 'the labels are 12 classes, those of the teacher 10' in said and 'top-1' not in said
+    assert 'the data have labels of 12 classes, the teacher predicts 10' in said and 'top-1' not in said
     page = check_self_contained((tmp_path / 'page.html').read_text())
     assert page.all('img') and 'entropy' in page.text and not [
         item for item in page.all('li') if item['class'] == 'label']
@@ -560,7 +566,7 @@ def test_other_classes_than_the_teachers_are_not_compared(filled_store, fashion,
 def test_labels_are_compared_with_the_classes_of_the_teacher(labels, names, expected):
     """Names say how many classes there are, the largest label only that there are no fewer."""
     found = label_mismatch(np.array(labels), names, 7)
-    assert found == (expected and f'the labels are {expected} classes, those of the teacher 7')
+    assert found == (expected and f'the data have labels of {expected} classes, the teacher predicts 7')
 
 
 def test_classes_are_named_by_the_labels_or_by_the_imagenet_of_the_teacher(filled_store, make_store):
@@ -606,8 +612,9 @@ def test_an_empty_store_is_described(filled_store, tmp_path, capsys):
     LogitStore.create(tmp_path / 'empty', LogitStore.open(filled_store).manifest)
     run(tmp_path / 'empty')
     said = capsys.readouterr().out
-    assert '0 of 24 (20 samples each), 0 of 4 epochs complete' in said and 'none of it is filled yet' in said
-    assert 'holds nothing to show yet' in refusal(capsys, tmp_path / 'empty', '--html', tmp_path / 'page.html')
+    assert '0 of 24 (up to 20 samples each), 0 of 4 epochs complete' in said and 'the store is empty' in said
+    assert 'nothing on disk yet, about ' in said and 'headers' not in said
+    assert 'is empty' in refusal(capsys, tmp_path / 'empty', '--html', tmp_path / 'page.html')
     cli.main(['store', 'describe', str(tmp_path / 'empty'), *FIRST])
 
 
@@ -662,5 +669,5 @@ def test_the_folder_of_a_run_is_told_from_a_store(tmp_path, monkeypatch, capsys)
     data = ('--dataset', '--train-split', '--input-key', '--target-key', '--key')
     for flag, *value in (['--json'], ['--gallery', tmp_path / 'x.png'], ['--epochs', '0:1'], ['--max-samples', '9'],
                          *([name, 'x'] for name in data)):
-        assert f'for stores alone; leave {flag} out' in refusal(capsys, tmp_path, flag, *value)
+        assert f'is a run; leave out {flag}, which a report on a store takes' in refusal(capsys, tmp_path, flag, *value)
     assert len(called) == 1

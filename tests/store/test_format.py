@@ -86,7 +86,7 @@ def read_shard(folder, epoch, shard):
 def identity_of(manifest):
     free = ('epochs', 'first_epoch', 'versions', 'class_names')
     fixed = {name: value for name, value in manifest.items() if name not in free}
-    fixed['teacher'] = {name: value for name, value in fixed['teacher'].items() if name != 'name'}
+    fixed['teacher'] = {name: value for name, value in fixed['teacher'].items() if name not in ('name', 'probe')}
     return hashlib.blake2b(json.dumps(fixed, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

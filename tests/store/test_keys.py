@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 from dataclasses import replace
 
@@ -152,6 +153,20 @@ def test_a_forged_file_of_keys_with_a_right_checksum_is_refused(store, named, tm
 # Data sets that were changed
 
 
+@pytest.mark.parametrize('size', [0, 100, 4096])
+def test_keys_that_are_cut_short_where_they_lie_are_named_by_who_has_mapped_them(size, store, tmp_path, refused):
+    content = (store.path / 'keys.arrow').read_bytes()
+    (tmp_path / 'keys.arrow').write_bytes(content)
+    index = KeyIndex.open(tmp_path, store.manifest)
+    hashes = index.hashes[:20].copy()
+    rows = index.find(hashes)
+    os.truncate(tmp_path / 'keys.arrow', size)
+    with refused(str(tmp_path / 'keys.arrow')):
+        index.find(hashes)
+    (tmp_path / 'keys.arrow').write_bytes(content)
+    np.testing.assert_array_equal(index.find(hashes), rows)
+
+
 def renewed(rows, path):
     rows.save_to_disk(str(path / 'disk'), num_shards=3)
     return load_split(str(path / 'disk'), None, is_training=True)
@@ -280,7 +295,7 @@ def test_a_manifest_that_forgot_its_images_is_refused(named, replay, store, tmp_
         manifest = replace(store.manifest, dataset=changed)
         folder = tmp_path / str(samples)
         KeyIndex.write(folder, manifest, keyed_fingerprint(named, 'name')[1])
-        with refused('does not say which images'):
+        with refused('does not list the images'):
             SparseLogitDataset(named, replay, LogitStore(folder, manifest))
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -22,7 +23,9 @@ import torch
 from support.files import tree
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.files import write_atomic
+from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import machine_name
+from timm_tinyvit.store import reader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.store.shard import FOOTER_SIZE, ShardFormat
@@ -211,11 +214,11 @@ def test_another_store_at_the_same_place_is_refused_with_what_differs(tmp_path, 
     store = make_store(tmp_path / 'store', recipe=recipe, teacher=teacher)
     before = tree(store.path)
     for changes, words in (
-            (dict(seed=8), ['seed: 7, 8']),
-            (dict(k=4), ['k: 3, 4']),
-            (dict(recipe={**recipe, 'vflip': 1.}), ['recipe vflip: 0.0, 1.0']),
-            (dict(teacher={**teacher, 'weights': 'def'}), ["teacher weights: 'abc', 'def'"]),
-            (dict(dataset={'num_samples': 10, 'hash': '0'}), ["dataset hash: None, '0'"])):
+            (dict(seed=8), ['seed: 7, not 8']),
+            (dict(k=4), ['k: 3, not 4']),
+            (dict(recipe={**recipe, 'vflip': 1.}), ['recipe vflip: 0.0, not 1.0']),
+            (dict(teacher={**teacher, 'weights': 'def'}), ["teacher weights: 'abc', not 'def'"]),
+            (dict(dataset={'num_samples': 10, 'hash': '0'}), ["dataset hash: None, not '0'"])):
         with refused(str(store.path), 'something else', *words):
             LogitStore.create(store.path, make_manifest(**{**dict(recipe=recipe, teacher=teacher), **changes}))
     assert tree(store.path) == before
@@ -548,3 +551,124 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, refused):
     assert path.read_bytes() == b'new'
     with refused(str(path / 'below'), 'cannot write'):
         write_atomic(path / 'below', b'')
+
+
+# Files that somebody changes under way
+
+
+def cut(path, store):
+    os.truncate(path, 700)
+
+
+def exchange(path, store):
+    path.write_bytes(store.shard_path(1, 0).read_bytes())
+
+
+def empty(path, store):
+    path.write_bytes(b'')
+
+
+def flip(path, store):
+    with open(path, 'r+b') as file:
+        file.seek(600)
+        byte = file.read(1)[0]
+        file.seek(600)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize('change', [cut, exchange, empty, flip])
+def test_a_shard_that_changes_where_it_lies_is_named_by_who_has_mapped_it(change, tmp_path, refused):
+    store = make_store(tmp_path / 'store', num_samples=3000, shard_size=1000)
+    records = make_records(store.manifest, 0)
+    path = store.shard_path(0, 0)
+    content = path.read_bytes()
+    np.testing.assert_array_equal(store.read(0, range(3000)), records)
+    time.sleep(0.05)
+    change(path, store)
+    with refused(str(path)):
+        store.read(0, [5, 1005])
+    np.testing.assert_array_equal(store.read(0, [1005, 2005]), records[[1005, 2005]])
+    # One that comes back, as who fills it again puts it there, is read.
+    write_atomic(path, content)
+    time.sleep(0.05)
+    np.testing.assert_array_equal(store.read(0, [5, 1005]), records[[5, 1005]])
+
+
+def test_a_shard_that_is_written_again_the_same_is_read_on(tmp_path):
+    store = make_store(tmp_path / 'store')
+    records = make_records(store.manifest, 0)
+    for _ in range(3):
+        np.testing.assert_array_equal(store.read(0, range(10)), records)
+        store.write_shard(0, 1, records[4:8])
+        time.sleep(0.01)
+
+
+def test_looking_whether_files_have_changed_takes_a_small_part_of_reading(tmp_path, monkeypatch):
+    store = make_store(tmp_path / 'store')
+    looks, clock = [], iter(range(10_000))
+    monkeypatch.setattr(reader, 'file_status', lambda path: looks.append(path))
+    store.read(0, range(10))
+    monkeypatch.setattr(reader, 'time', SimpleNamespace(monotonic=lambda: next(clock)))
+    looks.clear()
+    store._next_look = 0
+    for _ in range(200):
+        store.read(0, range(10))
+    # A look takes one second here and a read another one.
+    assert 0 < len(looks) <= 3 * 200 / 20
+
+
+# Links
+
+
+@pytest.mark.parametrize('use', [LogitStore.open, lambda path: LogitStore.create(path, make_manifest(epochs=3))])
+def test_an_epoch_that_is_a_link_is_refused_and_nothing_happens_where_it_leads(use, tmp_path, refused):
+    make_store(tmp_path / 'store')
+    outside = tmp_path / 'outside'
+    (tmp_path / 'store' / 'epoch-00001').rename(outside)
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    for name in ('.precious.tmp', f'.shard-00000.arrow.{machine_name()}.{dead.pid}.tmp', '.shard-00000.arrow.lease'):
+        (outside / name).write_bytes(b'')
+    (tmp_path / 'store' / 'epoch-00001').symlink_to(outside)
+    before = tree(tmp_path)
+    with refused(str(tmp_path / 'store' / 'epoch-00001'), 'is a link'):
+        use(tmp_path / 'store')
+    assert tree(tmp_path) == before
+
+
+def test_a_store_that_is_a_link_itself_is_filled_and_read(tmp_path):
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'store').symlink_to(tmp_path / 'disk')
+    store = make_store(tmp_path / 'store')
+    np.testing.assert_array_equal(store.read(1, range(10)), make_records(store.manifest, 1))
+
+
+def test_a_process_suspended_in_the_middle_of_an_extension_does_not_shrink_the_store(tmp_path, refused, monkeypatch):
+    """It has read the manifest and written the new one, but not renamed it, when its lease is taken over."""
+    store = make_store(tmp_path / 'store')
+    file = store.path / 'store.json'
+
+    def suspend(descriptor):
+        monkeypatch.undo()
+        lease = Leases.path(file)
+        lease.rename(tmp_path / 'lease')
+        LogitStore.open(store.path).extend(9)
+
+    monkeypatch.setattr(os, 'fsync', suspend)
+    with refused(str(file), 'taken over'):
+        store.extend(5)
+    assert LogitStore.open(store.path).manifest.epochs == 9
+    assert not [name for name in os.listdir(store.path) if name.startswith('.')]
+
+
+def test_what_a_killed_process_left_beside_the_manifest_goes_with_the_next_one(tmp_path):
+    store = make_store(tmp_path / 'store')
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    owner = dict(host='here', machine=machine_name(), pid=dead.pid, started='1', token='a', heartbeat=0)
+    Leases.path(store.path / 'store.json').write_text(json.dumps(owner))
+    Leases.path(store.shard_path(1, 2)).write_text(json.dumps(owner))
+    (store.path / f'.keys.arrow.{machine_name()}.{dead.pid}.tmp').write_bytes(b'half')
+    (store.path / 'epoch-00000' / f'.shard-00001.arrow.{machine_name()}.{dead.pid}.tmp').write_bytes(b'half')
+    LogitStore.create(store.path, store.manifest)
+    assert not [name for name in tree(store.path) if name.rpartition('/')[2].startswith('.')]

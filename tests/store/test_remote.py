@@ -223,12 +223,15 @@ def test_the_programs_take_a_store_on_the_hub(hub, run, pushed, filled_store, tm
     ends = json.loads(run(hub_programs.run_commands, *(['store', *words.split()] for words in (
         f'describe {URL}', f'verify {URL}', f'verify {URL} --epochs 1:3 --store-cache {tmp_path}/cache',
         f'copy {URL} --output {tmp_path}/copy --epochs 1:3'))))
+    *_, (_, checked, _) = json.loads(run(hub_programs.run_commands, [
+        'data', 'check', DATA, '--train-split', 'train[:120]', '--logits', URL, '-j', '0']))
+    assert f'{URL}@{pushed}: 120 of 120 images compared' in checked and 'others than the store' not in checked
     assert not any(status for status, _, _ in ends), ends
     said = ''.join(out for _, out, _ in ends)
     assert f'{URL}@{pushed}' in said and '24 of 24' in said and 'on the Hub' in said
     assert '24 shards, every byte' in said and '12 shards, every byte' in said
     copied, there = tree(tmp_path / 'copy', hidden=False), tree(filled_store, hidden=False)
-    assert len(copied) == 13 and all(copied[name] == there[name] for name in copied if name != 'store.json')
+    assert len(copied) == 13 + 6 and all(copied[name] == there[name] for name in copied if name != 'store.json')
     assert list((tmp_path / 'cache' / 'timm_tinyvit' / 'org--logits').iterdir())
 
 
@@ -404,3 +407,32 @@ def test_a_fetcher_that_is_killed_again_and_again_is_given_up(monkeypatch, refus
     with refused('was ended 6 times', 'status -9', 'memory'):
         while fetching.num_starts < 50:
             fetching._next()
+
+
+@pytest.mark.parametrize('name', ['../../../outside', '', None, 'main', 'A' * 40, 'a' * 41, f'{"a" * 39}/', '/etc'])
+def test_a_commit_that_the_hub_names_is_forty_digits_or_one_sentence(name, run, hub, pushed, tmp_path, one_sentence):
+    hub.named_commit = name
+    before = set(tree(tmp_path))
+    said = run(remote_programs.print_refusal, URL)
+    one_sentence(said.strip(), '40 hexadecimal digits', hub.endpoint)
+    made = {path for path in set(tree(tmp_path)) - before if not path.startswith('home')}
+    assert not made and not list((tmp_path / 'home').rglob('store.json'))
+
+
+def test_links_in_the_cache_lead_nowhere(run, hub, pushed, tmp_path, one_sentence):
+    """An epoch of the store, and what looks like another commit of it, are links to somebody's own store."""
+    cache = tmp_path / 'home' / 'assets' / 'timm_tinyvit' / 'org--logits'
+    run(remote_programs.read_epochs, 0)
+    for name in ('a' * 40, 'own'):
+        (tmp_path / name / 'epoch-00000').mkdir(parents=True)
+        for file in ('store.json', 'notes', 'epoch-00000/shard-00000.arrow'):
+            (tmp_path / name / file).write_bytes(b'precious')
+    before = tree(tmp_path / 'own')
+    (cache / ('a' * 40)).symlink_to(tmp_path / 'own')
+    (tmp_path / ('a' * 40)).rename(cache / 'mine')
+    run(remote_programs.read_epochs, 0, 1, 2, 3)
+    assert tree(tmp_path / 'own') == before == tree(cache / 'mine')
+    (cache / pushed / 'epoch-00001').symlink_to(tmp_path / 'own' / 'epoch-00000')
+    said = run(remote_programs.print_refusal, URL)
+    one_sentence(said.strip(), str(cache / pushed / 'epoch-00001'), 'is a link')
+    assert tree(tmp_path / 'own') == before

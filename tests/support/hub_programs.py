@@ -88,3 +88,16 @@ def load_sample() -> None:
     splits = datasets.load_dataset('org/logits')
     print(list(splits), len(splits['train']), datasets.get_dataset_config_names('org/logits'))
     print(sorted(splits['train'][0]))
+
+
+def publish_features(store, data, teacher):
+    """Push a store of features, read it from the Hub, check it with its teacher, and push it again."""
+    from timm_tinyvit import cli
+    from timm_tinyvit.store.remote import open_reader
+
+    data = ['--dataset', data, '--train-split', 'train[:100]']
+    cli.main(['store', 'push', store, '--repo', 'org/features', *data])
+    remote = open_reader('hf://datasets/org/features')
+    assert (remote.read(1, range(100)) == open_reader(store).read(1, range(100))).all()
+    cli.main(['store', 'check', 'hf://datasets/org/features', *data, '--teacher', teacher])
+    cli.main(['store', 'push', store, '--repo', 'org/features'])

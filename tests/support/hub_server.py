@@ -33,6 +33,7 @@ LFS_SUFFIXES = ('.arrow', '.bin', '.gz', '.jpg', '.npz', '.parquet', '.png', '.p
 GITATTRIBUTES = ''.join(f'*{suffix} filter=lfs diff=lfs merge=lfs -text\n' for suffix in LFS_SUFFIXES).encode()
 DATE = '2026-01-01T00:00:00.000Z'
 PREFIXES = {'model': '', 'dataset': 'datasets/'}
+TRUE_NAME = 'as it is called'
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,8 @@ class HubServer:
         self.requests: list[Request] = []
         self.violations: list[str] = []
         self.faults: list[Fault] = []
+        # What every answer about a file calls its commit; None for nothing, by default what it is called.
+        self.named_commit: str | None = TRUE_NAME
         self.lock = threading.RLock()
         self.closing = threading.Event()
         self.key = secrets.token_bytes(16)
@@ -569,7 +572,8 @@ class HubServer:
             path: str,
     ) -> Response:
         commit = self.repo(request, kind, repo_id).at(revision)
-        headers = {'X-Repo-Commit': commit.oid, 'Accept-Ranges': 'bytes'}
+        named = commit.oid if self.named_commit is TRUE_NAME else self.named_commit
+        headers = {'Accept-Ranges': 'bytes'} | ({} if named is None else {'X-Repo-Commit': named})
         if path not in commit.entries:
             raise Refused(404, 'Entry not found', code='EntryNotFound', **headers)
         entry = commit.entries[path]

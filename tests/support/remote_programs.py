@@ -298,3 +298,7 @@ def print_refusals_of_other_content(before, fine, fewer):
     hub_store.check_content(remote(), hub_store.content_of(local()), 9)
     print(refusal(hub_store.check_content, remote(f'{URL}@{fewer}'), content, 4))
     print(refusal(hub_store.check_content, remote(), content, 2))
+
+
+def read_epochs(*epochs):
+    assert same(remote(), *map(int, epochs))

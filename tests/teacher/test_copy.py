@@ -1,6 +1,8 @@
 """Stores from stores: copied out, merged and averaged, with the words of real teachers on real images."""
 
+import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from support import programs
 from support.flags import SMALL_VIEWS
 from support.files import flip_bit, tree
 from timm_tinyvit import cli, save_logits
+from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.opening import open_store
@@ -301,3 +304,46 @@ def test_an_ensemble_of_other_views_or_without_a_common_epoch_is_refused(stores,
     run('copy', stores / 'placed', '--output', tmp_path / 'first', '--epochs', '0:1')
     with refused('no epoch in common'):
         Ensemble([LogitStore.open(tmp_path / 'first'), opened['other']])
+
+
+# What killed commands leave
+
+
+@pytest.mark.parametrize('command', ['copy', 'copy of samples', 'merge', 'fill'])
+def test_what_a_killed_command_left_goes_with_the_next_one(command, stores, data, teachers, tmp_path):
+    ended = subprocess.Popen(['true'])
+    ended.wait()
+    target = tmp_path / 'target'
+    commands = {
+        'copy': lambda: run('copy', stores / 'placed', '--output', target),
+        'copy of samples': lambda: run('copy', stores / 'placed', '--output', target, '--samples', '0:64', '--dataset',
+                                       data / 'whole', '--train-split', 'train'),
+        'merge': lambda: run('merge', stores / 'first', stores / 'rest', '--output', target),
+        'fill': lambda: fill(target, teachers[0], data / 'whole', '--epochs', '2')}
+    commands[command]()
+    whole = tree(target)
+    (target / 'epoch-00001' / 'shard-00000.arrow').unlink()
+    for name in ('.store.json', '.keys.arrow', 'epoch-00000/.shard-00001.arrow', 'epoch-00001/.shard-00000.arrow'):
+        (target / f'{name}.{machine_name()}.{ended.pid}.tmp').write_bytes(b'half a file')
+    owner = json.dumps(dict(machine=machine_name(), pid=ended.pid, started='1', host='here', token='a', heartbeat=1))
+    for name in ('.store.json', 'epoch-00000/.shard-00001.arrow', 'epoch-00001/.shard-00000.arrow'):
+        (target / f'{name}.lease').write_text(owner)
+    commands[command]()
+    assert tree(target) == whole
+
+
+def test_stores_of_the_same_weights_and_other_outputs_are_not_merged(stores, tmp_path, capsys):
+    shutil.copytree(stores / 'placed', tmp_path / 'other')
+    manifest = json.loads((tmp_path / 'other' / 'store.json').read_text())
+    probe = manifest['teacher']['probe']
+    near, far = ([[value + shift * (row == 0) for value in row_values] for row, row_values in enumerate(probe)]
+                 for shift in (1e-5, 1.))
+    for values, is_merged in ((near, True), (far, False)):
+        manifest['teacher']['probe'] = values
+        (tmp_path / 'other' / 'store.json').write_text(json.dumps(manifest))
+        merge = ['merge', stores / 'placed', tmp_path / 'other', '--output', tmp_path / str(is_merged)]
+        if is_merged:
+            run(*merge)
+        else:
+            assert 'teacher outputs' in refusal(merge, capsys)
+            assert not (tmp_path / str(is_merged)).exists()

@@ -470,7 +470,8 @@ def group(leader):
     return found
 
 
-@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('number, status', [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
 def test_a_signal_to_the_program_and_its_loader_workers_ends_them_in_good_order(
         number, status, start_program, tmp_path):
     path = tmp_path / 'store'

@@ -1,15 +1,23 @@
 """Any timm model as a teacher."""
 
 import argparse
+import json
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers.activations import QuickGELU
 
+from support.files import tree
+from support.flags import DATA
+from support.programs import refusal
+from timm_tinyvit import cli, save_logits
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.models.loading import Normalize, create_pretrained
 from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.store.manifest import PROBE_TOLERANCE, output_distance
+from timm_tinyvit.teacher import creating
 from timm_tinyvit.teacher.creating import create_teacher
 from timm_tinyvit.teacher.teacher import Teacher
 
@@ -60,9 +68,9 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / 'run' / 'best').mkdir(parents=True)
     (tmp_path / 'run' / 'best' / 'config.json').write_text('{}')
     cases = [
-        (dict(name='no_such_model'), 'cannot be had'),
-        (dict(name=str(tmp_path / 'nowhere')), 'cannot be had'),
-        (dict(name=str(tmp_path / 'broken')), 'cannot be had'),
+        (dict(name='no_such_model'), 'cannot be loaded'),
+        (dict(name=str(tmp_path / 'nowhere')), 'cannot be loaded'),
+        (dict(name=str(tmp_path / 'broken')), 'config.json is no JSON'),
         (dict(name='test_vit', checkpoint=str(tmp_path / 'none.pth')), 'there is no file'),
         (dict(name='test_vit', checkpoint=str(tmp_path / 'other.safetensors')),
          r'are of another model \(Missing key.*give the model test_vit and the number of classes \(1000 here\)'),
@@ -95,3 +103,70 @@ def test_a_teacher_whose_output_is_no_logit_for_each_class_is_refused(tmp_path, 
     monkeypatch.setattr(timm.models.ResNet, 'forward', timm.models.ResNet.forward_features)
     with refused('the teacher odd', 'shape', '[1, 3]'):
         create_teacher(flags(tmp_path / 'odd'), torch.device('cpu'))
+
+
+def with_weights(name):
+    """A model with the weights of one seed, at the size that the tests use."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, img_size=32)
+    for parameter in model.parameters():
+        # What a training makes larger than an initialisation.
+        parameter.data *= 2
+    return model
+
+
+def swapped(model, other):
+    """The model with another activation, pooling or constant, and the same weights."""
+    if other == 'pooling':
+        model.global_pool = 'avg'
+    for module in model.modules():
+        if other == 'activation' and hasattr(module, 'act'):
+            module.act = QuickGELU()
+        if other == 'constant of a norm' and isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-2
+    return model
+
+
+@pytest.mark.parametrize('other', ['activation', 'pooling', 'constant of a norm'])
+def test_another_model_with_the_same_weights_does_not_fill_a_store_further(other, tmp_path, capsys, monkeypatch):
+    export_model(tmp_path / 'model', with_weights('test_vit'), data_config={'input_size': (3, 32, 32)})
+    data = ['--dataset', DATA, '--train-split', 'train[:40]', '--teacher', tmp_path / 'model', '-j', '0']
+    fill = [*data, '--logits', tmp_path / 'store', '--img-size', '32', '--topk', '3', '--shard-size', '20', '--epochs']
+    save_logits.main([str(word) for word in (*fill, '1')])
+    before = tree(tmp_path / 'store')
+    # The same one goes on, whatever its computation is rounded to.
+    save_logits.main([str(word) for word in (*fill, '2')])
+    check = [str(word) for word in ('store', 'check', tmp_path / 'store', *data[:-2])]
+    cli.main(check)
+    assert 'records are identical' in capsys.readouterr().out
+    real = creating.create_pretrained
+    monkeypatch.setattr(creating, 'create_pretrained', lambda *args: swapped(real(*args), other))
+    after = tree(tmp_path / 'store')
+    assert 'teacher outputs' in refusal(save_logits.main, [*fill, '3'], capsys)
+    assert 'the same weights and other outputs' in refusal(cli.main, check, capsys)
+    assert tree(tmp_path / 'store') == after and set(before) < set(after)
+
+
+def test_outputs_are_the_same_in_other_orders_of_summation_and_in_every_precision():
+    """Batches, memory formats and threads differ from machine to machine; the precision of the filling has no part."""
+    model = with_weights('test_vit')
+    known = Teacher(model, 'one', torch.device('cpu')).probe
+    assert len(known) == 4 and len(known[0]) == 10 and json.loads(json.dumps(known)) == known
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = Teacher(with_weights('test_vit').to(memory_format=torch.channels_last), 'again',
+                            torch.device('cpu'), torch.bfloat16)
+            assert output_distance(known, again.probe) < PROBE_TOLERANCE / 4
+    finally:
+        torch.set_num_threads(threads)
+    for other in ('activation', 'pooling', 'constant of a norm'):
+        distance = output_distance(known, Teacher(swapped(with_weights('test_vit'), other), 'x', 'cpu').probe)
+        assert distance > 4 * PROBE_TOLERANCE, (other, distance)
+
+
+def test_outputs_that_are_none_or_others_are_infinitely_far():
+    assert output_distance(None, None) == output_distance([], None) == 0
+    assert output_distance([[1., 2.]], None) == output_distance([[1.]], [[1., 2.]]) == float('inf')
+    assert output_distance([[1., 2.], [3., 4.]], [[1., 2.], [3., 4.5]]) == pytest.approx(0.5 / 1.3, rel=0.1)

@@ -8,14 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train_distill
 from support import programs
+from support.files import tree
 from support.flags import ROOT, small_data
 from support.launches import (
     assert_same, checkpoints, finish, free_port, kill, launches, resource, wait_for, weights,
@@ -61,6 +66,97 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_same_bits(start, tmp_pa
         assert [row[key] for row in one] == [row[key] for row in two]
 
 
+def hidden(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob('.*'))
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_run_has_one_owner_at_a_time(start, tmp_path, monkeypatch, capsys, processes):
+    """A second launch in the folder is refused, changes nothing, and goes on at once after the first was killed."""
+    argv = [*SMALL, '-b', str(8 // processes), '--epochs', '100', '--val-interval', '100', '--experiment', 'run',
+            *WITHIN_AN_EPOCH, '--train-split', 'train[:400]']
+    launch = start(argv, processes)
+    wait_for(lambda: within_an_epoch(tmp_path / 'run'), launch)
+    assert hidden(tmp_path / 'run')[0] == '.run.lease'
+    # The second one's patience is at its end at once.
+    monkeypatch.setattr('timm_tinyvit.train.record.time', SimpleNamespace(monotonic=partial(next, count(0, 100))))
+    if processes == 1:
+        said = programs.refusal(train_distill.main, [*argv, '--output', tmp_path], capsys)
+        assert f'{tmp_path / "run"} is in use by process {launch[0].pid}' in said and '--experiment' in said
+    assert all(process.is_alive() for process in launch)
+    kill(launch)
+    launch = start(argv, processes)
+    wait_for(lambda: 'resuming' in (tmp_path / 'out.txt').read_text(), launch)
+    assert 'waiting for' not in (tmp_path / 'out.txt').read_text()
+    os.kill(launch[0].pid, signal.SIGTERM)
+    finish(launch[:1], tmp_path, 143)
+    assert hidden(tmp_path / 'run') == []
+
+
+def test_two_launches_at_the_same_time_train_one_after_the_other(start, tmp_path):
+    argv = [*SMALL, '-b', '8', '--experiment']
+    finish(start([*argv, 'peace']), tmp_path)
+    both = [*start([*argv, 'run']), *start([*argv, 'run'])]
+    said = finish(both, tmp_path)
+    assert 'waiting for process' in said and 'is finished: nothing is left to train' in said
+    assert_same(weights(tmp_path / 'peace'), weights(tmp_path / 'run'))
+
+
+def test_a_run_that_was_suspended_leaves_the_folder_to_who_has_taken_it_over(tmp_path, capsys, monkeypatch):
+    real, folder = train_distill.train_epoch, tmp_path / 'run'
+
+    def suspended(*args):
+        if checkpoints(folder):
+            # Another launch has come and gone meanwhile.
+            (folder / '.run.lease').unlink()
+            (folder / 'last' / 'model.safetensors').write_bytes(b'of the other')
+        return real(*args)
+
+    monkeypatch.setattr(train_distill, 'train_epoch', suspended)
+    assert 'taken over' in message_of(capsys, tmp_path)
+    assert checkpoints(folder) == ['checkpoint-000001-000000000000.pt']
+    assert (folder / 'last' / 'model.safetensors').read_bytes() == b'of the other'
+
+
+@pytest.mark.parametrize('name', ['best', 'last', 'best_ema', 'last_ema'])
+def test_a_folder_of_models_that_is_a_link_is_refused_and_nothing_happens_where_it_leads(name, tmp_path, capsys):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'model.safetensors').write_bytes(b'precious')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / name).symlink_to(tmp_path / 'mine')
+    before = tree(tmp_path)
+    message = message_of(capsys, tmp_path, '--epochs', '1')
+    assert str(tmp_path / 'run' / name) in message and 'is a link' in message and tree(tmp_path) == before
+
+
+def test_a_run_needs_no_room_for_temporary_files_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'full'))
+    run(tmp_path, '--epochs', '1')
+    assert (tmp_path / 'run' / 'best_ema' / 'config.json').is_file() and hidden(tmp_path) == []
+
+
+def test_killed_runs_leave_nothing_half_written_for_good(start, tmp_path):
+    """Killed while files are written, at many moments; what is left goes with the next start."""
+    argv = [*SMALL, '-b', '8', '--epochs', '50', '--val-split', 'test[:4]', '--experiment', 'run', *EVERY_STEP]
+    draw, left = random.Random(0), 0
+    for _ in range(12):
+        before = checkpoints(tmp_path / 'run')
+        launch = start(argv)
+        wait_for(lambda: checkpoints(tmp_path / 'run') != before, launch)  # noqa: B023  called in this turn
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and len(hidden(tmp_path / 'run')) < 2:
+            pass
+        time.sleep(draw.uniform(0, 0.002))
+        kill(launch)
+        left += any(name.endswith('.tmp') for name in hidden(tmp_path / 'run'))
+    assert left
+    launch = start(argv)
+    wait_for(lambda: 'resuming' in (tmp_path / 'out.txt').read_text().splitlines()[-1], launch)
+    os.kill(launch[0].pid, signal.SIGTERM)
+    finish(launch, tmp_path, 143)
+    assert hidden(tmp_path / 'run') == []
+
+
 # A run that is asked to stop just when an epoch has ended has its checkpoint, and makes no other: ask it in between.
 WITHIN_AN_EPOCH = ['--recovery-interval', '40']
 
@@ -70,7 +166,8 @@ def within_an_epoch(run):
 
 
 @pytest.mark.parametrize('processes, number, status', [
-    (1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
+    (1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (2, signal.SIGTERM, 143), (1, signal.SIGHUP, 129),
+    (1, signal.SIGUSR1, 138), (1, signal.SIGUSR2, 140), (2, signal.SIGUSR1, 138)])
 def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(start, tmp_path, processes, number, status):
     """One of the processes is asked, its loader's worker with it, whose batches the step still needs."""
     argv = [*SMALL, '-b', '2', '--grad-accum-steps', str(4 // processes), '-j', '1', '--train-split', 'train[:400]',
@@ -185,7 +282,7 @@ def test_a_run_goes_on_with_another_number_of_processes(start, tmp_path, before,
     kill(launch)
     first = torch.load(tmp_path / 'run' / checkpoints(tmp_path / 'run')[-1], weights_only=True)
     said = finish(start([*argv, '-b', str(8 // after)], after), tmp_path)
-    assert f'{before} process(es) there, {after} here: dropout, drop path and rounding can no longer be' in said
+    assert f'the checkpoint is of {before} process(es), now there are {after}: dropout, drop path and rounding' in said
     assert 'nor can learning rates' not in said
     assert f'resuming {tmp_path / "run"} at epoch {first["epoch"]}, step {first["samples"] // 8}\n' in said
     finish(start([*argv, '-b', '4', '--experiment', 'peace'], 2), tmp_path)
@@ -223,7 +320,7 @@ def test_losses_are_means_over_updates_of_two_sizes(tmp_path):
     last.unlink()
     state = torch.load(middle, weights_only=True)
     state |= {'world_size': 2, 'sums': state['sums'] * 2, 'random': state['random'] * 2}
-    torch.save(state, middle)
+    write_checkpoint(middle, state)
     train_distill.main([*map(str, argv), '-b', '4', '--experiment', 'run'])
     losses = [float(next(csv.DictReader(open(tmp_path / name / 'metrics.csv')))['loss']) for name in ('peace', 'run')]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
@@ -283,19 +380,57 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path, capsys, monkeypatch)
 
 def test_what_a_checkpoint_refuses(tmp_path, capsys):
     run(tmp_path, '--epochs', '1')
-    assert 'mixup 0.8 there and 0.0 here' in message_of(capsys, tmp_path, '--epochs', '1', '--mixup', '0')
-    assert 'batch_size 8 there and 4 here' in message_of(capsys, tmp_path, '--epochs', '1', '-b', '4')
+    assert '--mixup was 0.8 and is 0.0' in message_of(capsys, tmp_path, '--epochs', '1', '--mixup', '0')
+    assert '--batch-size was 8 and is 4' in message_of(capsys, tmp_path, '--epochs', '1', '-b', '4')
     last = tmp_path / 'run' / checkpoints(tmp_path / 'run')[-1]
     state = torch.load(last, weights_only=True)
-    torch.save({**state, 'random': [{**state['random'][0], 'torch': torch.zeros(3, dtype=torch.uint8)}]}, last)
+    write_checkpoint(last, {
+        **state, 'random': [{**state['random'][0], 'torch': torch.zeros(3, dtype=torch.uint8)}]})
     assert 'the random state of the checkpoint cannot be restored' in message_of(capsys, tmp_path, '--epochs', '1')
     for states in ([], [{}], [{'device': 'cpu'}]):
-        torch.save({**state, 'random': states}, last)
+        write_checkpoint(last, {**state, 'random': states})
         assert 'the random state of the checkpoint cannot be restored' in message_of(capsys, tmp_path, '--epochs', '1')
-    torch.save({**state, 'random': [{**state['random'][0], 'device': 'cuda'}]}, last)
+    write_checkpoint(last, {**state, 'random': [{**state['random'][0], 'device': 'cuda'}]})
     assert 'random state of a cuda device, this one is cpu' in message_of(capsys, tmp_path, '--epochs', '1')
-    torch.save({**state, 'code': print}, last)
+    write_checkpoint(last, {**state, 'code': print})
     assert 'cannot be read (UnpicklingError); delete it' in message_of(capsys, tmp_path, '--epochs', '1')
+
+
+def write_checkpoint(path, state):
+    """A checkpoint in the place of one that is there, with a checksum of its own."""
+    epoch, samples = map(int, path.stem.split('-')[1:])
+    assert checkpoint.save_checkpoint(path.parent, {**state, 'epoch': epoch, 'samples': samples}, keep=99) == path
+
+
+def test_a_checkpoint_that_lacks_an_entry_or_has_another_is_one_sentence(tmp_path, capsys):
+    run(tmp_path, '--epochs', '1')
+    path = tmp_path / 'run' / checkpoints(tmp_path / 'run')[-1]
+    state = torch.load(path, weights_only=True)
+    assert set(state) == {*checkpoint.ALL_ENTRIES, 'ema'}
+    for name in set(state) - {'epoch', 'samples'}:
+        write_checkpoint(path, {key: value for key, value in state.items() if key != name})
+        message = message_of(capsys, tmp_path, '--epochs', '1')
+        assert name in message and 'delete it to go on from the one before' in message, message
+    for odd in (dict(optimizer={}), dict(model={}), dict(sums=[]), dict(scheduler=None), dict(settings=[]),
+                dict(model={**state['model'], 'classifier.weight': torch.zeros(3)}), dict(optimizer=state['model'])):
+        write_checkpoint(path, {**state, **odd})
+        message = message_of(capsys, tmp_path, '--epochs', '1')
+        assert 'delete it to go on from the one before' in message, message
+    write_checkpoint(path, state)
+    run(tmp_path, '--epochs', '1')
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_with_a_flipped_bit(tmp_path, capsys):
+    run(tmp_path, '--epochs', '1')
+    path = tmp_path / 'run' / checkpoints(tmp_path / 'run')[-1]
+    content, draw = bytearray(path.read_bytes()), random.Random(0)
+    for _ in range(10):
+        place, bit = draw.randrange(len(content)), 1 << draw.randrange(8)
+        content[place] ^= bit
+        path.write_bytes(content)
+        message = message_of(capsys, tmp_path, '--epochs', '1')
+        assert str(path) in message and 'not as it was written' in message and 'delete it to go on' in message
+        content[place] ^= bit
 
 
 def test_random_states_come_back_exactly():
@@ -303,6 +438,15 @@ def test_random_states_come_back_exactly():
     drawn = random.random(), torch.rand(3).tolist()
     checkpoint.set_random_state(state, CPU)
     assert (random.random(), torch.rand(3).tolist()) == drawn
+
+
+def test_a_flag_that_is_newer_than_a_checkpoint_was_off(tmp_path, refused):
+    state = dict.fromkeys(checkpoint.ALL_ENTRIES) | {'settings': {'lr': 0.1}, 'world_size': 1}
+    torch.save(state, tmp_path / 'checkpoint-0.pt')
+    assert checkpoint.last_checkpoint(tmp_path, {'lr': 0.1, 'bce_loss': False, 'opt_kwargs': {}}, 1)
+    for on in ({'bce_loss': True}, {'opt_kwargs': {'amsgrad': True}}):
+        with refused('was started with other settings', f'--{next(iter(on)).replace("_", "-")} was None'):
+            checkpoint.last_checkpoint(tmp_path, {'lr': 0.1, **on}, 1)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

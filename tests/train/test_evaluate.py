@@ -142,7 +142,7 @@ def test_labels_of_fewer_classes_than_the_model_has_are_told(run, capsys, tmp_pa
     torch.manual_seed(0)
     export_model(tmp_path / 'model', timm.create_model('test_resnet', num_classes=12))
     cli.main(['eval', str(tmp_path / 'model'), *COMMON, '--img-size', '32'])
-    assert 'the labels of --val-split are 10 classes, the model has 12: accuracies say' in capsys.readouterr().err
+    assert '--val-split has labels of 10 classes, the model predicts 12: its accuracy' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('classes', [list(range(9, -1, -1)), [3, 1, 4, 0, 9, 8, 2, 6, 7, 5], [7, 2, 5]])

@@ -148,10 +148,12 @@ def test_a_run_goes_on_in_another_kind_of_launch(start, tmp_path):
     finish(start([*alone, '--experiment', 'alone'], 1, sharded=False), tmp_path)
     stopped_after_one_epoch(tmp_path / 'sharded', tmp_path / 'then-alone')
     said = finish(start([*alone, '--experiment', 'then-alone'], 1, sharded=False), tmp_path)
-    assert f'resuming {tmp_path / "then-alone"} at epoch 1, step 0' in said and '2 process(es) there, 1 here' in said
+    assert f'resuming {tmp_path / "then-alone"} at epoch 1, step 0' in said
+    assert 'of 2 process(es), now there are 1' in said
     stopped_after_one_epoch(tmp_path / 'alone', tmp_path / 'then-sharded')
     said = finish(start([*steady, *TWO, '--experiment', 'then-sharded']), tmp_path)
-    assert f'resuming {tmp_path / "then-sharded"} at epoch 1, step 0' in said and '1 process(es) there, 2 here' in said
+    assert f'resuming {tmp_path / "then-sharded"} at epoch 1, step 0' in said
+    assert 'of 1 process(es), now there are 2' in said
     states = [state_of(tmp_path / name) for name in ('alone', 'sharded', 'then-alone', 'then-sharded')]
     assert [state['is_sharded'] for state in states] == [False, True, False, True]
     for state in states[1:]:

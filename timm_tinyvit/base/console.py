@@ -2,7 +2,8 @@
 
 Only the first process of a launch speaks, for libraries too. On a terminal a bar is drawn over itself; in a file it is
 a line now and then, with no control characters. Colours are for terminals, and none with NO_COLOR (no-color.org).
-`--quiet` leaves results, warnings and errors.
+`--quiet` leaves results, warnings and errors. Names from outside are written into lines as they are, and made harmless
+here, at the door (`escaping`).
 """
 
 import logging
@@ -16,10 +17,13 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import auto, std
 
+from .escaping import for_terminal, sentence, without_home
+
 __all__ = ['best_effort', 'colored', 'info', 'print_result', 'progress', 'setup_console', 'warning']
 
 LINE_SECONDS = 30.
-LINE_FORMAT = '{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}'
+LINE_FORMAT = (
+    '{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}{postfix}')
 COLORS = {'bold': 1, 'green': 32, 'yellow': 33}
 
 _speaks = os.environ.get('RANK', '0') == '0'
@@ -47,15 +51,23 @@ def setup_console(is_first: bool, quiet: bool = False) -> None:
         disable_progress_bars()
 
 
-def info(line: str) -> None:
-    """A line of information."""
+def info(line: str, **colors: str) -> None:
+    """A line of information.
+
+    Args:
+        line: The line.
+        colors: By their names in `COLORS`, the parts of it that have them on a terminal.
+    """
     if not _is_quiet:
-        print_result(line)
+        print_result(without_home(line), **colors)
 
 
-def print_result(line: str) -> None:
-    """A line that `--quiet` leaves too."""
+def print_result(line: str, **colors: str) -> None:
+    """A line, or several, that `--quiet` leaves too; see `info`."""
     if _speaks:
+        line = for_terminal(line, getattr(sys.stdout, 'encoding', None))
+        for color, part in colors.items():
+            line = line.replace(part, colored(part, color), 1) if part else line
         auto.tqdm.write(line)
         # A file would get it with the next few thousand characters.
         sys.stdout.flush()
@@ -64,6 +76,7 @@ def print_result(line: str) -> None:
 def warning(line: str) -> None:
     """A line on what goes wrong without ending the program, on stderr."""
     if _speaks:
+        line = sentence(line, getattr(sys.stderr, 'encoding', None))
         auto.tqdm.write(f'{colored("warning:", "yellow", sys.stderr)} {line}', file=sys.stderr)
         sys.stderr.flush()
 

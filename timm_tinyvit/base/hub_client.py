@@ -31,6 +31,7 @@ from huggingface_hub.utils import get_session, httpx, parse_ratelimit_headers, v
 
 from ..version import __version__
 from .errors import InputError
+from .escaping import printable, sentence, without_secrets
 
 __all__ = [
     'HubUrl', 'check_license', 'check_repo_id', 'create_repo', 'hub_errors', 'is_hub_url', 'is_transient',
@@ -160,7 +161,8 @@ def retried(what: str, action: Callable[[], Result], pauses: Sequence[float] = P
                     raise
                 # Without what the user is to do about it.
                 reason = reason_of(error).partition(';')[0]
-            print(f'cannot {what} yet: {reason}; trying again in {wait:g} s', file=sys.stderr, flush=True)
+            line = sentence(f'cannot {what} yet: {reason}; trying again in {wait:g} s')
+            print(line, file=sys.stderr, flush=True)
             time.sleep(wait)
 
 
@@ -514,7 +516,7 @@ def _line(message: object) -> str:
     token = get_token()
     if token:
         text = text.replace(token, '***')
-    return text if len(text) <= 300 else f'{text[:300]}...'
+    return printable(without_secrets(text), 300)
 
 
 def _came_from_hub(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .console import warning
-from .errors import InputError, Terminated
+from .errors import STOP_SIGNALS, InputError, stop_by, stop_signals_to
 
 __all__ = [
     'StepFlags', 'all_reduce_sum', 'catch_stop_signals', 'create_accelerator', 'device_name', 'init_worker',
@@ -71,13 +71,10 @@ def create_accelerator(
             raise InputError(f'the tracker {tracker} is not installed; pip install {tracker}')
     precision = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if precision not in ('no', PRECISIONS[amp_dtype]):
-        warning(f'the launch asks for mixed precision {precision}, which is not looked at: here it is --amp-dtype, or '
-                f'--teacher-amp-dtype of a teacher, that says what is computed in half precision')
-    # accelerate would divide every loss by the one, and compile the model with the other.
-    for name, usual, flag in (('GRADIENT_ACCUMULATION_STEPS', '1', '--grad-accum-steps'),
-                              ('DYNAMO_BACKEND', 'no', '--compile')):
-        if (asked := os.environ.get(f'ACCELERATE_{name}', usual)).lower() != usual:
-            warning(f'the launch sets ACCELERATE_{name} to {asked}, which is not looked at: here it is {flag}')
+        warning(f'the launch asks for mixed precision {precision}; --amp-dtype wins over it, and of a teacher '
+                f'--teacher-amp-dtype alone says what is computed in half precision')
+    if (backend := os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no')).lower() != 'no':
+        warning(f'the launch sets ACCELERATE_DYNAMO_BACKEND to {backend}, which is not looked at: here it is --compile')
     if amp_dtype == 'float16' and not torch.accelerator.is_available():
         warning('--amp-dtype float16 needs a GPU: on this CPU all is computed in float32')
     plugin = _fsdp_plugin()
@@ -85,6 +82,7 @@ def create_accelerator(
     # itself for the only one.
     # Ranks wait while one downloads the data, or has more shards to fill than the others.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    # Gradients are summed up over the batches of an update, and divided, by the training: once.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=PRECISIONS[amp_dtype], kwargs_handlers=[patience],
         log_with=list(trackers) or None, project_dir=folder, fsdp_plugin=plugin, dynamo_backend='no',
@@ -98,19 +96,22 @@ def create_accelerator(
         # accelerate shards on GPUs alone and would give plain DDP here, without a word; torch shards on CPUs as well.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
-    if accelerator.device.type == 'cpu':
-        _warn_of_idle_cores(int(os.environ.get('LOCAL_WORLD_SIZE', '1')))
+    if 'ACCELERATE_MIXED_PRECISION' in os.environ:
+        _warn_of_launcher(accelerator)
     return accelerator
 
 
-def _warn_of_idle_cores(num_processes: int) -> None:
-    """Say so where accelerate's launcher, as it does by default, leaves each process of this machine one thread."""
+def _warn_of_launcher(accelerator: Accelerator) -> None:
+    """Say what accelerate's launcher does not do: wait for a single process, or by default give one all cores."""
+    if accelerator.num_processes == 1 and 'TORCHELASTIC_RUN_ID' not in os.environ:
+        warning('accelerate launch does not wait for a single process: on SIGTERM it is gone at once, before this '
+                'process has written its checkpoint; start it as timm-tinyvit train, or fill, without a launcher')
+    num_processes = int(os.environ.get('LOCAL_WORLD_SIZE', '1'))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    if 'ACCELERATE_MIXED_PRECISION' in os.environ and threads * num_processes < cores:
-        alone = ', or start timm-tinyvit without a launcher' if num_processes == 1 else ''
+    if accelerator.device.type == 'cpu' and threads * num_processes < cores:
         warning(f'{threads * num_processes} of {cores} CPU cores are used; give accelerate launch '
-                f'--num_cpu_threads_per_process {cores // num_processes}{alone}')
+                f'--num_cpu_threads_per_process {cores // num_processes}')
 
 
 def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
@@ -177,12 +178,13 @@ def stop_with_launcher(seconds: float = 1.) -> None:
 
 
 def init_worker(worker: int) -> None:
-    """For a DataLoader's `worker_init_fn`: leave what to do at Ctrl-C and SIGTERM to the process that it works for.
+    """For a DataLoader's `worker_init_fn`: leave what to do at a signal to stop to the process that it works for.
 
     A signal to the whole group would otherwise end the workers first, with a traceback of each, while the process that
     is about to stop in good order may still need a batch.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     # torch, too, ends a worker with SIGTERM where it does not go by itself.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(STOP_SECONDS))
     report = sys.excepthook
@@ -205,29 +207,19 @@ def init_worker(worker: int) -> None:
 
 
 @contextmanager
-def catch_stop_signals() -> Iterator[Callable[[], type[KeyboardInterrupt] | None]]:
-    """Inside, Ctrl-C and SIGTERM are noted and not raised, so that what has begun can be finished.
+def catch_stop_signals() -> Iterator[Callable[[], KeyboardInterrupt | None]]:
+    """Inside, the first of `STOP_SIGNALS` is noted and not raised, so that what has begun can be finished.
 
     Yields:
         A function that returns what to raise for the first signal that came, None while none has.
     """
-    came: list[type[KeyboardInterrupt]] = []
+    came: list[KeyboardInterrupt] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        came.append(stop_by(number))
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # A shell lets its background jobs ignore Ctrl-C.
-        before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with stop_signals_to(note):
         yield lambda: came[0] if came else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def all_reduce_sum(accelerator: Accelerator, *values: float) -> list[float]:

@@ -5,8 +5,10 @@ raises every few seconds. An owner of this machine is dead when its process is; 
 changed for `expire` seconds of the observer's own monotonic clock. No clock of another machine and no time of a file
 is ever looked at.
 
-A lease saves work, and nothing else depends on it: who makes a file renames it into place whole, so that two who make
-the same one do no harm. A lease that was taken over by mistake costs one file's work, and its owner need not notice.
+Where two who make the same file make the same bytes, a lease saves work and nothing else depends on it: one that was
+taken over by mistake costs one file's work, and its owner need not notice. Where a file is changed, whoever holds its
+lease looks whether it is still held just before the new file takes the old one's place: a process that was suspended
+for longer than its lease must not undo what others have done since.
 """
 
 import hashlib
@@ -20,8 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from .errors import InputError
 from .files import cannot_write
 from .machine import is_dead, machine_name, start_time
 
@@ -119,6 +122,52 @@ class Leases:
         if content and lease.content['token'].encode() in content:
             _remove(lease.path, content)
 
+    def check(self, file: Path) -> None:
+        """Find out that a lease is still this process's own.
+
+        Raises:
+            InputError: It was taken over: no heartbeat came while this process was suspended.
+        """
+        with self._lock:
+            lease = self._held.get(file)
+        content = lease and _read(lease.path)
+        if not content or lease.content['token'].encode() not in content:
+            raise InputError(f'another process has taken over {file} while this one was suspended; it stays as that '
+                             f'one leaves it, and the same command goes on from there')
+
+    def expire_in(self, folder: Path, part: str = '') -> bool:
+        """Remove the leases in a folder that have expired, or whose owners are dead.
+
+        The time until one expires is counted from the first look at it.
+
+        Args:
+            folder: The folder.
+            part: Of the names of the files that are leased; all by default.
+
+        Returns:
+            Whether none is left.
+        """
+        is_free = True
+        # And those on the taking over of such a lease.
+        for lease in folder.glob(f'.*{SUFFIX}'):
+            if part not in lease.name:
+                continue
+            file = folder / lease.name[1:].removesuffix(SUFFIX)
+            if self.acquire(file):
+                self.release(file)
+            else:
+                is_free = False
+        return is_free
+
+    def owner(self, file: Path) -> str:
+        """Who has leased a file, for messages: a process of this machine, or of a host."""
+        try:
+            owner = json.loads(_read(self.path(file)) or b'')
+            pid, machine, host = int(owner['pid']), owner['machine'], ascii(str(owner['host'])[:64])[1:-1]
+        except (KeyError, RecursionError, TypeError, ValueError):
+            return 'another process'
+        return f'process {pid}' + ('' if machine == machine_name() else f' of {host}')
+
     def clear(self, folder: Path) -> None:
         """Remove the leases on files of a folder that are there: their owners died between making and releasing."""
         self._seen = {path: seen for path, seen in self._seen.items() if path.parent != folder}
@@ -184,8 +233,11 @@ class Leases:
 
 
 @contextmanager
-def exclusive(file: Path) -> Iterator[None]:
+def exclusive(file: Path) -> Iterator[Callable[[Path], None]]:
     """A lock between processes; for reading, changing and writing a file.
+
+    Yields:
+        What `write_atomic` is to check before the file takes its place: that the lock is still held.
 
     Raises:
         InputError: The disk is full or may not be written.
@@ -197,7 +249,7 @@ def exclusive(file: Path) -> Iterator[None]:
     with Leases() as leases:
         while not leases.acquire(file):
             time.sleep(0.05)
-        yield
+        yield lambda temporary: leases.check(file)
 
 
 def _read(path: Path) -> bytes | None:

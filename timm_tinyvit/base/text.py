@@ -1,9 +1,11 @@
 """Numbers in words, for people: bytes, counts, percents, and tables of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-__all__ = ['counted', 'decimal', 'percent', 'readable_bytes', 'short_percent', 'text_table']
+from .escaping import MAX_NAME, MAX_SENTENCE, printable
+
+__all__ = ['counted', 'decimal', 'percent', 'readable_bytes', 'short_percent', 'text_facts', 'text_table']
 
 
 def readable_bytes(count: float) -> str:
@@ -40,8 +42,13 @@ def short_percent(share: float) -> str:
 
 def text_table(rows: Sequence[Sequence[object]]) -> str:
     """A table for a terminal: the first column to the left, the others to the right."""
-    lines = [list(map(str, row)) for row in rows]
+    lines = [[printable(str(cell), MAX_NAME) for cell in row] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     return '\n'.join('  '.join(
         [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
         for line in lines)
+
+
+def text_facts(facts: Mapping[str, object]) -> str:
+    """Names and what they are for a terminal, a line each."""
+    return '\n'.join(f'{name:<17}{printable(str(value), MAX_SENTENCE)}' for name, value in facts.items())

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from collections.abc import Callable, Collection, Sequence
 
-import yaml
-
 from ..base.errors import InputError
-from ..data.view_config import ViewConfig
+from ..base.yaml_reader import MAX_BYTES, read_yaml
+from ..data.view_config import VIEW_FLAGS, ViewConfig
+from ..version import __version__
+from .timm_flags import refusal
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 __all__ = [
     'FEATURE_DEFAULTS', 'FEATURE_SHARD_BYTES',
     'STORE_DEFAULTS', 'VIEW_FLAGS', 'ArgumentParser', 'KeyValues', 'add_data_arguments', 'add_image_arguments',
-    'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_store_arguments', 'add_teacher_arguments',
-    'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments', 'check_store_flags', 'folder',
-    'parse_range', 'recipe_names', 'store_settings', 'view_arguments',
+    'add_image_size', 'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_split_arguments',
+    'add_store_arguments',
+    'add_teacher_arguments', 'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments',
+    'check_store_flags', 'folder', 'parse_range', 'recipe_names', 'store_settings', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
@@ -42,18 +44,6 @@ STORE_DEFAULTS = dict(
 # The same for features. A grid of vectors may be large, and whoever fills has a shard in memory.
 FEATURE_DEFAULTS = STORE_DEFAULTS | dict(targets='features', topk=0, codec='int8')
 FEATURE_SHARD_BYTES = 1 << 28
-
-# Flag of timm's train.py -> entry of ViewConfig.
-VIEW_FLAGS = {
-    'no_aug': 'no_aug', 'train_crop_mode': 'train_crop_mode', 'scale': 'scale', 'ratio': 'ratio', 'hflip': 'hflip',
-    'vflip': 'vflip', 'color_jitter': 'color_jitter', 'color_jitter_prob': 'color_jitter_prob',
-    'grayscale_prob': 'grayscale_prob', 'gaussian_blur_prob': 'gaussian_blur_prob', 'aa': 'auto_augment',
-    'train_interpolation': 'interpolation', 'view_mean': 'mean', 'view_std': 'std', 'reprob': 're_prob',
-    'remode': 're_mode', 'recount': 're_count', 'mixup': 'mixup', 'cutmix': 'cutmix',
-    'cutmix_minmax': 'cutmix_minmax', 'mixup_prob': 'mixup_prob', 'mixup_switch_prob': 'mixup_switch_prob',
-    'decoder': 'decoder',
-}
-
 
 def store_settings(manifest: 'Manifest') -> dict[str, Any]:
     """The settings of `STORE_DEFAULTS` as a store has them."""
@@ -95,16 +85,38 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class _InputSize(argparse.Action):
+    """timm's channels, height and width as `--img-size`."""
+
+    def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: Sequence[int],
+            option_string: str | None = None,
+    ) -> None:
+        channels, height, width = values
+        if channels != 3 or height != width:
+            raise InputError(f'{option_string} is {channels} {height} {width}; expected 3 channels and a square, as in '
+                             f'3 224 224, or --img-size 224')
+        setattr(namespace, self.dest, height)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence.
 
     Attributes:
         finish: Completes and checks what was parsed, for what argparse has no words.
+        refused: Groups of `timm_flags`: flags that are answered with the reason why there are none.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        if self.add_help:
+            self.add_argument('--version', action='version', version=f'timm-tinyvit {__version__}',
+                              help='show the version and exit')
         self.finish: Callable[[argparse.Namespace], argparse.Namespace] = lambda args: args
+        self.refused: tuple[tuple[str, str], ...] = ()
         self._other_flags: Callable[[], Collection[str]] = tuple
 
     @property
@@ -136,17 +148,31 @@ class ArgumentParser(argparse.ArgumentParser):
             # Before argparse, which would miss what is required and only misspelt.
             for flag in (word.partition('=')[0] for word in args if word.startswith('--')):
                 if flag not in ('--', *self.flags):
-                    raise InputError(f'unknown argument {flag}{_nearest(self, flag)}')
+                    raise InputError(
+                        refusal(self.refused, flag) or f'unknown argument {flag}{_nearest(self, flag)}')
         if '--config' in self.flags:
             args = [*_recipe_flags(self, args, self._other_flags), *args]
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             raise InputError(f'unknown argument {unknown[0]}; see {self.prog} --help')
+        if 'data' in parsed:
+            _settle_data(self, parsed)
         _check_limits(parsed)
         return self.finish(parsed), []
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f'{message}; see {self.prog} --help')
+
+
+def _settle_data(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Take the data set as it stands alone for that of `--dataset`."""
+    alone = args.data
+    del args.data
+    if None not in (alone, args.dataset):
+        raise InputError(f'{alone} is an argument too many: the data set is {args.dataset}; name one of them')
+    args.dataset = args.dataset or alone
+    if args.dataset is None:
+        parser.error('one of the arguments --dataset --data-dir is required')
 
 
 # Smallest and largest values of flags, of whatever program.
@@ -155,8 +181,7 @@ AT_LEAST = dict(
     val_interval=1, checkpoint_hist=1, log_interval=1, num_classes=0, lr_base_size=1, workers=0, recovery_interval=0,
     warmup_epochs=0, cooldown_epochs=0, seed=0, alpha=0, smoothing=0, drop=0, drop_path=0, weight_decay=0, clip_grad=0,
     momentum=0, model_ema_decay=0, keep_epochs=1, warmup_lr=0, min_lr=0, num_samples=1, max_samples=1, processes=1,
-    teacher_num_classes=1, feature_grid=0, feature_dim=0,
-    feature_weight=0)
+    teacher_num_classes=1, task_loss_weight=0, distill_loss_weight=0, feature_grid=0, feature_dim=0, feature_weight=0)
 AT_MOST = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
 ABOVE = dict(
     temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0, views_per_second=0)
@@ -164,6 +189,9 @@ BELOW = dict(smoothing=1, views_per_second=float('inf'))
 
 
 def _check_limits(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if '\0' in (str(value) if not isinstance(value, (list, tuple)) else ''.join(map(str, value))):
+            raise InputError(f'--{name.replace("_", "-")} holds a NUL character; leave it out')
     for limits, holds, words in ((AT_LEAST, operator.ge, 'at least'), (AT_MOST, operator.le, 'at most'),
                                  (ABOVE, operator.gt, 'more than'), (BELOW, operator.lt, 'less than')):
         for name, value in vars(args).items():
@@ -171,25 +199,44 @@ def _check_limits(args: argparse.Namespace) -> None:
                 raise InputError(f'--{name.replace("_", "-")} is {value}; expected {words} {limits[name]}')
 
 
-def add_image_arguments(parser: argparse.ArgumentParser, required: bool = False) -> argparse._ArgumentGroup:
+def add_image_arguments(
+        parser: argparse.ArgumentParser,
+        required: bool = False,
+        positional: bool = False,
+) -> argparse._ArgumentGroup:
     """Where training images and labels come from; returns the group of these flags, for further ones."""
     group = parser.add_argument_group('data')
-    either = group.add_mutually_exclusive_group(required=required)
+    if positional:
+        # Required or not, argparse would not name a word too many.
+        group.add_argument('data', nargs='?', metavar='DATA', help='the training data, in place of --dataset')
+    either = group.add_mutually_exclusive_group(required=required and not positional)
     either.add_argument('--dataset', metavar='NAME',
                         help='Hub name (hfds/NAME too), or a folder of parquet files, images, tars or save_to_disk')
-    either.add_argument('--data-dir', dest='dataset', metavar='DIR', help='the same, for a folder')
+    either.add_argument('--data-dir', dest='dataset', metavar='DIR', help='a folder, in place of --dataset')
+    add_split_arguments(group)
+    return group
+
+
+def add_split_arguments(group: argparse._ActionsContainer) -> None:
+    """Which split and which columns of a data set."""
     group.add_argument('--train-split', metavar='NAME', help='training split or a slice of it (default: train)')
     group.add_argument('--input-key', metavar='NAME', help='image column (default: found by its usual names)')
     group.add_argument('--target-key', metavar='NAME', help='label column (default: found by its usual names)')
-    return group
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the images of a whole training or filling come from, and how they are loaded."""
-    group = add_image_arguments(parser, required=True)
+    group = add_image_arguments(parser, required=True, positional=True)
     group.add_argument('--streaming', action='store_true',
                        help='stream the training data, without a copy on disk; needs a store with keys, see --key')
     add_workers(group)
+
+
+def add_image_size(group: argparse._ActionsContainer, help: str) -> None:
+    """The size of images, in one number or in timm's three."""
+    group.add_argument('--img-size', type=int, metavar='N', help=help)
+    group.add_argument('--input-size', dest='img_size', nargs=3, type=int, action=_InputSize, metavar=('C', 'H', 'W'),
+                       help='the same, in three numbers: 3 N N')
 
 
 def add_workers(group: argparse._ActionsContainer) -> None:
@@ -222,8 +269,7 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
         shown = '' if default is False else f' (default: {"none" if default is None else default})'
         group.add_argument(flag, help=help + shown, **options)
 
-    group.add_argument('--img-size', type=int, metavar='N',
-                       help=f'height and width of the views (default: {plain.input_size[-1]})')
+    add_image_size(group, f'height and width of the views (default: {plain.input_size[-1]})')
     add('--no-aug', 'resize and centre crop only', action='store_true', default=None)
     add('--train-crop-mode', 'rrc, rkrc or rkrr', metavar='NAME')
     add('--scale', 'random resized crop: range of area', type=float, nargs=2, metavar='PCT')
@@ -260,7 +306,7 @@ def add_keep_arguments(parser: argparse._ActionsContainer) -> None:
 def add_teacher_arguments(parser: argparse.ArgumentParser, required: bool = False) -> None:
     """The teacher."""
     group = parser.add_argument_group('teacher')
-    group.add_argument('--teacher', metavar='NAME', required=required,
+    group.add_argument('--teacher', '--kd-model-name', metavar='NAME', required=required,
                        help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
     group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the model of --teacher')
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
@@ -279,17 +325,18 @@ def add_store_arguments(
         ('topk', int, 'K', 'most probable classes that are kept of a view'),
         ('feature_grid', int, 'G', 'features: G x G cells of the map of the teacher; 0 for its pooled vector'),
         ('feature_dim', int, 'D', 'features: project vectors to D numbers, by their principal components; 0 for none'),
-        ('codec', str, 'NAME', 'format of the records, as in compact or float16; of features int8 or float16'),
+        ('codec', str, 'NAME', 'format of the records: compact or float16, of features int8 or float16'),
         ('key', str, 'NAME', 'column of strings or integers that identify samples; without one, their position does'),
         ('shard_size', int, 'N', 'samples per file of the store'),
         ('store_seed', int, 'S', 'seed of the views'),
         ('teacher_batch_size', int, 'N', 'views per teacher batch'),
     ):
         if name in names:
+            new = 'none' if STORE_DEFAULTS[name] == '' else STORE_DEFAULTS[name]
             group.add_argument(
                 f'--{name.replace("_", "-")}', type=kind, metavar=metavar,
                 choices=('classes', 'features') if name == 'targets' else None,
-                help=f'{help} (default: the store\'s, or {STORE_DEFAULTS[name] or "none"} for a new one)')
+                help=f'{help} (default: the store\'s, or {new} for a new one)')
     return group
 
 
@@ -346,15 +393,15 @@ def _recipe_flags(
     if not file.is_file() and config in recipe_names():
         file = RECIPES / f'{config}.yaml'
     try:
-        recipe = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+        with file.open('rb') as stream:
+            recipe = read_yaml(stream.read(MAX_BYTES + 1), f'the recipe {config}')
     except OSError:
         raise InputError(f'there is no recipe {config}; give a YAML file, or one of {", ".join(recipe_names())}')
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f'the recipe {config} is not readable as YAML: {" ".join(str(error).split())}')
-    if isinstance(recipe, dict) and {'version', 'flags'} <= recipe.keys():
+    if {'version', 'flags'} <= recipe.keys():
         recipe = recipe['flags']  # the run.json of a run
     if not isinstance(recipe, dict):
-        raise InputError(f'the recipe {config} is a {type(recipe).__name__}; expected lines like `lr: 0.001`')
+        raise InputError(f'the recipe {config} has flags that are a {type(recipe).__name__}; expected lines like '
+                         f'`lr: 0.001`')
     flags = []
     for key, value in recipe.items():
         flag = '--' + str(key).replace('_', '-')
@@ -362,7 +409,9 @@ def _recipe_flags(
         if action is None and flag in other_flags():
             continue
         if action is None or flag == '--config':
-            raise InputError(f'the recipe {config} has an unknown key {key!r}{_nearest(parser, flag)}')
+            refused = refusal(parser.refused, flag)
+            raise InputError(f'the recipe {config} has {key!r}: {refused}' if refused else
+                             f'the recipe {config} has an unknown key {key!r}{_nearest(parser, flag)}')
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise InputError(f'the recipe {config} has {key}: {value!r}; expected true or false')

@@ -6,11 +6,12 @@ from pathlib import Path
 from ..base.errors import InputError
 from .arguments import (
     FEATURE_DEFAULTS, STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_image_arguments, add_keep_arguments,
-    add_push_arguments,
-    add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments,
+    add_push_arguments, add_quiet, add_split_arguments, add_store_arguments, add_teacher_arguments, add_view_arguments,
+    add_workers,
     check_push_arguments, folder, parse_range, view_arguments,
 )
-from .training import create_parser
+from .timm_flags import REFUSED
+from .training import add_validation_data, create_parser
 
 OFFICIAL_MODELS = (
     'tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224', 'tiny_vit_21m_384', 'tiny_vit_21m_512',
@@ -23,6 +24,7 @@ FORMATS = ('onnx', 'torch', 'aotinductor')
 def add_fill_arguments(parser: ArgumentParser) -> None:
     """The flags of a filling; its recipe may be that of the training."""
     parser.finish = _finish_filling
+    parser.refused = REFUSED
     parser.add_recipes(lambda: create_parser().flags)
     add_data_arguments(parser)
     add_view_arguments(parser)
@@ -44,6 +46,20 @@ def _finish_filling(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError('--push-to-hub publishes whole epochs, and --shards fills parts of them; fill the others too, '
                          'and publish the store with timm-tinyvit store push')
     return args
+
+
+def add_data_check_arguments(parser: ArgumentParser) -> None:
+    """Of `data check`."""
+    parser.add_argument('dataset', metavar='DATASET',
+                        help='Hub name, or a folder of parquet files, images, tars or save_to_disk')
+    add_split_arguments(parser)
+    add_validation_data(parser)
+    parser.add_argument('--key', metavar='NAME', help='column of keys (default: the store\'s)')
+    parser.add_argument('--logits', metavar='STORE', help='a store whose images are compared with these')
+    parser.add_argument('--json', action='store_true', help='print all of it as JSON, with every sample')
+    add_keep_arguments(parser)
+    add_workers(parser)
+    add_quiet(parser)
 
 
 def _add_store(parser: ArgumentParser) -> None:
@@ -167,7 +183,7 @@ def _finish_report(args: argparse.Namespace) -> argparse.Namespace:
 def add_compare_arguments(parser: ArgumentParser) -> None:
     """Of `compare`."""
     parser.add_argument('runs', nargs='+', metavar='RUN',
-                        help='folders of runs, the first of them the one that the others are compared with')
+                        help='folders of runs; the others are compared with the first')
     _add_html(parser)
     add_quiet(parser)
 
@@ -191,8 +207,8 @@ def add_publish_arguments(parser: ArgumentParser) -> None:
 def add_convert_arguments(parser: ArgumentParser) -> None:
     """Of `convert`."""
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='an official .pth file')
-    parser.add_argument('--model', required=True, choices=OFFICIAL_MODELS, help='whose weights it holds')
-    parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to make')
+    parser.add_argument('--model', required=True, choices=OFFICIAL_MODELS, help='model of the checkpoint')
+    parser.add_argument('--output', required=True, type=Path, metavar='DIR', help='folder to write')
 
 
 def add_export_arguments(parser: ArgumentParser) -> None:
@@ -202,5 +218,5 @@ def add_export_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--checkpoint', metavar='FILE', help='weights, instead of the pretrained ones of that name')
     parser.add_argument('--num-classes', type=int, metavar='N', help='classes of the checkpoint\'s head')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='N', help='another image size')
-    parser.add_argument('--format', required=True, choices=FORMATS, help='what runs it')
+    parser.add_argument('--format', required=True, choices=FORMATS, help='format of the file')
     parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='file to write')

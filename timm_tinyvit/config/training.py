@@ -1,21 +1,27 @@
 """The flags of train_distill, and everything that is refused about them, in one place."""
 
 import argparse
-from typing import TYPE_CHECKING
+import math
+import os
+from typing import TYPE_CHECKING, Any
 from collections.abc import Sequence
 
-from ..base.console import warning
+from ..base.console import info, warning
 from ..base.errors import InputError
 from .arguments import (
-    ArgumentParser, KeyValues, add_data_arguments, add_image_arguments, add_keep_arguments, add_push_arguments,
-    add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments, add_workers, check_push_arguments,
-    view_arguments,
+    ArgumentParser, KeyValues, add_data_arguments, add_image_arguments, add_image_size, add_keep_arguments,
+    add_push_arguments, add_quiet, add_store_arguments, add_teacher_arguments, add_view_arguments, add_workers,
+    check_push_arguments, view_arguments,
 )
+from .timm_flags import REFUSED, REFUSED_BY_EVAL
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['DEFAULT_MODEL', 'add_arguments', 'add_eval_arguments', 'check_launch', 'create_parser', 'settings']
+__all__ = [
+    'DEFAULT_MODEL', 'LAUNCH_DEFAULTS', 'add_arguments', 'add_eval_arguments', 'check_launch', 'create_parser',
+    'settings', 'tell_launch',
+]
 
 DEFAULT_MODEL = 'tiny_vit_5m_224'
 # Those of `targets.features`, which needs torch.
@@ -23,6 +29,10 @@ FEATURE_LOSSES = ('cosine', 'smooth-l1', 'mse')
 PROJECTORS = ('linear', 'mlp')
 PROBES = ('knn', 'linear')
 TRACKERS = ('tensorboard', 'wandb', 'trackio')
+
+# Flags that accelerate may be configured to, and what they are where neither says anything.
+LAUNCH_DEFAULTS = dict(amp_dtype=None, grad_accum_steps=1)
+PRECISIONS = {'bf16': 'bfloat16', 'fp16': 'float16'}
 
 
 def create_parser() -> ArgumentParser:
@@ -40,9 +50,10 @@ def settings(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def add_arguments(parser: ArgumentParser) -> None:
     """The flags of a training."""
     parser.finish = _finish
+    parser.refused = REFUSED
     parser.add_recipes()
     add_data_arguments(parser)
-    _add_validation_data(parser)
+    add_validation_data(parser)
     add_view_arguments(parser)
     group = parser.add_argument_group('store to learn from')
     group.add_argument('--logits', metavar='DIR', nargs='+',
@@ -54,8 +65,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group('distillation')
     group.add_argument('--store-epochs', type=int, metavar='E',
                        help='with --teacher: epochs that the store is to hold (default: its own, or --epochs)')
-    group.add_argument('--alpha', type=float, default=1., metavar='A',
-                       help='weight of the distillation loss on classes; that of the label loss is 1 - A')
+    group.add_argument('--alpha', type=float, metavar='A',
+                       help='weight of the distillation loss on classes; that of the label loss is 1 - A (default: 1)')
+    group.add_argument('--task-loss-weight', type=float, metavar='W', help='the same, as the weight of the label loss')
+    group.add_argument('--distill-loss-weight', type=float, metavar='W',
+                       help='the same, beside a --task-loss-weight that makes it 1')
     group.add_argument('--feature-loss', choices=FEATURE_LOSSES, default='cosine',
                        help='of a store of features: how far the student\'s are from the teacher\'s')
     group.add_argument('--feature-weight', type=float, default=1., metavar='W',
@@ -65,7 +79,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
                        help='temperature that softens teacher and student')
     group = _add_model(parser)
-    group.add_argument('--initial-checkpoint', metavar='FILE', help='start from these weights, a file or a folder')
+    group.add_argument('--initial-checkpoint', '--pretrained-path', metavar='FILE',
+                       help='start from these weights, a file or a folder')
     group.add_argument('--drop', type=float, default=0., metavar='P', help='dropout')
     group.add_argument('--drop-path', type=float, metavar='P', help='stochastic depth (default: the model\'s)')
     group.add_argument('--freeze-bn', action='store_true', help='keep the running statistics of batch norms fixed')
@@ -73,17 +88,22 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--model-ema', action='store_true', help='also average the weights; evaluate and export both')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='D', help='decay of the average')
     group.add_argument('--model-ema-warmup', action='store_true', help='start with a smaller decay')
+    group.add_argument('--grad-checkpointing', action='store_true',
+                       help='compute activations again in the backward pass: less memory, slower')
     group.add_argument('--compile', '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
                        help='torch.compile the student')
     group = parser.add_argument_group('optimisation')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='views per process and step')
-    group.add_argument('--grad-accum-steps', type=int, default=1, metavar='N', help='batches per update')
+    group.add_argument('--grad-accum-steps', type=int, metavar='N',
+                       help='batches per update (default: what accelerate is configured to, or 1)')
     group.add_argument('--views-per-image', type=int, default=1, metavar='N',
                        help='put N views of each image, of N epochs, in one batch and decode the image once')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
     group.add_argument('--opt', default='adamw', metavar='NAME', help='timm optimiser')
     group.add_argument('--opt-eps', type=float, metavar='X', help='its epsilon')
     group.add_argument('--opt-betas', type=float, nargs='+', metavar='B', help='its betas')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='NAME=VALUE',
+                       help='further arguments of it')
     group.add_argument('--momentum', type=float, default=0.9, metavar='M', help='its momentum')
     group.add_argument('--weight-decay', type=float, default=0.05, metavar='W',
                        help='weight decay, but not of norms and biases')
@@ -103,8 +123,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--decay-epochs', type=float, default=30, metavar='N', help='step schedule: epochs per decay')
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N',
                        help='multistep schedule: epochs of the decays')
-    group.add_argument('--decay-rate', type=float, default=0.1, metavar='R', help='step schedule: factor per decay')
+    group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='R',
+                       help='step schedule: factor per decay')
     group.add_argument('--smoothing', type=float, default=0.1, metavar='S', help='label smoothing of the label loss')
+    group.add_argument('--bce-loss', action='store_true', help='binary cross-entropy of each class as the label loss')
+    group.add_argument('--bce-sum', action='store_true', help='its sum over the classes instead of its mean')
+    group.add_argument('--bce-target-thresh', type=float, metavar='P',
+                       help='its targets, of smoothed or mixed labels, are 1 above P and else 0')
     group.add_argument('--mixup-mode', choices=('batch', 'pair', 'elem'),
                        help='pair: views mixed as in a store; batch, elem: timm\'s Mixup, one lambda per batch or view '
                             '(default: pair with --logits, else batch)')
@@ -132,11 +157,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def add_eval_arguments(parser: ArgumentParser) -> None:
     """The flags of an evaluation; its recipe may be that of the training."""
     parser.finish = _finish_evaluation
+    parser.refused = REFUSED_BY_EVAL
     parser.add_recipes(lambda: create_parser().flags)
-    parser.add_argument('initial_checkpoint', nargs='?', metavar='CHECKPOINT',
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument('initial_checkpoint', nargs='?', default=argparse.SUPPRESS, metavar='CHECKPOINT',
                         help='weights, a file or a folder as RUN/best (default: those of --pretrained)')
+    either.add_argument('--checkpoint', dest='initial_checkpoint', metavar='CHECKPOINT', help='the same')
     group = add_image_arguments(parser, required=True)
-    _add_validation_data(group)
+    add_validation_data(group, '--split')
     add_workers(group)
     group = _add_model(parser)
     _add_precision(group)
@@ -144,23 +172,25 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     group.add_argument('--probe', choices=PROBES,
                        help='evaluate its features by those of --train-split: 20 nearest neighbours, or a linear '
                             'classifier')
-    group.add_argument('--img-size', type=int, metavar='N', help='height and width of images (default: the model\'s)')
+    add_image_size(group, 'height and width of images (default: the model\'s)')
     group.add_argument('-b', '--batch-size', '-vb', '--validation-batch-size', type=int, default=128, metavar='N',
                        help='images per process')
     _add_crop(group)
     add_quiet(group)
     # What else makes a student.
-    parser.set_defaults(drop=0., drop_path=None, validation_batch_size=None)
+    parser.set_defaults(drop=0., drop_path=None, grad_checkpointing=False, validation_batch_size=None)
 
 
-def _add_validation_data(group: argparse._ActionsContainer) -> None:
-    group.add_argument('--val-dataset', metavar='NAME', help='evaluation data, if not a split of --dataset')
-    group.add_argument('--val-split', metavar='NAME', help='evaluation split (default: validation, val or test)')
+def add_validation_data(group: argparse._ActionsContainer, *aliases: str) -> None:
+    """What to evaluate on."""
+    group.add_argument('--val-dataset', metavar='NAME', help='validation set, if not a split of --dataset')
+    group.add_argument('--val-split', *aliases, metavar='NAME',
+                       help='validation split (default: validation, val or test)')
 
 
 def _add_model(parser: ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group('student')
-    group.add_argument('--model', metavar='NAME',
+    group.add_argument('-m', '--model', metavar='NAME',
                        help=f'timm name (default: that of the weights that are evaluated, or {DEFAULT_MODEL})')
     group.add_argument('--pretrained', action='store_true', help='start from pretrained weights')
     group.add_argument('--num-classes', type=int, metavar='N',
@@ -173,7 +203,8 @@ def _add_model(parser: ArgumentParser) -> argparse._ArgumentGroup:
 
 def _add_precision(group: argparse._ActionsContainer) -> None:
     group.add_argument('--amp', action='store_true', help='as --amp-dtype float16, unless that says otherwise')
-    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='autocast the student')
+    group.add_argument('--amp-dtype', choices=('bfloat16', 'float16'),
+                       help='autocast the student (default: what accelerate is configured to, or none)')
 
 
 def _add_crop(group: argparse._ActionsContainer) -> None:
@@ -183,16 +214,65 @@ def _add_crop(group: argparse._ActionsContainer) -> None:
     group.add_argument('--interpolation', metavar='NAME', help='evaluation resize (default: the model\'s)')
 
 
-def _finish_precision(args: argparse.Namespace) -> None:
+def _launch_settings() -> dict[str, Any]:
+    """The flags that accelerate is configured to, by its launcher or the environment."""
+    asked = {'amp_dtype': PRECISIONS.get(os.environ.get('ACCELERATE_MIXED_PRECISION', 'no'))}
+    if (steps := os.environ.get('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '1')) != '1':
+        if not steps.isdecimal() or not int(steps):
+            raise InputError(f'ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}; expected a number of batches')
+        asked['grad_accum_steps'] = int(steps)
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _finish_launch(args: argparse.Namespace) -> None:
     if args.amp and args.amp_dtype is None:
         args.amp_dtype = 'float16'
     del args.amp
+    asked = LAUNCH_DEFAULTS | _launch_settings()
+    for name in asked.keys() & vars(args).keys():
+        if getattr(args, name) is None:
+            setattr(args, name, asked[name])
+
+
+def tell_launch(args: argparse.Namespace) -> None:
+    """Say what accelerate is configured to where it is followed, and where a flag wins over it."""
+    for name, value in _launch_settings().items():
+        flag, given = f'--{name.replace("_", "-")}', getattr(args, name, None)
+        if given == value:
+            info(f'{flag} {value}, as accelerate is configured')
+        elif given is not None:
+            warning(f'{flag} {given} wins over {value}, which accelerate is configured to')
+
+
+def _finish_loss(args: argparse.Namespace) -> None:
+    """timm's two weights are alpha where they sum to one; with the first alone they do."""
+    task, distill = args.task_loss_weight, args.distill_loss_weight
+    del args.task_loss_weight, args.distill_loss_weight
+    if task is not None or distill is not None:
+        # As in timm: weights apart from each other where the second is given.
+        task = 1. if task is None else task
+        distill = 1 - task if distill is None else distill
+        total = task + distill
+        if not math.isclose(total, 1) or task > 1:
+            alike = f'--alpha {distill / total:.4g} weighs them alike' if task <= total > 0 else 'see --alpha'
+            raise InputError(f'the weights of the losses are {task:g} (--task-loss-weight) and {distill:g} '
+                             f'(--distill-loss-weight); expected a sum of 1: {alike}')
+        alpha = round(distill, 9)
+        if args.alpha not in (None, alpha):
+            raise InputError(f'--alpha is {args.alpha:g}, and timm\'s weights of the losses are --alpha {alpha:g}; '
+                             f'leave one of them out')
+        args.alpha = alpha
+    args.alpha = 1. if args.alpha is None else args.alpha
+    if (args.bce_sum or args.bce_target_thresh is not None) and not args.bce_loss:
+        raise InputError('--bce-sum and --bce-target-thresh change the loss of --bce-loss; add it, or leave them out')
+    if args.bce_loss and args.logits and args.alpha == 1:
+        warning('--bce-loss changes nothing: with --alpha 1 labels have no weight')
 
 
 def _finish_evaluation(args: argparse.Namespace) -> argparse.Namespace:
     if args.initial_checkpoint is None and not args.pretrained:
         raise InputError('there are no weights to evaluate; name a checkpoint, or add --pretrained')
-    _finish_precision(args)
+    _finish_launch(args)
     if args.model is None and args.initial_checkpoint is not None:
         from ..models.loading import config_beside
 
@@ -205,10 +285,11 @@ def _finish_evaluation(args: argparse.Namespace) -> argparse.Namespace:
 def _finish(args: argparse.Namespace) -> argparse.Namespace:
     check_push_arguments(args)
     view_arguments(args)
-    _finish_precision(args)
+    _finish_launch(args)
+    _finish_loss(args)
     args.model = args.model or DEFAULT_MODEL
-    if args.sched == 'none':
-        raise InputError('--sched none is not a schedule here; use --sched constant')
+    if args.sched in ('none', 'plateau'):
+        raise InputError(f'--sched {args.sched} is not a schedule here; use --sched constant, or another of timm')
     if args.compile not in (None, 'inductor'):
         import torch
 
@@ -249,11 +330,12 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def check_launch(args: argparse.Namespace, accelerator: 'Accelerator') -> None:
-    """Refuse flags that the launch or its devices have no way to do.
+    """Say what the launch is configured to, and refuse flags that it or its devices have no way to do.
 
     Raises:
         InputError: They have none.
     """
+    tell_launch(args)
     if args.sync_bn and accelerator.device.type == 'cpu':
         raise InputError('--sync-bn needs GPUs: torch has no synchronised batch norm on a CPU; leave it out')
     if args.clip_mode == 'agc' and accelerator.is_fsdp2:

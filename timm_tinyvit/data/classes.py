@@ -5,7 +5,7 @@ which is its teacher's, or without one that of the training data; labels of data
 """
 
 import argparse
-import json
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..base.console import warning
 from ..base.errors import InputError
+from ..models.config_file import read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from ..models.loading import config_beside
 from ..store.base import StoreReader
@@ -96,7 +97,7 @@ def resolve_classes(
     except InputError as error:
         if learns_labels:
             raise
-        warning(f'{error}; they are compared with no prediction')
+        warning(f'{error}; the training goes on without them')
         num_labels = 0
     if learns_labels and not args.streaming:
         checked = train_set if numbers is None else _renumber(train_set, label_column, numbers, names)
@@ -105,13 +106,13 @@ def resolve_classes(
     val_set = match_classes(val_set, val_key, names, '--val-split', source)
     check_labels(val_set, val_key, num, '--val-split')
     if taught is not None and (mismatch := class_mismatch(val_set, val_key, num)):
-        raise InputError(f'{mismatch}, as the teacher has, so that accuracies would say nothing; name data of its '
-                         f'classes with --val-dataset')
+        raise InputError(f'{mismatch}, those of its teacher, so that its accuracy cannot be measured; give '
+                         f'--val-dataset with the classes of the teacher')
     names = names or class_names(val_set, val_key, num)
     started_with = checkpoint_names(args.initial_checkpoint)
     if started_with and names and started_with != names and set(started_with) == set(names):
-        warning(f'the classifier of {args.initial_checkpoint} has the classes in another order than {source}: it '
-                f'starts with others of them in each place')
+        warning(f'the classifier of {args.initial_checkpoint} has the classes in another order than {source}: its '
+                f'weights start at other classes than they were trained for')
     return Classes(num, names, num_labels, is_imagenet1k(val_set, val_key)), val_set
 
 
@@ -156,6 +157,8 @@ def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
     Raises:
         ValueError: These are other classes; the message says how.
     """
+    # The same letters with their accents put together or apart are the same name.
+    here, there = ([unicodedata.normalize('NFC', name) for name in names] for names in (here, there))
     places: dict[str, list[int]] = {}
     for place, name in enumerate(there):
         places.setdefault(name, []).append(place)
@@ -164,13 +167,12 @@ def match_names(here: Sequence[str], there: Sequence[str]) -> np.ndarray | None:
     unknown = [name for name in here if name not in places]
     example = f', as {unknown[0]!r}' if unknown else ''
     if len(here) != len(there):
-        raise ValueError(f'{len(here):,} classes here and {len(there):,} there, {len(unknown):,} of them unknown '
-                         f'there{example}')
+        raise ValueError(f'{len(here):,} classes instead of {len(there):,}, {len(unknown):,} of them unknown{example}')
     moved = [(name, place) for place, name in enumerate(here) if name in places and place not in places[name]]
     if moved:
         name, place = moved[0]
-        raise ValueError(f'{len(moved):,} classes have other numbers, as {name!r} {place} here and {places[name][0]} '
-                         f'there, and {len(unknown):,} are unknown there{example}')
+        raise ValueError(f'{len(moved):,} classes have other numbers, as {name!r} {place} instead of '
+                         f'{places[name][0]}, and {len(unknown):,} are unknown{example}')
     return None
 
 
@@ -212,8 +214,8 @@ def _numbers_of(
     try:
         numbers = match_names(here, names)
     except ValueError as error:
-        raise InputError(f'the labels of {flag} are not the classes of {source}: {error}; accuracies would say '
-                         f'nothing, so name data of its classes')
+        raise InputError(f'the labels of {flag} are not the classes of {source}: {error}; give data of '
+                         f'these classes')
     if numbers is None:
         first = next(place for place, name in enumerate(here) if name != names[place])
         warning(f'the labels of {flag} have other names than the classes of {source}, as {here[first]!r} for '
@@ -270,8 +272,8 @@ def checkpoint_names(weights: str | None) -> list[str] | None:
     """Names of the classes of a checkpoint, by the config.json beside it; None where nobody says them."""
     file = config_beside(weights)
     try:
-        return file and json.loads(file.read_text(encoding='utf-8')).get('label_names')
-    except (AttributeError, ValueError):
+        return file and read_config(file.parent).get('label_names')
+    except InputError:
         return None  # whoever needs the file says so
 
 
@@ -307,7 +309,7 @@ def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
 
 
 def class_mismatch(dataset: datasets.Dataset, label_column: str, num_classes: int) -> str | None:
-    """Why the labels of an evaluation split are not the classes of a model, in words; None where they can be.
+    """Why the labels of a validation split are not the classes of a model, in words; None where they can be.
 
     Args:
         dataset: The split.
@@ -319,7 +321,7 @@ def class_mismatch(dataset: datasets.Dataset, label_column: str, num_classes: in
         return None
     if num_classes == NUM_CLASSES_22K and is_imagenet1k(dataset, label_column):
         return None
-    return f'the labels of --val-split are {len(names):,} classes, the model has {num_classes:,}'
+    return f'--val-split has labels of {len(names):,} classes, the model predicts {num_classes:,}'
 
 
 def is_imagenet1k(dataset: datasets.Dataset, label_column: str) -> bool:

@@ -5,28 +5,30 @@ nothing that was told to it before. The image column is read as it is stored and
 file format and whatever format the data set was set to.
 """
 
+from functools import partial
 from textwrap import shorten
 from typing import Any
 from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from ..base.errors import InputError
 from ..store.base import StoreReader
+from ..store.digests import image_digest
 from ..store.keys import KeyIndex, hash_keys
 from .classes import renumbered
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
 from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of
-from .views import Replay, decode_image
+from .views import Replay, decode_image, preserve_random_state
 
 __all__ = [
-    'ImageDataset', 'SparseLogitDataset', 'check_no_mixing_with_keys', 'collate', 'decode_source', 'read_records',
+    'ImageDataset', 'SparseLogitDataset', 'check_no_mixing_with_keys', 'collate', 'decode_source',
+    'decode_with_digest', 'read_records',
 ]
 
 # What a sampler yields: (epoch, row), a row of the data set in an epoch of the store.
@@ -49,7 +51,6 @@ class ImageDataset(Dataset):
     Raises:
         InputError: A column is missing or of the wrong kind.
     """
-
     def __init__(
             self,
             dataset: datasets.Dataset,
@@ -71,34 +72,25 @@ class ImageDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
-        images, labels = self.decode(self.dataset[indices], indices)
-        return [dict(view=self.transform(image), label=label) for image, label in zip(images, labels)]
-
-    def decode(self, table: pa.Table, indices: Sequence[int]) -> tuple[list[Image.Image], list[int]]:
-        """Decoded RGB images and labels of the rows of a table, which are these samples.
-
-        Raises:
-            InputError: An image cannot be decoded; the message names its sample.
-        """
-        sources = column(table, self.image_column).to_pylist()
-        decode = getattr(self.transform, 'decode', decode_image)
-        images = [decode_source(source, index, decode, self.root)
-                  for source, index in zip(sources, indices, strict=True)]
-        return images, labels_of(table, self.label_column).tolist()
+        table = self.dataset[indices]
+        sources, labels = column(table, self.image_column), labels_of(table, self.label_column).tolist()
+        # One after the other: of photographs, the decoded images of a batch would take a gigabyte.
+        return [dict(view=self.transform(decode_source(source.as_py(), index, root=self.root)), label=label)
+                for source, index, label in zip(sources, indices, labels, strict=True)]
 
 
 def decode_source(
         source: dict[str, Any] | bytes | None,
         name: Any,
-        decode: Callable = decode_image,
+        decode: Callable[[bytes], Any] = decode_image,
         root: str | None = None,
-) -> Image.Image:
-    """An image as it is stored, as the RGB image that the transforms see.
+) -> Any:
+    """An image as it is stored, as the RGB image that the transforms see, or as what else is made of it.
 
     Args:
         source: Its bytes, or a structure of its `bytes` and `path`.
         name: What to call the sample where it cannot be decoded.
-        decode: From bytes to the image.
+        decode: From bytes to the image, or to its views.
         root: The folder below which the path must be; None for anywhere.
 
     Raises:
@@ -109,12 +101,19 @@ def decode_source(
         if not content:
             raise OSError('it is empty')
         return decode(content)
-    except Exception as error:
-        # Pillow's readers of damaged files raise what happens to them: RuntimeError, struct.error, TypeError.
+    except OSError as error:
         path = source.get('path') if isinstance(source, dict) else None
         raise InputError(
-            f'the image of sample {name}{f" ({path})" if path else ""} cannot be decoded: {error}; fix or remove it, '
-            f'and make the store again if it was removed')
+            f'the image of sample {name}{f" ({path})" if path else ""} cannot be decoded: {error}; replace it, or '
+            f'remove it and fill a new store')
+
+
+def decode_with_digest(
+        content: bytes,
+        decode: Callable[[bytes], Any],
+) -> tuple[Any, int]:
+    """What is made of an encoded image, and the digest of its bytes."""
+    return decode(content), image_digest(content)
 
 
 class SparseLogitDataset(ImageDataset):
@@ -122,7 +121,8 @@ class SparseLogitDataset(ImageDataset):
 
     Indexed by (epoch, row) pairs. Yields `view` uint8 [3, H, W], `label` int, `index` int, and with a store
     `record` uint8 [width]: a codec decodes records where the model is. The index is what the view was drawn by: the
-    row in the data set of the teacher or, with keys, the hash of its key.
+    row in the data set of the teacher or, with keys, the hash of its key. With `with_digests` there is also `digest`
+    int, see `image_digest`.
 
     Where the view config mixes views, so does this: `label2` int is the label of the partner, and `lam` float the share
     of the sample itself in its view. One decoded image serves both sides of a pair that stand in one batch.
@@ -135,6 +135,7 @@ class SparseLogitDataset(ImageDataset):
         label_column: The label column.
         key_column: The column of keys; by default the store's.
         first_sample: Index of the first row where there are neither store nor keys.
+        with_digests: Hash the encoded images, for filling.
 
     Attributes:
         pairing: Who is mixed with whom, where the view config mixes views.
@@ -153,8 +154,10 @@ class SparseLogitDataset(ImageDataset):
             label_column: str | None = None,
             key_column: str | None = None,
             first_sample: int = 0,
+            with_digests: bool = False,
     ):
         super().__init__(dataset, replay, image_column, label_column)
+        self.with_digests = with_digests
         self.replay = replay
         self.store = store
         self.key_column = key_column or (store.manifest.key if store else None)
@@ -202,7 +205,8 @@ class SparseLogitDataset(ImageDataset):
         # Several views of one image are cut from one decoded image.
         rows, numbers = np.unique(rows, return_inverse=True)
         table = self.dataset[rows]
-        images, labels = self.decode(table, rows)
+        labels = labels_of(table, self.label_column).tolist()
+        digests = np.zeros(len(rows), dtype=np.int64)
         store_rows, indices = rows, rows + self.first_sample
         if self.key_column:
             keys = column(table, self.key_column)
@@ -211,9 +215,24 @@ class SparseLogitDataset(ImageDataset):
                 store_rows = self.key_index.rows_of(keys, indices)
             indices = indices.astype(np.int64)
         indices = indices[numbers].tolist()
-        views = self.replay.views([images[number] for number in numbers], list(zip(epochs.tolist(), indices)))
+        keys = list(zip(epochs.tolist(), indices))
+        views: list[torch.Tensor | None] = [None] * len(keys)
+        with preserve_random_state():
+            # One after the other: of photographs, the decoded images of a batch would take a gigabyte.
+            for number, source in enumerate(column(table, self.image_column)):
+                wanted = np.flatnonzero(numbers == number).tolist()
+                make_views = partial(self.replay.views_of, keys=[keys[place] for place in wanted])
+                decode = partial(decode_with_digest, decode=make_views) if self.with_digests else make_views
+                made = decode_source(source.as_py(), rows[number], decode, self.root)
+                if self.with_digests:
+                    made, digests[number] = made
+                for place, view in zip(wanted, made):
+                    views[place] = view
         samples = [
             dict(view=view, label=labels[number], index=index) for view, number, index in zip(views, numbers, indices)]
+        if self.with_digests:
+            for sample, number in zip(samples, numbers):
+                sample['digest'] = digests[number].item()
         if self.store is not None:
             for sample, record in zip(samples, read_records(self.store, epochs, store_rows[numbers])):
                 sample['record'] = record
@@ -254,14 +273,14 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of samples.
 
     Returns:
-        `view` uint8 [B, 3, H, W], and where there are `label`, `label2` and `index` int64 [B], `lam` float32 [B] and
-        `record` uint8 [B, width].
+        `view` uint8 [B, 3, H, W], and where there are `label`, `label2`, `index` and `digest` int64 [B], `lam` float32
+        [B] and `record` uint8 [B, width].
 
     Raises:
         InputError: A loader worker has no shared memory left.
     """
     batch = {'view': _stack([sample['view'] for sample in samples])}
-    for name in ('label', 'label2', 'lam', 'index'):
+    for name in ('label', 'label2', 'lam', 'index', 'digest'):
         if name in samples[0]:
             batch[name] = torch.tensor([sample[name] for sample in samples])
     if 'record' in samples[0]:

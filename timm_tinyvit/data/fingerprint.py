@@ -165,7 +165,7 @@ def stored_samples(store: StoreReader) -> dict[int, str]:
         samples = {int(number, 16): digest for number, digest in store.manifest.dataset['samples'].items()}
         np.array(list(samples), dtype=np.uint64)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        raise InputError(f'the manifest of {store.path} is damaged: it does not say which images it remembers; copy '
+        raise InputError(f'the manifest of {store.path} is damaged: it does not list the images that were hashed; copy '
                          f'the store again')
     return samples
 

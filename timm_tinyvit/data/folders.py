@@ -12,21 +12,27 @@ import glob
 import json
 import os
 import re
+import sys
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from textwrap import shorten
+from typing import Any
 
 import datasets
+from datasets.config import REPOYAML_FILENAME
 from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns, get_data_patterns
+from datasets.exceptions import DataFilesNotFoundError
 from fsspec.utils import glob_translate
-from huggingface_hub import DatasetCard
-from timm.utils.misc import natural_key
 
 from ..base.errors import InputError
+from ..base.yaml_reader import card_head, read_yaml
 from .decoding import identify, image_endings
 
-__all__ = ['FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'natural_order', 'open_folder']
+__all__ = [
+    'FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'load_builder', 'natural_order', 'open_folder',
+]
 
 # Folders that programs leave behind.
 UNSEEN = ('__MACOSX', '__pycache__')
@@ -39,7 +45,8 @@ SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word i
 SEPARATORS = '[-._ 0-9]+'
 # The last bytes of whole files: tar's two empty blocks; the end of a stream of Arrow, or of a file of it.
 ENDS = {'.tar': (bytes(1024),), '.arrow': (b'\xff\xff\xff\xff\0\0\0\0', b'ARROW1')}
-COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')
+ZSTANDARD = b'\x28\xb5\x2f\xfd'
+COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', ZSTANDARD)
 
 
 @dataclass
@@ -67,9 +74,8 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         InputError: Splits cannot be told from classes, or a file is cut short.
         Exception: `datasets` finds nothing to load.
     """
-    card = root / 'README.md'
-    if config or card.is_file() and DatasetCard.load(card).data.get('configs'):
-        return Folder(builder=datasets.load_dataset_builder(str(root), config))
+    if config or _card_of(root).get('configs'):
+        return Folder(builder=load_builder(str(root), config))
     files = list_files(root)
     kinds = Counter(kind for kind in map(_kind, files) if kind)
     kind = max(kinds, key=lambda kind: (kind != 'unnamed', kinds[kind], kind in FILE_KINDS), default=None)
@@ -87,12 +93,45 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
         # Brackets and stars are no patterns.
         data_files = {split: [f'{base}/{pattern}' for pattern in patterns]
                       for split, patterns in get_data_patterns(base).items()}
-    return Folder(builder=datasets.load_dataset_builder(str(root), data_files=data_files))
+    try:
+        return Folder(builder=load_builder(str(root), data_files=data_files))
+    except DataFilesNotFoundError:
+        raise InputError(f'the folder {root} holds neither images nor files of parquet, Arrow or tar'
+                         + (f', but {_endings(files)}' if files else ''))
+
+
+def _card_of(root: Path) -> dict[str, Any]:
+    """The head of a folder's README.md, which `datasets` reads too, by means that some heads hang.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    heads = [{}]
+    for name, reader in (('README.md', card_head), (REPOYAML_FILENAME, read_yaml)):
+        if (root / name).is_file():
+            try:
+                heads.append(reader((root / name).read_text(encoding='utf-8'), str(root / name)))
+            except UnicodeDecodeError:
+                raise InputError(f'{root / name} is no text in UTF-8; fix or remove it')
+    return {name: value for head in heads for name, value in head.items()}
+
+
+def load_builder(*args: Any, **options: Any) -> datasets.DatasetBuilder:
+    """`datasets.load_dataset_builder` without its bars, of which each split of many files has several."""
+    were_disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset_builder(*args, **options)
+    finally:
+        if not were_disabled:
+            datasets.enable_progress_bars()
 
 
 def natural_order(names: set[str]) -> list[str]:
     """Class names in the order in which timm numbers folders; of two that differ in case alone, by their letters."""
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    # timm's `natural_key` takes a lone superscript for a number, and fails.
+    return sorted(names, key=lambda name: ([
+        int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name))
 
 
 def list_files(root: Path) -> list[str]:
@@ -107,13 +146,20 @@ def list_files(root: Path) -> list[str]:
             for entry in entries:
                 if entry.name.startswith('.') or entry.name in UNSEEN:
                     continue
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     found.append(folder + entry.name)
                 elif (place := os.path.realpath(entry.path)) not in above:
                     visit(f'{folder}{entry.name}/', above | {place})
 
     visit('', frozenset({os.path.realpath(root)}))
     return sorted(found)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def check_saved(root: Path) -> None:
@@ -139,8 +185,12 @@ def check_whole(path: str) -> None:
     name = os.path.basename(path)
     ends = next((ends for ending, ends in ENDS.items() if ending in name.lower()), ENDS['.tar'])
     with open(path, 'rb') as file:
-        if file.read(8).startswith(COMPRESSED):
-            return  # these know their end
+        head = file.read(8)
+        if head.startswith(ZSTANDARD) and sys.version_info < (3, 14):
+            raise InputError(f'the file {path} is compressed with Zstandard, which is not read; decompress it, or use '
+                             f'gzip')
+        if head.startswith(COMPRESSED):
+            return  # whoever reads them to their end sees whether it is there
         size = file.seek(0, os.SEEK_END)
         if not any(size >= len(end) and file.seek(size - len(end)) >= 0 and file.read() == end for end in ends):
             raise InputError(f'the file {path} is cut short: it has no end, so that samples are missing; copy or make '
@@ -170,7 +220,7 @@ def _open_files(root: Path, files: list[str]) -> Folder:
         if '.arrow' in path:
             check_whole(str(root / path))
     data_files = {split: [glob.escape(str(root / path)) for path in paths] for split, paths in splits.items()}
-    folder = Folder(builder=datasets.load_dataset_builder(str(root), data_files=data_files))
+    folder = Folder(builder=load_builder(str(root), data_files=data_files))
     if left_out := [path for path in files if path not in counts]:
         for split in splits:
             folder.notes[split].append(f'{root}: {len(left_out)} of {len(files)} files are in no split and left out, '
@@ -183,6 +233,8 @@ def _open_images(root: Path, files: list[str]) -> Folder:
     images = [path for path in files if _is_image(root, path)]
     if not images:
         raise InputError(f'the folder {root} holds neither images nor files of parquet, Arrow or tar')
+    if odd := next((path for path in images if not _is_utf8(path)), None):
+        raise InputError(f'the name of the file {ascii(odd)} in {root} is not in UTF-8; rename it or its folder')
     start, split_of = _split_folders(root, images)
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)  # paths with their folders below that of the split
     left_out: dict[str, list[str]] = defaultdict(list)
@@ -200,23 +252,32 @@ def _open_images(root: Path, files: list[str]) -> Folder:
             folder.notes[split].append(f'{root} has no labels in split {split}: {why}; put every image into '
                                        f'{split}/CLASS/ to have some')
     labelled = [split for split, items in groups.items() if items[0][1] and split not in folder.notes]
-    names = natural_order({os.path.basename(below) for split in labelled for _, below in groups[split]})
+    names = natural_order({_class_of(below) for split in labelled for _, below in groups[split]})
     for split, items in groups.items():
         columns, features = {'image': [f'{root}/{path}' for path, _ in items]}, {'image': datasets.Image()}
         if split in labelled and len(names) > 1:
             numbers = {name: number for number, name in enumerate(names)}
-            columns['label'] = [numbers[os.path.basename(below)] for _, below in items]
+            columns['label'] = [numbers[_class_of(below)] for _, below in items]
             features['label'] = datasets.ClassLabel(names=names)
             if split == 'train' and (absent := set(range(len(names))) - set(columns['label'])):
                 folder.notes[split].append(f'{root} has {len(absent)} classes without an image to train with, as '
                                            f'{names[min(absent)]}')
         folder.splits[split] = datasets.Dataset.from_dict(columns, datasets.Features(features), split=split)
     for split, paths in left_out.items():
-        counts = Counter(os.path.splitext(path)[1].lower() or 'no ending' for path in paths)
-        kinds = ', '.join(f'{count} of {ending}' for ending, count in counts.most_common(5))
         folder.notes[split].append(f'{root}: {len(paths)} files are left out, which are no images or lie in no split '
-                                   f'({kinds}; the first is {paths[0]})')
+                                   f'({_endings(paths)}; the first is {paths[0]})')
     return folder
+
+
+def _endings(paths: list[str]) -> str:
+    """How many files there are of each ending, in words."""
+    counts = Counter(os.path.splitext(path)[1].lower() or 'no ending' for path in paths)
+    return ', '.join(f'{count} of {ending}' for ending, count in counts.most_common(5))
+
+
+def _class_of(below: str) -> str:
+    """The class of images in a folder; one whose letters and accents are put together as most systems write them."""
+    return unicodedata.normalize('NFC', os.path.basename(below))
 
 
 def _is_image(root: Path, path: str) -> bool:
@@ -230,6 +291,13 @@ def _is_image(root: Path, path: str) -> bool:
         identify(root / path).close()
         return True
     except Exception:
+        return False
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        return bool(path.encode())
+    except UnicodeEncodeError:
         return False
 
 
@@ -273,7 +341,7 @@ def _no_classes(items: list[tuple[str, str]]) -> str | None:
         return f'{items[odd][0]} lies at another depth than {items[depths.index(usual)][0]}'
     known: dict[str, str] = {}
     for _, below in items:
-        other = known.setdefault(os.path.basename(below), below)
-        if other != below:
+        other = known.setdefault(_class_of(below), below)
+        if unicodedata.normalize('NFC', other) != unicodedata.normalize('NFC', below):
             return f'the folders {other} and {below} have the same name'
     return None

@@ -13,7 +13,7 @@ from ..base.hub_client import is_hub_url
 from ..store.base import StoreReader
 from ..store.ensemble import Ensemble
 from ..store.remote import open_reader, resolve_commit
-from .view_config import ViewConfig
+from .view_config import ViewConfig, view_flag
 from .views import Replay, check_probe
 
 __all__ = ['open_store', 'open_stores']
@@ -45,11 +45,11 @@ def open_store(
     if not {'name', 'weights', 'dtype', 'device', 'input_size'} <= set(teacher) or type(batch_size) is not int or \
             batch_size < 1:
         raise InputError(
-            f'the manifest of {location} says too little of its teacher to go on from; copy the store again')
+            f'the manifest of {location} lacks entries on its teacher that filling needs; copy the store again')
     config = ViewConfig.from_dict(store.manifest.recipe)
     stored = config.to_dict()
     differing = [
-        f'{name} {value!r} instead of {stored[name]!r}' for name, value in (given_view or {}).items()
+        f'{view_flag(name)} {value!r} instead of {stored[name]!r}' for name, value in (given_view or {}).items()
         if stored[name] != value]
     if differing:
         raise InputError(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-__all__ = ['Pairing', 'mixed_cross_entropy']
+__all__ = ['Pairing', 'mixed_cross_entropy', 'mixed_target']
 
 # With 6, partners among 16 samples are not quite equally frequent.
 NUM_ROUNDS = 8
@@ -106,3 +106,27 @@ def mixed_cross_entropy(
     first, second = (
         F.cross_entropy(logits, target, reduction='none', label_smoothing=smoothing) for target in (labels, labels2))
     return (lam * first + (1 - lam) * second).mean()
+
+
+def mixed_target(
+        labels: torch.Tensor,
+        labels2: torch.Tensor,
+        lam: torch.Tensor,
+        num_classes: int,
+        smoothing: float = 0.,
+) -> torch.Tensor:
+    """timm's dense mixup target, for losses that need it.
+
+    Args:
+        labels: Labels of the samples, int64 [B].
+        labels2: Labels of their partners, int64 [B].
+        lam: Share of the first label, [B].
+        num_classes: C.
+        smoothing: Label smoothing.
+
+    Returns:
+        The probability of each class, [B, C].
+    """
+    first, second = (F.one_hot(target, num_classes) for target in (labels, labels2))
+    mixed = lam[:, None] * first + (1 - lam[:, None]) * second
+    return (1 - smoothing) * mixed + smoothing / num_classes

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 from urllib.request import url2pathname
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 import datasets
 import fsspec
@@ -27,7 +27,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..base.console import warning
 from ..base.errors import InputError
-from .folders import FILE_KINDS, check_saved, open_folder
+from .folders import FILE_KINDS, check_saved, load_builder, open_folder
 from .tars import TarSamples
 
 __all__ = [
@@ -49,7 +49,13 @@ REMOTE = ('hf://', 'https://')
 Source = datasets.Dataset | datasets.IterableDataset
 
 
-def load_split(name: str, split: str | None, is_training: bool, streaming: bool = False) -> Source:
+def load_split(
+        name: str,
+        split: str | None,
+        is_training: bool,
+        streaming: bool = False,
+        log: Callable[[str], None] = warning,
+) -> Source:
     """Load one split of a data set.
 
     Args:
@@ -60,6 +66,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
             the first of `validation` and `test` that is there.
         is_training: Which default.
         streaming: Read the files from front to back and keep no copy of them; a split has no slices then.
+        log: Takes a line on what is left out.
 
     Returns:
         A map-style data set, whose `split` is this one, or with `streaming` an iterable one.
@@ -90,7 +97,7 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
             raise InputError(f'there is no folder {name}; give a folder of parquet files or images, or a Hub name')
         else:
             where = f'there is no folder {name} here, and the data set of that name on the Hub'
-            splits = _load(datasets.load_dataset_builder(name, config), split, is_training, streaming)
+            splits = _load(load_builder(name, config), split, is_training, streaming)
     except Exception as error:
         # The loaders raise whatever their backend raises; all of it is about the name that was given.
         reason = _reason(error)
@@ -106,19 +113,20 @@ def load_split(name: str, split: str | None, is_training: bool, streaming: bool 
                          f'them with {flag}, without a slice')
     try:
         # The library's own reading of `train[:10%]`, `train[100:]+validation` and the like.
-        parts = [] if streaming else datasets.ReadInstruction.from_spec(split).to_absolute(
+        parts = [] if split in splits else datasets.ReadInstruction.from_spec(split).to_absolute(
             {key: len(rows) for key, rows in splits.items()})
     except (AssertionError, ValueError):
         raise InputError(f'the data set {name} has no split {split}, only {", ".join(splits)}; name one with {flag}')
     for key in {part.splitname: None for part in parts} or [split]:
         for line in notes.get(key, ()):
-            warning(line)
+            log(line)
     chosen = [
         rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
         for part in parts for rows in [splits[part.splitname]]
-    ]
-    # Tables know the split that they once were, or none.
-    rows = splits[split] if streaming else datasets.concatenate_datasets(chosen, split=datasets.NamedSplit(split))
+    ] or [splits[split]]
+    # Tables know the split that they once were, or none; and of the names that they have, not all are taken.
+    called = datasets.NamedSplit(split if parts else re.sub(r'\W+', '_', split))
+    rows = splits[split] if streaming else datasets.concatenate_datasets(chosen, split=called)
     # Whatever is derived from the rows keeps where they are at home, below which alone they may name files.
     rows.info.homepage = (local.resolve() if local.is_dir() else Path(HF_HUB_CACHE)).as_uri()
     return rows
@@ -162,7 +170,7 @@ def _load(
         wanted = SPLIT_NAMES.findall(_usual_split(files, is_training) if split is None else split)
         if wanted and set(wanted) < set(files):
             chosen = {name: list(map(glob.escape, files[name])) for name in wanted}
-            builder = datasets.load_dataset_builder(kind, data_files=chosen, features=builder.info.features)
+            builder = load_builder(kind, data_files=chosen, features=builder.info.features)
     if isinstance(builder, WebDataset):
         builder = TarSamples.of(builder)
     if streaming:
@@ -211,7 +219,7 @@ def no_labels(dataset: Source) -> str:
     if there is not None:
         return f'{_describe(there, features[there])}, not class numbers; {_remedy(there, features[there])}'
     return (f'there is no label column, only {shorten(", ".join(dataset.column_names), 200)}; name it with '
-            f'--target-key; in a folder of images every file must lie in SPLIT/CLASS/')
+            f'--target-key; in a folder of images every file must lie in SPLIT/CLASS/, of two classes or more')
 
 
 def find_key_column(dataset: Source, name: str) -> str:
@@ -261,7 +269,10 @@ def labels_of(table: pa.Table, name: str | None) -> np.ndarray:
     if name is None:
         return np.full(len(table), -1, dtype=np.int64)
     labels = column(table, name).combine_chunks()
-    return np.asarray(labels.cast(pa.int64()).fill_null(-1)).astype('<i8')
+    try:
+        return np.asarray(labels.cast(pa.int64()).fill_null(-1)).astype('<i8')
+    except pa.ArrowInvalid as error:
+        raise InputError(f'column {name!r} does not hold class numbers: {error}; name another with --target-key')
 
 
 def _features(dataset: Source) -> dict[str, Any]:

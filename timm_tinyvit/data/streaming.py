@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..base.errors import InputError
@@ -25,10 +24,10 @@ from ..store.keys import hash_keys
 from ..store.local import LogitStore
 from ..store.manifest import stored_epoch
 from .classes import class_numbers, new_labels
-from .dataset import EpochRow, collate, decode_source, read_records
+from .dataset import EpochRow, collate, decode_source, decode_with_digest, read_records
 from .fingerprint import check_image, stored_samples
 from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of, select_columns
-from .views import Replay
+from .views import Replay, preserve_random_state
 
 __all__ = ['SparseLogitStream', 'StreamLoader', 'StreamedRows']
 
@@ -114,8 +113,10 @@ class SparseLogitStream(IterableDataset):
         hashes = hash_keys(names)
         indices = hashes.astype(np.int64).tolist()
         sources = column(table, self.image_column).to_pylist()
-        images = [_image(self, *row) for row in zip(sources, names.to_pylist(), indices)]
-        views = self.replay.views(images, [(epoch, index) for index in indices])
+        with preserve_random_state():
+            views = [
+                _image(self, source, name, index, partial(self.replay.views_of, keys=[(epoch, index)]))[0]
+                for source, name, index in zip(sources, names.to_pylist(), indices)]
         labels = labels_of(table, self.label_column)
         labels = (labels if self.numbers is None else new_labels(labels, self.numbers)).tolist()
         samples = [dict(view=view, label=label, index=index) for view, label, index in zip(views, labels, indices)]
@@ -187,7 +188,7 @@ class StreamedRows(Dataset):
     """The views of a stream by the rows of a store, for filling it.
 
     Indexed by what `sampler` yields, which goes through the stream in the process that fills; loader workers get
-    encoded images and make views of them: `view` uint8 [3, H, W] and `index` int.
+    encoded images and make views of them: `view` uint8 [3, H, W], `index` int and `digest` int of the encoded image.
 
     Args:
         stream: The stream that the keys of the store were read from, in the same order.
@@ -215,9 +216,14 @@ class StreamedRows(Dataset):
         self.stream = select_columns(stream, self.image_column, self.key_column)
 
     def __getitems__(self, items: list[_Item]) -> list[dict[str, Any]]:
-        images = [_image(self, source, name, index) for (_, index), name, source in items]
-        views = self.replay.views(images, [view for view, _, _ in items])
-        return [dict(view=view, index=index) for view, ((_, index), _, _) in zip(views, items)]
+        samples = []
+        with preserve_random_state():
+            for key, name, source in items:
+                make_views = partial(self.replay.views_of, keys=[key])
+                (view,), digest = _image(
+                    self, source, name, key[1], partial(decode_with_digest, decode=make_views))
+                samples.append(dict(view=view, index=key[1], digest=digest))
+        return samples
 
     def sampler(self, batches: Iterable[list[EpochRow]]) -> '_StreamedBatches':
         """Batches of (epoch, row) pairs, each batch of consecutive rows, as batches of what the stream has there."""
@@ -261,8 +267,10 @@ def _image(
         source: dict[str, Any] | None,
         name: str | int,
         index: int,
-) -> Image.Image | torch.Tensor:
-    """A decoded image from wherever its path leads, compared with what the store remembers of it."""
+        decode: Callable[[bytes], Any],
+) -> Any:
+    """What `decode` makes of an image from wherever its path leads, compared with what the store remembers of it.
+    """
     try:
         content = encoded_image(source, data.root)
     except OSError as error:
@@ -271,4 +279,4 @@ def _image(
     if digest is not None:
         check_image(data.store, name, content, digest)
     path = source.get('path') if isinstance(source, dict) else None
-    return decode_source({'bytes': content, 'path': path}, repr(name), data.replay.decode)
+    return decode_source({'bytes': content, 'path': path}, repr(name), decode)

@@ -1,13 +1,19 @@
-"""Tar files of webdataset: samples whose image has another ending than the first one's are read all the same."""
+"""Tar files of webdataset: samples whose image has another ending than the first one's are read all the same.
 
+What `datasets` passes over without a word is refused: an archive without its end, and members that are links.
+"""
+
+import os
+import tarfile
 from itertools import islice
-from typing import Any
+from typing import Any, BinaryIO
 from collections.abc import Iterator
 
 import datasets
 import pyarrow as pa
 from datasets.features.features import cast_to_python_objects
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from datasets.utils.file_utils import ArchiveIterable
 
 from ..base.errors import InputError
 from .folders import check_whole
@@ -29,6 +35,10 @@ class TarSamples(WebDataset):
             dataset_name=builder.dataset_name, config_id=builder.config_id, hash=f'{builder.hash}-one-image',
             base_path=builder.base_path, token=builder.token, repo_id=builder.repo_id,
             data_files=builder.config.data_files, features=builder.info.features)
+
+    @classmethod
+    def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: ArchiveIterable) -> Iterator[dict[str, Any]]:
+        return super()._get_pipeline_from_tar(tar_path, _Members(_Members._iter_from_urlpath, *tar_iterator.args))
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
         files = dl_manager.download(self.config.data_files)
@@ -70,6 +80,24 @@ class TarSamples(WebDataset):
     @classmethod
     def _is_image(cls, name: str) -> bool:
         return name.rpartition('.')[2].lower() in cls.IMAGE_EXTENSIONS
+
+
+class _Members(ArchiveIterable):
+    """The files in a tar file, as pairs of a name and an open file."""
+
+    @staticmethod
+    def _iter_tar(file: BinaryIO) -> Iterator[tuple[str, Any]]:
+        with tarfile.open(fileobj=file, mode='r|*') as archive:
+            for member in archive:
+                if member.islnk() or member.issym():
+                    raise ValueError(f'its member {member.name} is a link to {member.linkname}; archive the files '
+                                     f'themselves, as by tar --dereference --hard-dereference')
+                if member.isreg() and not os.path.basename(member.name).startswith(('.', '__')):
+                    yield member.name, archive.extractfile(member)
+                archive.members = []
+            # A whole archive ends with blocks of zeros; one that is cut at a header ends for tarfile, too.
+            if archive.fileobj.tell() < archive.offset + tarfile.BLOCKSIZE:
+                raise ValueError('it is cut short, so that samples are missing')
 
 
 def _in_a_sentence(samples: Iterator[Any], paths: list[str]) -> Iterator[Any]:

@@ -6,9 +6,25 @@ from typing import Any
 from ..base.errors import InputError
 from ..base.types import is_like
 
-__all__ = ['ViewConfig']
+__all__ = ['VIEW_FLAGS', 'ViewConfig', 'view_flag']
 
 MAX_NUMBER = 4096
+# Flag of timm's train.py -> entry of ViewConfig.
+VIEW_FLAGS = {
+    'no_aug': 'no_aug', 'train_crop_mode': 'train_crop_mode', 'scale': 'scale', 'ratio': 'ratio', 'hflip': 'hflip',
+    'vflip': 'vflip', 'color_jitter': 'color_jitter', 'color_jitter_prob': 'color_jitter_prob',
+    'grayscale_prob': 'grayscale_prob', 'gaussian_blur_prob': 'gaussian_blur_prob', 'aa': 'auto_augment',
+    'train_interpolation': 'interpolation', 'view_mean': 'mean', 'view_std': 'std', 'reprob': 're_prob',
+    'remode': 're_mode', 'recount': 're_count', 'mixup': 'mixup', 'cutmix': 'cutmix',
+    'cutmix_minmax': 'cutmix_minmax', 'mixup_prob': 'mixup_prob', 'mixup_switch_prob': 'mixup_switch_prob',
+    'decoder': 'decoder',
+}
+
+
+def view_flag(entry: str) -> str:
+    """The flag that sets an entry of the view config, for error messages."""
+    flags = {entry: flag for flag, entry in VIEW_FLAGS.items()} | {'input_size': 'img_size'}
+    return f'--{flags.get(entry, entry).replace("_", "-")}'
 
 
 @dataclass(frozen=True)
@@ -59,38 +75,41 @@ class ViewConfig:
             if item.name == 'color_jitter' and isinstance(value, tuple):
                 example = (0.,) * len(value)
             if not is_like(value, example) and (value, item.default) != (None, None):
-                raise InputError(f'the view config has {item.name} = {value!r}; expected values as in {example!r}')
+                raise InputError(
+                    f'the view config has {view_flag(item.name)} {value!r}; expected values as in {example!r}')
             numbers = [number for number in (value if isinstance(value, tuple) else (value,))
                        if isinstance(number, (int, float))]
             # A manifest may come from anywhere, and a view of this size is made to probe it.
             if not all(-MAX_NUMBER <= number <= MAX_NUMBER for number in numbers):
-                raise InputError(f'the view config has {item.name} = {value!r}; expected {MAX_NUMBER} at most')
+                raise InputError(f'the view config has {view_flag(item.name)} {value!r}; expected {MAX_NUMBER} at most')
         probabilities = (
             'hflip', 'vflip', 'grayscale_prob', 'gaussian_blur_prob', 're_prob', 'mixup_prob', 'mixup_switch_prob')
         for name in probabilities:
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f'the view config has {name} = {getattr(self, name)}; expected a probability, 0 to 1')
+                raise InputError(
+                    f'the view config has {view_flag(name)} {getattr(self, name)}; expected a probability, 0 to 1')
         for name in ('scale', 'ratio', 're_count'):
             value = getattr(self, name)
             if not min(value if isinstance(value, tuple) else (value,)) > 0:
-                raise InputError(f'the view config has {name} = {getattr(self, name)}; expected more than 0')
+                raise InputError(f'the view config has {view_flag(name)} {getattr(self, name)}; expected more than 0')
         if self.input_size[0] != 3 or min(self.input_size) < 1:
-            raise InputError(f'the input size of a view is {self.input_size}; expected (3, height, width)')
+            raise InputError(f'the view config has --img-size {self.input_size}; expected (3, height, width)')
         if self.decoder not in ('pillow', 'torch') or self.exif != 'transpose':
             raise InputError(
-                f'the view config decodes with {self.decoder!r} and EXIF rule {self.exif!r}; this version of '
+                f'the view config has --decoder {self.decoder} and the EXIF rule {self.exif!r}; this version of '
                 f'timm_tinyvit knows pillow and torch, and transpose')
         if self.decoder == 'torch' and (self.no_aug or self.train_crop_mode != 'rrc'):
-            raise InputError('the decoder torch needs the crop mode rrc; give --decoder pillow for the others')
+            raise InputError('--decoder torch needs --train-crop-mode rrc; give --decoder pillow for the others')
         if self.re_mode not in ('const', 'rand', 'pixel'):
-            raise InputError(f'the erasing mode is {self.re_mode!r}; use const, rand or pixel')
+            raise InputError(f'the view config has --remode {self.re_mode}; expected const, rand or pixel')
         for name in ('mixup', 'cutmix'):
             if getattr(self, name) < 0:
-                raise InputError(f'the view config has {name} = {getattr(self, name)}; expected 0 for none, or more')
+                raise InputError(
+                    f'the view config has {view_flag(name)} {getattr(self, name)}; expected 0 for none, or more')
         low, high = self.cutmix_minmax or (0., 1.)
         if not 0 <= low < high <= 1 or any(int(side * low) == int(side * high) for side in self.input_size[1:]):
             raise InputError(
-                f'the view config has cutmix_minmax = {self.cutmix_minmax}; expected two shares of height and '
+                f'the view config has --cutmix-minmax {self.cutmix_minmax}; expected two shares of height and '
                 f'width, from 0 to 1 and at least one pixel apart')
 
     @property

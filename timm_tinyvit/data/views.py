@@ -13,7 +13,7 @@ import platform
 import random
 import struct
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from collections.abc import Callable, Iterator, Sequence
@@ -29,13 +29,16 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose
 
 from ..base.errors import InputError
-from .decoding import TensorCrop, as_tensor, decode_image, decode_jpeg, keep_a_pixel
+from .decoding import JpegImage, TensorCrop, as_tensor, decode_image, keep_a_pixel
 from .pairing import Pairing
 from .view_config import ViewConfig
 
 __all__ = [
     'Replay', 'check_probe', 'decode_image', 'library_versions', 'preserve_random_state', 'seed_view',
 ]
+
+# What a decoder gives and views are made of.
+DecodedImage = Image.Image | torch.Tensor | JpegImage
 
 NUM_PROBE_VIEWS = 64
 PROBE_JPEG = Path(__file__).with_name('probe.jpg')
@@ -129,30 +132,48 @@ class Replay:
                 config.mixup, config.cutmix, config.cutmix_minmax, config.mixup_prob, config.mixup_switch_prob,
                 mode='pair', label_smoothing=0., num_classes=2)
 
-    def decode(self, data: bytes | str | Path) -> Image.Image | torch.Tensor:
+    def decode(self, data: bytes | str | Path) -> DecodedImage:
         """An encoded image, or the file of one, as the view config's decoder gives it.
 
+        With the decoder `torch` the pixels of a JPEG are decoded when views are made of them.
+
         Raises:
-            Exception: It cannot be decoded, see `decode_image`.
+            OSError: It cannot be decoded.
         """
         if self.config.decoder == 'pillow':
             return decode_image(data)
-        image = decode_jpeg(data)
-        return as_tensor(decode_image(data)) if image is None else image
+        if not isinstance(data, bytes):
+            data = Path(data).read_bytes()
+        return JpegImage(data) if data.startswith(b'\xff\xd8') else as_tensor(decode_image(data))
 
-    def __call__(self, image: Image.Image | torch.Tensor, epoch: int, index: int) -> torch.Tensor:
-        """The view of a sample in an epoch, uint8 [3, H, W], of an image that `decode` made."""
+    def __call__(self, image: DecodedImage, epoch: int, index: int) -> torch.Tensor:
+        """The view of a sample in an epoch, uint8 [3, H, W], of an image that `decode` made.
+
+        Raises:
+            OSError: The image cannot be decoded.
+        """
         with preserve_random_state():
             return self._view(image, epoch, index)
 
     def views(
             self,
-            images: Sequence[Image.Image | torch.Tensor],
+            images: Sequence[DecodedImage],
             keys: Sequence[tuple[int, int]],
     ) -> list[torch.Tensor]:
         """The views, each uint8 [3, H, W], of images with their (epoch, index): cheaper than one by one."""
         with preserve_random_state():
             return [self._view(image, *key) for image, key in zip(images, keys, strict=True)]
+
+    def views_of(self, data: bytes | str | Path, keys: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+        """The views, each uint8 [3, H, W], of one encoded image, or the file of one, for each (epoch, index).
+
+        It leaves the global generators seeded: call it inside of `preserve_random_state`, once for many images.
+
+        Raises:
+            OSError: The image cannot be decoded.
+        """
+        image = self.decode(data)
+        return [self._view(image, *key) for key in keys]
 
     def mix(
             self,
@@ -177,7 +198,7 @@ class Replay:
                 mixed.append((views, targets[0, 0].item()))
         return mixed
 
-    def _view(self, image: Image.Image | torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+    def _view(self, image: DecodedImage, epoch: int, index: int) -> torch.Tensor:
         seed_view(self.seed, epoch, index)
         view = self._transform(image).contiguous()
         if self._erase is not None:
@@ -192,7 +213,12 @@ class Replay:
         digest = hashlib.blake2b(digest_size=16)
         keys = [(number // len(images), number) for number in range(NUM_PROBE_VIEWS)]
         views = self.views([images[index % len(images)] for _, index in keys], keys)
-        for view in views:
+        small_views = []
+        if self.config.decoder == 'torch':
+            # Small enough that the JPEG is decoded at every scale.
+            small = replace(self.config, input_size=(3, 6, 6), mixup=0., cutmix=0., cutmix_minmax=None)
+            small_views = Replay(small, self.seed).views(images[:1] * NUM_PROBE_VIEWS, keys)
+        for view in [*views, *small_views]:
             digest.update(view.numpy())
         if self.config.is_mixed:
             numbers = np.arange(NUM_PROBE_VIEWS // 2)

@@ -10,7 +10,6 @@ behind.
 """
 
 import os
-import shutil
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -22,7 +21,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from ..base.errors import InputError
-from ..base.files import write_atomic
+from ..base.files import remove_leftovers, temporary_beside, write_atomic
 from ..models import clip_teacher, tiny_vit
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.loading import read_weights
@@ -130,16 +129,15 @@ def convert_checkpoint(checkpoint: Path, name: str, output: Path) -> str:
         raise InputError(f'{checkpoint} cannot be converted: its {broken} holds values that are not finite')
     model.load_state_dict(weights, assign=True)
 
-    aside = output.with_name(f'.{output.name}.{os.getpid()}.tmp')
+    remove_leftovers(output.parent, output.name)
     try:
-        export_model(aside, model, **official_config(name, model.num_classes))
-        card = converted_card(aside, checkpoint.name, find_checkpoint(checkpoint.name, name), NO_REPO)
-        write_atomic(aside / CARD, str(card).encode())
-        os.replace(aside, output)
+        with temporary_beside(output) as temporary:
+            export_model(temporary, model, **official_config(name, model.num_classes))
+            card = converted_card(temporary, checkpoint.name, find_checkpoint(checkpoint.name, name), NO_REPO)
+            write_atomic(temporary / CARD, str(card).encode())
+            os.replace(temporary, output)
     except OSError as error:
         raise InputError(f'{output} cannot be written: {error.strerror or error}')
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return '\n'.join([
         f'{output}: {name} with {model.num_classes} classes',
         f'test crop: {_crop(name)[1]}, as in the official evaluation; the accuracies of the paper belong to it',

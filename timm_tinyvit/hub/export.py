@@ -17,11 +17,12 @@ from pathlib import Path
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
 from ..base.errors import InputError
+from ..base.files import remove_leftovers, temporary_beside
+from ..models.config_file import image_config
 from ..models.loading import create_pretrained, look_at_zeros, set_image_size
 
 __all__ = ['FORMATS', 'export', 'export_pretrained']
@@ -86,24 +87,24 @@ def export(model: nn.Module, format: str, path: Path) -> float:
     write, suffix = FORMATS[format]
     if path.suffix != suffix:
         raise InputError(f'{path} ends in {path.suffix or "nothing"}, but {format} files end in {suffix}')
-    input_size = resolve_model_data_config(model)['input_size']
+    input_size = image_config(model, path.stem)['input_size']
     model = reparameterize_model(copy.deepcopy(model).eval().requires_grad_(False), inplace=True)
     generator = torch.Generator().manual_seed(0)
-    aside = path.with_name(f'.{os.getpid()}.{path.name}')
+    remove_leftovers(path.parent, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad():
-            run = write(model, torch.randn(2, *input_size, generator=generator), aside)
+        # AOTInductor looks at the ending.
+        with temporary_beside(path, suffix) as temporary, torch.no_grad():
+            run = write(model, torch.randn(2, *input_size, generator=generator), temporary)
             images = torch.randn(3, *input_size, generator=generator)
             expected = model(images)
             difference = ((run(images) - expected).abs().max() / expected.abs().max()).item()
-        if not difference <= TOLERANCE:
-            raise InputError(f'the {format} model differs from the original by {difference:.1e} of its largest logit')
-        os.replace(aside, path)
+            if not difference <= TOLERANCE:
+                raise InputError(
+                    f'the {format} model differs from the original by {difference:.1e} of its largest logit')
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f'{path} cannot be written: {error.strerror or error}')
-    finally:
-        aside.unlink(missing_ok=True)
     return difference
 
 
@@ -135,7 +136,7 @@ def export_pretrained(
     if img_size is not None:
         _set_size(model, name, img_size)
     difference = export(model, format, path)
-    config = resolve_model_data_config(model)
+    config = image_config(model, name)
     return (f'{path}: input float32 [batch, {", ".join(map(str, config["input_size"]))}], mean {config["mean"]}, '
             f'std {config["std"]}\n'
             f'checked against the original: largest difference {difference:.1e} of the largest logit')

@@ -5,7 +5,6 @@ time or the place of the rendering: the same run gives the same card. Metadata a
 that the Hub shows the results.
 """
 
-import json
 import math
 import re
 import shlex
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import quote
 from collections.abc import Iterable, Mapping
 
 import jinja2
@@ -23,20 +23,25 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..base.errors import InputError
+from ..base.escaping import Markdown, code_block, code_span, for_markdown, printable, shown, without_secrets
 from ..base.text import counted, readable_bytes
-from ..train.metrics import accuracy_of, read_metrics, suffixed
+from ..base.yaml_reader import HEAD, card_head
+from ..models.config_file import CONFIG, image_config, read_config
+from ..train.metrics import METRICS, accuracy_of, read_metrics, suffixed
 from ..train.record import read_run
 
 __all__ = [
-    'CARD', 'CITATION', 'NO_REPO', 'PICTURE', 'TAG', 'ModelFacts', 'Weights', 'accuracy_results', 'card_metadata',
-    'evaluation_command', 'has_text', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml', 'render_card',
-    'run_card',
+    'CARD', 'CITATION', 'NO_REPO', 'PACKAGE', 'PICTURE', 'TAG', 'ModelFacts', 'Weights', 'accuracy_results',
+    'card_metadata', 'evaluation_command', 'has_text', 'kept_metadata', 'model_facts', 'read_weights', 'recipe_yaml',
+    'render_card', 'run_card',
 ]
 
 HUB = 'https://huggingface.co'
 # What cards of this package have among their tags.
 TAG = 'timm_tinyvit'
 CARD, PICTURE = 'README.md', 'metrics.png'
+# Where this package is found, as in pyproject.toml.
+PACKAGE = 'https://pypi.org/project/timm-tinyvit/'
 # What stands for the repo in a card that is made before it is known.
 NO_REPO = 'ORG/NAME'
 # What a card keeps of the one before it, if its owners have written it there, with the terms of a gated repo.
@@ -47,8 +52,6 @@ LOCAL_DATA = 'local-folder'
 # Class names that a card lists.
 MAX_NAMES = 12
 COMMAND_WIDTH = 100
-# The metadata of a card, as YAML.
-HEAD = re.compile(r'\ufeff?\s*---[ \t]*\r?\n(.*?)^---', re.DOTALL | re.MULTILINE)
 CITATION = """\
 @InProceedings{tiny_vit,
   title = {TinyViT: Fast Pretraining Distillation for Small Vision Transformers},
@@ -86,12 +89,12 @@ class ModelFacts:
         return f'{self.size[0]}x{self.size[1]}'
 
     @property
-    def classes(self) -> str:
+    def classes(self) -> Markdown:
         more = f' and {self.num_classes - MAX_NAMES:,} more' if self.num_classes > MAX_NAMES else ''
         # A description is a list of synonyms.
         names = [self.label_descriptions.get(name, name).partition(', ')[0] for name in self.label_names[:MAX_NAMES]]
-        listed = ', '.join(' '.join(name.split()) for name in names)
-        return f'{self.num_classes:,}: {listed}{more}' if listed else f'{self.num_classes:,}'
+        listed = ', '.join(for_markdown(' '.join(name.split())) for name in names)
+        return Markdown(f'{self.num_classes:,}: {listed}{more}' if listed else f'{self.num_classes:,}')
 
     @property
     def other_size(self) -> int:
@@ -105,15 +108,14 @@ def model_facts(folder: Path) -> ModelFacts:
     Raises:
         InputError: There is no such file, or timm makes no model of it.
     """
-    file = folder / 'config.json'
+    config = read_config(folder)
     try:
-        config = json.loads(file.read_text(encoding='utf-8'))
         model = timm.create_model(f'local-dir:{folder}', pretrained=False, device='meta').eval()
     except Exception as error:
         # timm fails in as many ways as there are wrong files.
         reason = f'{type(error).__name__} {error}'.splitlines()[0]
-        raise InputError(f'timm makes no model of {file} ({reason}); name the folder of a timm model')
-    data = timm.data.resolve_model_data_config(model)
+        raise InputError(f'timm makes no model of {folder / CONFIG} ({reason}); name the folder of a timm model')
+    data, descriptions = image_config(model, str(folder)), config.get('label_descriptions')
     for module in model.modules():
         if hasattr(module, 'fused_attn'):
             module.fused_attn = False  # the counter knows matrix products
@@ -121,15 +123,15 @@ def model_facts(folder: Path) -> ModelFacts:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(1, *data['input_size'], device='meta'))
         macs = _large(counter.get_total_flops() / 2)
-    except (NotImplementedError, RuntimeError):
-        # Some models look at values, and there are none.
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        # Some models look at values, and there are none; some take no images of the size that is said.
         macs = ''
     return ModelFacts(
         architecture=config['architecture'], macs=macs, size=tuple(data['input_size'][-2:]), crop=_crop_words(data),
         parameters=_large(sum(parameter.numel() for parameter in model.parameters())),
         num_classes=model.num_classes,
         label_names=tuple(map(str, config.get('label_names') or ())),
-        label_descriptions=config.get('label_descriptions') or {})
+        label_descriptions=descriptions if isinstance(descriptions, dict) else {})
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ def evaluation_command(repo: str, dataset: str, split: str, *flags: str) -> str:
 def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
     """A card, of a model or of a store, from a template of this package.
 
+    What a template puts into the card is text, and escaped as such, unless it comes from a filter that makes Markdown.
+
     Args:
         template: Name of the file in `cards/`.
         metadata: Of the Hub.
@@ -218,16 +222,18 @@ def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('timm_tinyvit.hub', 'cards'), trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined)
+        undefined=jinja2.StrictUndefined, finalize=for_markdown)
     environment.filters.update(
-        bytes=readable_bytes, code=lambda text: f'`{text}`', counted=counted, data_flag=_data_flag,
-        data_link=_data_link, link=_link, listed=_listed, model_link=_model_link, number=lambda value: f'{value:,}',
-        percent=lambda value: f'{value:.2f}%', rate=_rate, standard_error=_standard_error, store_link=_store_link,
-        store_name=_store_name)
+        block=code_block, bytes=readable_bytes, code=code_span, counted=counted, data_flag=_data_flag,
+        data_link=_data_link, link=_link, listed=_listed, markdown=Markdown, model_link=_model_link,
+        number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate, repr=_literal,
+        standard_error=_standard_error, store_link=_store_link, store_name=_store_name)
+    head = printable(metadata.to_yaml(), lines=True)
     text = environment.get_template(template).render(
-        card_data=metadata.to_yaml(), license=metadata.get('license_name') or metadata.get('license'), **facts)
+        card_data=Markdown(head), license=metadata.get('license_name') or metadata.get('license'),
+        package=Markdown(f'[timm_tinyvit]({PACKAGE})'), **facts)
     # What is left out leaves blank lines.
-    return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+    return without_secrets(re.sub(r'\n{3,}', '\n\n', text).strip()) + '\n'
 
 
 def run_card(
@@ -253,9 +259,15 @@ def run_card(
     Raises:
         InputError: The folder lacks something that a run leaves.
     """
-    record, rows = read_run(run), read_metrics(run)
+    record, rows = read_run(run, is_whole=True), read_metrics(run)
+    rates, waits = ([row[name] for row in rows if name in row] for name in ('images_per_second', 'data_wait'))
+    if not rates or not waits:
+        raise InputError(f'{run / METRICS} has no images_per_second or no data_wait, as a run writes them; start the '
+                         f'run again, which writes it anew')
     model, weights = model_facts(run / which), read_weights(run)
-    published = next(item for item in weights if item.name == which)
+    published = next((item for item in weights if item.name == which), None)
+    if published is None:
+        raise InputError(f'{run} has no weights {which}; name others with --which')
     shown = [published]
     for item in weights:
         # Those of the same epoch are the same.
@@ -271,19 +283,19 @@ def run_card(
         title, results, bool(stores), _hub_datasets(record), base['name'] if base and base['on_hub'] else None,
         has_classes=bool(model.num_classes), **kept_metadata(before, license))
     return ModelCard(render_card(
-        'run_card.md', metadata, title=title, repo=repo, model=model, notes=notes.strip(), published=published,
+        'run_card.md', metadata, title=title, repo=repo, model=model, published=published,
+        notes=Markdown(notes.strip()),
         weights=shown, with_top5=with_top5, record=record, train=record['train'], val=val, stores=stores, base=base,
         environment=record['environment'], teachers=list(dict.fromkeys(map(_teacher_words, stores))),
         recipe=recipe_yaml(record).strip(), command=_training_command(record),
         filling=[_filling_command(record, store) for store in stores if not store['on_hub'] and store['flags']],
         evaluation=evaluation_command(
             repo, _data_flag(val), val['split'], *val['flags'], *(() if model.num_classes else ('--probe', 'knn'))),
-        unpublished=[*(f'`{store["name"]}`' for store in stores if not store['on_hub']),
+        unpublished=[*(code_span(store['name']) for store in stores if not store['on_hub']),
                      *([_model_link(base)] if base and base['is_local'] else [])],
         label_weight=1 - record['recipe'].get('alpha', 1.) if stores else 0.,
         picture=PICTURE if (run / PICTURE).is_file() else '', rows=rows, speed=speed,
-        training_rate=median(row['images_per_second'] for row in rows),
-        waiting=median(row['data_wait'] for row in rows),
+        training_rate=median(rates), waiting=median(waits),
         citation=CITATION if stores or model.architecture.startswith('tiny_vit') else ''))
 
 
@@ -316,9 +328,15 @@ def model_metadata(
 
 def recipe_yaml(record: dict[str, Any]) -> str:
     """The flags of a run that differ from their defaults, as a file for `--config`."""
-    # On the command line pairs are a list.
-    recipe = {key: [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else value
-              for key, value in record['recipe'].items()}
+
+    def public(value: Any) -> Any:
+        # On the command line pairs are a list. Of a path only the name is shown.
+        if isinstance(value, dict):
+            return [f'{name}={shown(item) if isinstance(item, str) else item}' for name, item in value.items()]
+        return [public(item) for item in value] if isinstance(value, list) else (
+            shown(value) if isinstance(value, str) else value)
+
+    recipe = {key: public(value) for key, value in record['recipe'].items()}
     # A line for each flag.
     return ''.join(
         yaml.safe_dump({key: value}, default_flow_style=None if isinstance(value, list) else False, width=1000)
@@ -327,12 +345,10 @@ def recipe_yaml(record: dict[str, Any]) -> str:
 
 def card_metadata(card: str) -> dict[str, Any]:
     """The metadata of any card; empty where they cannot be read."""
-    head = HEAD.match(card)
     try:
-        metadata = yaml.safe_load(head[1]) if head else {}
-    except (RecursionError, ValueError, yaml.YAMLError):  # of impossible dates, a ValueError
-        metadata = {}
-    return metadata if isinstance(metadata, dict) else {}
+        return card_head(card, 'the card')
+    except InputError:
+        return {}
 
 
 def kept_metadata(before: str, license: str | None) -> dict[str, Any]:
@@ -420,7 +436,7 @@ def _rate(value: float) -> str:
 def _standard_error(percent: float, images: int) -> str:
     """What chance does to an accuracy over so many images."""
     share = percent / 100
-    return f'{100 * math.sqrt(share * (1 - share) / images):.2f}'
+    return f'{100 * math.sqrt(max(0., share * (1 - share)) / images):.2f}'
 
 
 def _crop_words(data: dict[str, Any]) -> str:
@@ -438,13 +454,19 @@ def _crop_words(data: dict[str, Any]) -> str:
     return words if data['crop_mode'] != 'center' and scaled == size else f'{words}, then the middle {height}x{width}'
 
 
-def _link(name: str, path: str | None) -> str:
+def _literal(text: str) -> Markdown:
+    """A text as a literal of Python, within a block of code."""
+    return Markdown(printable(ascii(without_secrets(text))).replace('`', r'\x60'))
+
+
+def _link(name: str, path: str | None) -> Markdown:
     """A link to what the Hub has at this path; the name alone where that is not known."""
-    return f'[{name.removeprefix("hf-hub:")}]({HUB}/{path})' if path else f'`{name}`'
+    return Markdown(f'[{for_markdown(name.removeprefix("hf-hub:"))}]({HUB}/{quote(path)})') if path else code_span(name)
 
 
-def _data_link(data: dict[str, Any]) -> str:
-    return _link(data['name'], f'datasets/{data["name"]}') if data['on_hub'] else f'`{data["name"]}` (a local folder)'
+def _data_link(data: dict[str, Any]) -> Markdown:
+    return _link(data['name'], f'datasets/{data["name"]}') if data['on_hub'] else Markdown(
+        f'{code_span(data["name"])} (a local folder)')
 
 
 def _data_flag(data: dict[str, Any]) -> str:
@@ -452,26 +474,26 @@ def _data_flag(data: dict[str, Any]) -> str:
     return data['name'] if data['on_hub'] else f'./{data["name"]}'
 
 
-def _model_link(base: dict[str, Any]) -> str:
-    return _link(base['name'], base['name']) if base['on_hub'] else f'the weights `{base["name"]}`'
+def _model_link(base: dict[str, Any]) -> Markdown:
+    return _link(base['name'], base['name']) if base['on_hub'] else Markdown(f'the weights {code_span(base["name"])}')
 
 
-def _teacher_words(store: dict[str, Any]) -> str:
+def _teacher_words(store: dict[str, Any]) -> Markdown:
     link = _link(store['teacher']['name'], store['teacher_repo'])
-    return link if store['teacher_repo'] else f'a teacher called {link}'
+    return link if store['teacher_repo'] else Markdown(f'a teacher called {link}')
 
 
-def _store_name(store: dict[str, Any]) -> str:
-    return _store_link(store) if store['on_hub'] else f'`{store["name"]}`'
+def _store_name(store: dict[str, Any]) -> Markdown:
+    return _store_link(store) if store['on_hub'] else code_span(store['name'])
 
 
-def _store_link(store: dict[str, Any]) -> str:
+def _store_link(store: dict[str, Any]) -> Markdown:
     if not store['on_hub']:
-        return f'`{store["name"]}` (identity {store["identity"]})'
+        return Markdown(f'{code_span(store["name"])} (identity {for_markdown(store["identity"])})')
     repo, _, commit = store['name'].removeprefix('hf://datasets/').partition('@')
     return _link(repo, f'datasets/{repo}' + (f'/tree/{commit}' if commit else ''))
 
 
-def _listed(items: Iterable[str]) -> str:
-    *most, last = items
-    return f'{", ".join(most)} and {last}' if most else last
+def _listed(items: Iterable[str]) -> Markdown:
+    *most, last = map(for_markdown, items)
+    return Markdown(f'{", ".join(most)} and {last}' if most else last)

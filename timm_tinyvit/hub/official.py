@@ -24,7 +24,7 @@ TEACHER = 'clip_vit_large_patch14_224.in22k'
 PUBLISHED_SPEED = {
     'tiny_vit_5m_224': 3060, 'tiny_vit_11m_224': 2468, 'tiny_vit_21m_224': 1571, 'tiny_vit_21m_384': 394,
     'tiny_vit_21m_512': 167}
-# Images per second of this package's class and of timm's own, by benchmarks/model_speed.py: as in the README.
+# Images per second of this package's class and of timm's own, by benchmarks/model_speed.py: as in docs/results.md.
 SPEED = {'tiny_vit_5m_224': (51.3, 15.3), 'tiny_vit_11m_224': (54.1, 31.1), 'tiny_vit_21m_224': (17.8, 8.7)}
 
 

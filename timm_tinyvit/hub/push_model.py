@@ -22,9 +22,11 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME
 
 from ..base.console import print_result
 from ..base.errors import InputError
-from ..base.files import write_atomic
+from ..base.files import read_bounded, write_atomic
 from ..base.hub_client import check_license, check_repo_id, create_repo, push_files, retried
 from ..base.launch import device_name
+from ..base.types import COUNT, Number, mismatch, read_json
+from ..models.loading import check_weights, create_model
 from ..train.metrics import METRICS
 from ..train.record import read_run
 from .model_card import (
@@ -35,6 +37,9 @@ __all__ = ['model_files', 'prepare_push', 'publish', 'push_finished_run']
 
 SPEED = 'speed.json'
 SPEED_SECONDS = 2.
+SPEED_KINDS = {
+    'images_per_second': Number(0, 1e15), 'batch_size': COUNT, 'device': str, 'threads': COUNT, 'torch': str}
+MAX_CARD_BYTES = 1 << 22
 MODEL = ('config.json', HF_SAFE_WEIGHTS_NAME)
 # Endings of files with weights, of whatever library.
 WEIGHTS = (
@@ -142,12 +147,16 @@ def model_files(
     """
     check_repo_id(repo)
     folder, which = _find_model(Path(folder), which)
+    check_weights(folder / (which or '') / HF_SAFE_WEIGHTS_NAME)
     if which is None:
         return {CARD: _own_card(folder, repo, license, notes), **{name: folder / name for name in MODEL}}
     card = str(run_card(folder, which, repo, license, notes, _speed(folder, folder / which), before))
     files: dict[str, bytes | Path] = {
         CARD: card.encode(), **{name: folder / which / name for name in MODEL}, METRICS: folder / METRICS,
         'recipe.yaml': recipe_yaml(read_run(folder)).encode()}
+    if missing := next((path for path in files.values() if isinstance(path, Path) and not path.is_file()), None):
+        raise InputError(f'there is no file {missing}, or it is none; let the run write it again, or choose other '
+                         f'weights with --which')
     return {**files, PICTURE: folder / PICTURE} if (folder / PICTURE).is_file() else files
 
 
@@ -160,7 +169,7 @@ def _find_model(folder: Path, which: str | None) -> tuple[Path, str | None]:
     if (folder / 'config.json').is_file() and (folder.parent / METRICS).is_file() and which in (None, folder.name):
         folder, which = folder.parent, folder.name
     if (folder / METRICS).is_file():
-        read_run(folder)
+        read_run(folder, is_whole=True)
         names = [weights.name for weights in read_weights(folder)]
         if not names or which not in (None, *names):
             raise InputError(f'{folder} has no weights {which or "yet"}, only {", ".join(names) or METRICS}; choose '
@@ -181,7 +190,10 @@ def _own_card(folder: Path, repo: str, license: str | None, notes: str) -> bytes
     """
     if license or notes:
         raise InputError(f'{folder} has a card of its own; edit its {CARD} instead of giving --license or --notes')
-    card = (folder / CARD).read_text(encoding='utf-8').replace(NO_REPO, repo)
+    try:
+        card = read_bounded(folder / CARD, MAX_CARD_BYTES).decode().replace(NO_REPO, repo)
+    except (OSError, ValueError) as error:
+        raise InputError(f'{folder / CARD} cannot be read ({error}); fix it')
     if not _is_ours(card):
         raise InputError(f'{folder / CARD} has no tag {TAG}, by which the next push knows the repo as its own; add it '
                          f'to the tags in its head')
@@ -223,7 +235,9 @@ def _speed(run: Path, model: Path) -> dict[str, Any] | None:
     """Speed of inference on this machine, measured once and kept, so that the same run has the same card again."""
     file = run / SPEED
     try:
-        return json.loads(file.read_text(encoding='utf-8'))
+        speed = read_json(read_bounded(file, MAX_CARD_BYTES))
+        if mismatch(speed, SPEED_KINDS, '') is None:
+            return speed
     except (OSError, ValueError):
         pass
     try:
@@ -238,7 +252,7 @@ def _speed(run: Path, model: Path) -> dict[str, Any] | None:
 @torch.inference_mode()
 def _measure_speed(folder: Path) -> dict[str, Any]:
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device('cpu')
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
+    model = create_model(f'local-dir:{folder}', pretrained=True).to(device).eval()
     batch_size = 16 if device.type == 'cpu' else 128
     images = torch.zeros(batch_size, *timm.data.resolve_model_data_config(model)['input_size'], device=device)
     seconds: list[float] = []

@@ -24,6 +24,7 @@ from ..base.text import counted, readable_bytes
 from ..models.names import public_name
 from ..report.labels import LabelledViews
 from ..store.cache import HubCommit
+from ..store.digests import digests_name
 from ..store.keys import FILE_NAME
 from ..store.local import LogitStore
 from ..store.manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
@@ -81,8 +82,8 @@ class PublishedStore:
         """Read what is published now."""
         info = retried(f'look at the dataset repo {self.repo_id}', lambda: HfApi().dataset_info(
             self.repo_id, expand=['sha'], timeout=30.))
-        self.revision = info.sha
-        head = HubCommit(self.repo_id, info.sha)
+        head = HubCommit(self.repo_id, 'main').at(info.sha)
+        self.revision = head.commit
         self.files = head.files()
         with TemporaryDirectory() as folder:
             texts = {}
@@ -105,7 +106,7 @@ class PublishedStore:
             return replace(manifest, first_epoch=epochs.start, epochs=len(epochs))
         differences = self.manifest.differences(manifest)
         if differences:
-            raise InputError(f'{self.url} is another store ({"; ".join(differences[:3])}; there and here); give '
+            raise InputError(f'{self.url} is another store ({"; ".join(differences[:3])}); give '
                              f'--push-to-hub another name')
         stored = self.manifest.stored_epochs
         if epochs.start > stored.stop or epochs.stop < stored.start:
@@ -273,6 +274,9 @@ def _last_files(
         files[FILE_NAME] = store.path / FILE_NAME
     if manifest.features.get('projection'):
         files[PROJECTION_NAME] = store.path / PROJECTION_NAME
+    for name in map(digests_name, range(manifest.num_shards)):
+        if (store.path / name).is_file():
+            files[name] = store.path / name
     # Without the data, what was published with them is not replaced by less.
     if data is not None or published.manifest != manifest or CARD not in published.files:
         sample, statistics = sample_table(store, epochs, data), card_statistics(store, epochs, data)

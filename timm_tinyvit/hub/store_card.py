@@ -16,6 +16,7 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from ..base.text import percent
+from ..base.yaml_reader import card_head
 from ..data.dataset import read_records
 from ..data.view_config import ViewConfig
 from ..models.names import hub_repo_of
@@ -26,7 +27,7 @@ from ..report.statistics import StoreStatistics, evenly, store_statistics
 from ..report.store import targets_of
 from ..store.base import StoreReader
 from ..store.manifest import Manifest
-from .model_card import CITATION, card_metadata, kept_metadata, render_card
+from .model_card import CITATION, kept_metadata, render_card
 
 __all__ = [
     'PICTURE', 'SAMPLE', 'card_statistics', 'dataset_card', 'draw_views', 'parquet_bytes', 'sample_table',
@@ -194,7 +195,8 @@ def dataset_card(
     return render_card(
         'store_card.md', card_data, manifest=manifest, teacher=teacher, teacher_repo=hub_repo_of(str(teacher['name'])),
         repo=repo_id, views=views, size=size, data=data, source=source, split=split,
-        data_flags=shlex.join(flags), columns=''.join(f', {key}={name!r}' for key, name in columns.items()),
+        train_command=f'timm-tinyvit train {shlex.join(flags)} --model tiny_vit_21m_224 \\\n    --epochs '
+                      f'{manifest.epochs} {"--num-classes 0 " if manifest.features else ""}--logits', columns=columns,
         is_mixed=is_mixed, summary=summary, figures=figures, targets=targets_of(manifest),
         picture=PICTURE if has_picture else '', num_rows=len(sample), columns_of_sample=[
             name for name in sample.column_names if sample[name].null_count < len(sample)],
@@ -203,8 +205,12 @@ def dataset_card(
 
 
 def with_license(card: str, licence: str) -> str:
-    """A card with this licence in its head, and all else as it is."""
-    if card_metadata(card).get('license') == licence:
+    """A card with this licence in its head, and all else as it is.
+
+    Raises:
+        InputError: The head cannot be read.
+    """
+    if card_head(card, 'the published README.md').get('license') == licence:
         return card
     changed = DatasetCard(card, ignore_metadata_errors=True)
     for key in ('license_name', 'license_link'):

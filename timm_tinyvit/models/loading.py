@@ -3,21 +3,26 @@
 import sys
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 from collections.abc import Callable, Sequence
 
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from timm.models import load_state_dict
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 from torch import nn
 
+from ..base.checksum import check_checksum
 from ..base.errors import InputError
+from ..base.hub_client import reason_of
+from .config_file import CONFIG, image_config, read_config
 from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
 __all__ = [
-    'Normalize', 'config_beside', 'create_pretrained', 'is_22k_to_1k', 'load_weights', 'look_at_zeros',
-    'num_classes_of', 'read_weights', 'set_image_size',
+    'Normalize', 'check_folder', 'check_weights', 'config_beside', 'create_model', 'create_pretrained', 'is_22k_to_1k',
+    'load_weights', 'look_at_zeros', 'num_classes_of', 'read_weights', 'set_image_size',
 ]
 
 
@@ -43,6 +48,37 @@ class Normalize(nn.Module):
         return (x * self.scale).add_(self.shift)
 
 
+def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`timm.create_model`, where weights that this package has written are as they were written, or are refused.
+
+    Raises:
+        InputError: They are not.
+        Exception: Whatever timm raises.
+    """
+    if pretrained and name.startswith('local-dir:'):
+        check_weights(Path(name.removeprefix('local-dir:')) / HF_SAFE_WEIGHTS_NAME)
+    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if pretrained and (location := model.pretrained_cfg.get('hf_hub_id')):
+        repo, revision = hf_split(location)
+        cached = try_to_load_from_cache(repo, HF_SAFE_WEIGHTS_NAME, revision=revision)
+        if isinstance(cached, str):
+            check_weights(Path(cached))
+    return model
+
+
+def check_weights(file: Path) -> None:
+    """Compare a file of weights with its checksum, where it has one, as what this package writes does.
+
+    Raises:
+        InputError: It is not as it was written.
+    """
+    if file.is_file():
+        try:
+            check_checksum(file)
+        except InputError as error:
+            raise InputError(f'{error}; copy or download it again, or take another checkpoint')
+
+
 def create_pretrained(
         name: str,
         checkpoint: str | None = None,
@@ -59,23 +95,28 @@ def create_pretrained(
         needs_classifier: Refuse a model without a classifier.
 
     Raises:
-        InputError: There is no such model, or its weights cannot be had.
+        InputError: There is no such model, or its weights cannot be loaded.
     """
     folder = Path(name).expanduser()
-    if (folder / 'config.json').is_file():
+    if (folder / CONFIG).is_file():
         name = f'local-dir:{folder}'
-    elif (folder / 'best' / 'config.json').is_file():
+    elif (folder / 'best' / CONFIG).is_file():
         raise InputError(f'{name} is the folder of a run; give {name}/best, its most accurate model')
+    check_folder(name)
     kwargs = {} if num_classes is None else dict(num_classes=num_classes)
     try:
-        model = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
+        model = create_model(name, checkpoint is None, **kwargs)
+    except InputError:
+        raise
     except Exception as error:
         # Names, folders and the Hub fail in as many ways as there are libraries behind them.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         weights = '' if checkpoint else ' with its pretrained weights'
+        if hub_reason := reason_of(error):
+            raise InputError(f'the model {name}{weights} cannot be had from the Hub: {hub_reason}')
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f'the model {name}{weights} cannot be had: {reason}; give a timm name, hf-hub:ORG/NAME, or a folder with '
-            f'config.json and model.safetensors')
+            f'the model {name}{weights} cannot be loaded: {reason}; give a timm name, hf-hub:ORG/NAME, or a folder '
+            f'with config.json and model.safetensors')
     if checkpoint is not None:
         try:
             load_weights(model, checkpoint)
@@ -84,10 +125,21 @@ def create_pretrained(
                 raise
             raise InputError(f'{error}; give the model {name} and the number of classes ({model.num_classes} here) '
                              f'that they were trained with')
-    if needs_classifier and not getattr(model, 'num_classes', 0):
+    if needs_classifier and not getattr(model, 'num_classes', 1):
         raise InputError(f'the model {name} has no classifier; a teacher needs one, or fills a store of features with '
                          f'--targets features')
+    image_config(model, name)
     return model
+
+
+def check_folder(name: str) -> None:
+    """Refuse `local-dir:PATH` of a folder whose config.json no model can be made of; other names are left to timm.
+
+    Raises:
+        InputError: It is such a folder.
+    """
+    if name.startswith('local-dir:'):
+        read_config(Path(name.removeprefix('local-dir:')))
 
 
 def config_beside(weights: str | None) -> Path | None:
@@ -101,7 +153,7 @@ def config_beside(weights: str | None) -> Path | None:
     path = Path(weights).expanduser()
     folder = path if path.is_dir() else path.parent
     # A run's checkpoints lie beside the folder of what it exported last.
-    return next((file for file in (folder / 'config.json', folder / 'last' / 'config.json') if file.is_file()), None)
+    return next((file for file in (folder / CONFIG, folder / 'last' / CONFIG) if file.is_file()), None)
 
 
 def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
@@ -110,10 +162,10 @@ def set_image_size(model: nn.Module, size: tuple[int, int]) -> None:
         model.set_input_size(img_size=size)
 
 
-def look_at_zeros(model: nn.Module, input_size: Sequence[int]) -> None:
-    """Run a forward pass on an empty image, [C, H, W]: a model of a fixed size refuses another one only then."""
+def look_at_zeros(model: nn.Module, input_size: Sequence[int]) -> torch.Tensor:
+    """The output of a model on an empty image, [C, H, W]: a model of a fixed size refuses another one only then."""
     with torch.no_grad():
-        model.eval()(torch.zeros(1, *input_size))
+        return model.eval()(torch.zeros(1, *input_size))
 
 
 def load_weights(model: nn.Module, path: str, log: Callable[[str], None] | None = None) -> None:
@@ -165,12 +217,13 @@ def read_weights(path: str) -> dict[str, torch.Tensor]:
     """The tensors of a file of weights, or of a folder with model.safetensors.
 
     Raises:
-        InputError: There is no such file, or it holds no weights.
+        InputError: There is no such file, it holds no weights, or is not as it was written.
     """
     file = Path(path).expanduser()
     file = file / HF_SAFE_WEIGHTS_NAME if file.is_dir() else file
     if not file.is_file():
         raise InputError(f'there is no file {file}; give a file of weights, or a folder with one such as RUN/last')
+    check_weights(file)
     try:
         weights = load_state_dict(str(file), weights_only=True)
     except Exception as error:

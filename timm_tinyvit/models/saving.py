@@ -2,14 +2,14 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import nn
 
-from ..base.files import write_atomic
+from ..base.checksum import with_checksum
+from ..base.files import cannot_write, temporary_beside, write_atomic
 
 __all__ = ['export_config', 'export_model']
 
@@ -39,7 +39,7 @@ def export_model(
         if (place := tensor.untyped_storage().data_ptr()) in known:
             tensors[name] = tensor.clone()
         known.add(place)
-    write_atomic(folder / HF_SAFE_WEIGHTS_NAME, save(tensors, metadata={'format': 'pt'}))
+    write_atomic(folder / HF_SAFE_WEIGHTS_NAME, with_checksum(save(tensors, metadata={'format': 'pt'})))
     export_config(folder, model, label_names, data_config, label_descriptions)
 
 
@@ -52,13 +52,18 @@ def export_config(
 ) -> None:
     """Write the config.json of `export_model` alone; the model needs no weights."""
     labels = {'label_names': label_names and list(label_names), 'label_descriptions': label_descriptions}
-    with TemporaryDirectory() as temporary:
-        config = Path(temporary) / 'config.json'
-        save_config_for_hf(
-            model, str(config), model_config={name: value for name, value in labels.items() if value},
-            data_config=data_config)
-        settings = json.loads(config.read_text())
+    file = folder / 'config.json'
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # timm writes to a file alone.
+        with temporary_beside(file) as temporary:
+            save_config_for_hf(
+                model, str(temporary), model_config={name: value for name, value in labels.items() if value},
+                data_config=data_config)
+            settings = json.loads(temporary.read_text())
+    except OSError as error:
+        raise cannot_write(file, error)
     # These describe the pretrained weights of that name, not the ones written here.
     for key in ('tag', 'license', 'origin_url', 'paper_ids', 'paper_name'):
         settings['pretrained_cfg'].pop(key, None)
-    write_atomic(folder / 'config.json', json.dumps(settings, indent=2).encode())
+    write_atomic(file, json.dumps(settings, indent=2).encode())

@@ -24,9 +24,9 @@ NUM_CLASSES_SHOWN = 10
 # Settings that say where a run is, and not what it is.
 PLACES = ('experiment', 'output', 'quiet')
 AGREEMENT = ['agree', 'both right', 'only the first', 'only this', 'neither', 'p (McNemar)']
-CHANCE = ('p is how likely two equally good models differ at least so much (McNemar, exact, two-sided), of the samples '
-          'alone; another seed of the same settings may differ by more.')
-NOT_THE_SAME = 'The runs were not evaluated on the same samples, so that these cannot be compared one by one.'
+CHANCE = ('p is the probability that two equally accurate models differ at least this much on so many samples (exact '
+          'two-sided McNemar test); another seed of the same settings may make a larger difference.')
+NOT_THE_SAME = 'The runs were not evaluated on the same samples, so their predictions cannot be compared one by one.'
 
 
 def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> str:
@@ -43,7 +43,7 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> s
         InputError: There are fewer than two, one has no metrics, or the file cannot be written.
     """
     if len(runs) < 2:
-        raise InputError('one run alone has nothing to be compared with; name two or more')
+        raise InputError('one run has nothing to be compared with; name two or more')
     check_output(out)
     runs = _named([TrainedRun.read(folder) for folder in runs])
     same, losses = _evaluated_alike(runs), _other_losses(runs)
@@ -70,14 +70,14 @@ def compare_runs(runs: Sequence[str | Path], out: str | Path | None = None) -> s
         if settings:
             page.table(['setting', *runs], settings)
         else:
-            page.paragraph('None does.')
+            page.paragraph('No setting differs.')
         page.write(out)
     parts = [text_table([header, *figures]), *losses.values()]
     if settings:
         parts.append(text_table([['setting', *runs], *settings]))
     if agreements:
         first = _weighed(runs, next(iter(runs)))
-        parts += [text_table([[f'beside {first}', *AGREEMENT], *agreements]), left_out, CHANCE]
+        parts += [text_table([[f'compared with {first}', *AGREEMENT], *agreements]), left_out, CHANCE]
     else:
         parts.append(NOT_THE_SAME)
     return '\n\n'.join(filter(None, parts))
@@ -134,8 +134,10 @@ def _figures(
         values = {}
         for weights, words in (('student', ''), ('ema', ', averaged')):
             best = run.best(suffixed('eval_top1', weights))
-            values[f'best top-1{words} (chosen on this split)'] = best and best[1]
-            for name, text in (('top1', 'last top-1'), ('top5', 'last top-5'), ('loss', 'last loss')):
+            values[f'best top-1{words} (selected on this validation set)'] = best and best[1]
+            for name, text in (('top1', 'last top-1'), ('top5', 'last top-5'), ('loss', 'last NLL')):
+                if name == 'top5' and not run.has_top5:
+                    continue
                 values[f'{text}{words}'] = run.last(suffixed(f'eval_{name}', weights))
             evaluation = run.evaluations.get(weights)
             values[f'calibration error{words}'] = evaluation and 100 * evaluation.predictions.reliability().error
@@ -150,7 +152,7 @@ def _figures(
     for text in dict.fromkeys(name for values in columns for name in values):
         if all(values.get(text) is None for values in columns):
             continue
-        digits = 0 if text == 'epochs' else 4 if 'loss' in text else 2
+        digits = 0 if text == 'epochs' else 4 if 'loss' in text or 'NLL' in text else 2
         of_samples = 'top-' in text or 'calibration' in text
         unit = '%' if of_samples else ''
         # Rounded first, so that the difference is that of what is read.
@@ -158,7 +160,7 @@ def _figures(
         row = [text, '-' if first is None else f'{first:,.{digits}f}{unit}']
         for name, value in zip(names, others):
             incomparable = name in other_losses if text == 'training loss' else (
-                name in other_samples and (of_samples or 'last loss' in text))
+                name in other_samples and (of_samples or 'NLL' in text))
             known = first is not None and value is not None and not incomparable
             row += ['-' if value is None else f'{value:,.{digits}f}{unit}',
                     f'{value - first:+,.{digits}f}' if known else '']
@@ -184,7 +186,8 @@ def _evaluated_alike(runs: dict[str, TrainedRun]) -> dict[str, Predictions]:
     """Predictions of the first run and of those that were evaluated on the same samples; empty where it has none."""
     first = next(iter(runs.values())).evaluation
     return {name: run.evaluation.predictions for name, run in runs.items() if first and run.evaluation and (
-        (run.evaluation.split, run.evaluation.num_classes) == (first.split, first.num_classes))}
+        (run.evaluation.split, run.evaluation.num_classes, len(run.evaluation.predictions))
+        == (first.split, first.num_classes, len(first.predictions)))}
 
 
 def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:
@@ -227,10 +230,10 @@ def _add_samples(
     base, *others = same
     first, weighed = same[base], {name: _weighed(runs, name) for name in same}
     page.table(['', *AGREEMENT], agreements,
-               f'The last evaluation on the same {len(first):,} samples, beside {weighed[base]}')
+               f'The last evaluation on the same {len(first):,} samples, compared with {weighed[base]}')
     if left_out:
         page.warning(left_out)
-    page.paragraph(f'Agree: the most probable class is the same. {CHANCE}')
+    page.paragraph(f'Two runs agree where they predict the same class. {CHANCE}')
     add_plots(page, reliability_plot({
         weighed[name]: predictions.reliability() for name, predictions in same.items()}))
     evaluation = runs[base].evaluation

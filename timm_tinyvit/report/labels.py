@@ -120,7 +120,7 @@ def label_mismatch(labels: np.ndarray, names: Sequence[str] | None, num_classes:
     """
     num_labels = len(names) if names else int(labels.max(initial=-1)) + 1
     if num_labels > num_classes or (names and num_labels != num_classes):
-        return f'the labels are {num_labels:,} classes, those of the teacher {num_classes:,}'
+        return f'the data have labels of {num_labels:,} classes, the teacher predicts {num_classes:,}'
     return None
 
 

@@ -1,8 +1,8 @@
 """One HTML page that holds all it shows: text, tables, plots and pictures.
 
 No script, nothing from a network, no second file: the page can be mailed, printed and kept. It is light or dark as the
-reader's system is, and fits a phone. What it looks like stands in `page.html.j2`, which escapes all text, so that names
-from a data set may hold any character.
+reader's system is, and fits a phone. What it looks like stands in `page.html.j2`, which escapes all text and leaves out
+what names the user (`escaping.for_page`), so that names from a data set may hold any character.
 """
 
 import base64
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from ..base.errors import InputError
+from ..base.escaping import for_page, printable, without_user
 from ..base.files import write_atomic
 from ..base.text import short_percent
 from ..version import __version__
@@ -154,8 +156,8 @@ class Page:
         """The page."""
         environment = jinja2.Environment(
             loader=jinja2.PackageLoader('timm_tinyvit.report', ''), autoescape=True, trim_blocks=True,
-            lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-        environment.filters['short_percent'] = short_percent
+            lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=for_page)
+        environment.filters.update(short_percent=short_percent, whole=_whole)
         return environment.get_template('page.html.j2').render(
             title=self.title, subtitle=self.subtitle, contents=self._contents, parts=self._parts,
             version=__version__)
@@ -187,8 +189,13 @@ def _is_number(value: Any) -> bool:
     return not isinstance(value, str) or bool(re.match(r'<?[-+−]?[\d.,]+( ?[%a-zA-Zµ/]{0,3}\d?)$|[-–]?$', value))
 
 
-def _data_uri(content: bytes, kind: str) -> str:
-    return f'data:image/{kind};base64,{base64.b64encode(content).decode()}'
+def _whole(text: str) -> Markup:
+    """A text for the page that is not shortened, as a file."""
+    return Markup.escape(printable(without_user(text), lines=True))
+
+
+def _data_uri(content: bytes, kind: str) -> Markup:
+    return Markup(f'data:image/{kind};base64,{base64.b64encode(content).decode()}')
 
 
 def _encoded(image: Image.Image) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..base.escaping import MAX_NAME, printable, without_user
 from ..base.text import percent, short_percent
 from ..data.dataset import decode_source
 from ..data.sources import column, labels_of
@@ -138,6 +139,7 @@ def _draw(rows: Sequence[Sequence[Picture]], size: int) -> Image.Image:
     pen = ImageDraw.Draw(page)
 
     def write(text: str, left: float, top: int, width: float) -> None:
+        text = printable(without_user(text), MAX_NAME)
         while text and font.getlength(text) > width:
             text = text.rstrip('…')[:-1] + '…' if len(text) > 1 else ''
         pen.text((left, top + LINE // 2), text, INK, font, 'lm')

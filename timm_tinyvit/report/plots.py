@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..base.escaping import printable, without_user
 from ..base.files import write_atomic
 from ..base.text import short_percent
 from ..train.calibration import Reliability
@@ -36,7 +37,7 @@ SIZE = (6.4, 3.4)
 MARGINS = dict(left=0.13, right=0.98, bottom=0.14, top=0.93)
 # Up to so many epochs each has a mark of its own.
 MAX_MARKS = 40
-MAX_NAME = 24
+MAX_NAME, MAX_LABEL = 24, 80
 WAITING, SPEED = 'waiting for data (%)', 'images per second'
 # Curves of a run: what is on an axis, and the columns of its metrics.
 PANELS = {
@@ -200,7 +201,7 @@ def reliability_plot(models: Mapping[str, Reliability], caption: str = '') -> It
     above.legend(loc='upper left')
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    intervals = 'Bars are 95% intervals: long where few samples are so sure.'
+    intervals = 'Bars are 95% intervals; they are long where few samples have this confidence.'
     yield figure, f'reliability diagram of {" and ".join(models)}', f'{caption} {intervals}'.strip()
 
 
@@ -214,7 +215,7 @@ def confusion_plot(counts: np.ndarray, names: Sequence[str], title: str = 'Confu
     """
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     num_rows, num_columns = counts.shape
-    names = [_plain(name if len(name) <= MAX_NAME else f'{name[:MAX_NAME - 1]}…') for name in names]
+    names = [_plain(name, MAX_NAME) for name in names]
     margin = 0.08 * max(map(len, names))
     figure = _figure((0.7 + margin + 0.36 * num_columns, 0.6 + margin + 0.3 * num_rows))
     axes = figure.subplots()
@@ -283,6 +284,6 @@ def _without_idle(curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, li
             if points and (points is first or any(value for _, value in points) and points != first)}
 
 
-def _plain(text: str) -> str:
-    """Text that matplotlib takes as it is: no formula, and not left out of a legend."""
-    return re.sub('^_', ' _', text.replace('$', r'\$'))
+def _plain(text: str, limit: int = MAX_LABEL) -> str:
+    """Text that matplotlib takes as it is: no formula, not left out of a legend, and of a length that a plot has."""
+    return re.sub('^_', ' _', printable(without_user(text), limit).replace('$', r'\$'))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..base.escaping import shown
 from ..base.text import counted, percent
 from ..train.metrics import suffixed
 from ..train.predictions import (
@@ -17,7 +18,7 @@ from ..train.predictions import (
 from .page import Page, Picture
 from .pictures import probability_bars
 from .plots import PLOTS_MISSING, add_plots, can_plot, confusion_plot, curve_plots, reliability_plot
-from .run_folder import WEIGHTS, TrainedRun, shown
+from .run_folder import WEIGHTS, TrainedRun
 from .statistics import evenly
 
 __all__ = ['REPORT', 'write_run_report']
@@ -74,10 +75,10 @@ def _add_result(page: Page, run: TrainedRun) -> None:
         names = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss')}
         best = run.best(names['top1'])
         if best:
-            # The epoch was chosen on this split, so that the figure flatters.
-            facts[f'best top-1{words}'] = f'{best[1]:.2f}% in epoch {best[0]} (chosen on this split)'
-            forms = {'top1': '{:.2f}%', 'top5': 'top-5 {:.2f}%', 'loss': 'loss {:.4f}'}
-            last = {name: run.last(column) for name, column in names.items()}
+            # The epoch was selected on this split, so that the figure flatters.
+            facts[f'best top-1{words}'] = f'{best[1]:.2f}% in epoch {best[0]} (selected on this validation set)'
+            forms = {'top1': '{:.2f}%', 'top5': 'top-5 {:.2f}%', 'loss': 'NLL {:.4f}'}
+            last = {name: run.last(column) for name, column in names.items() if name != 'top5' or run.has_top5}
             facts[f'last top-1{words}'] = ', '.join(
                 forms[name].format(value) for name, value in last.items() if value is not None)
     seconds = sum(value for _, value in run.column('seconds'))
@@ -120,8 +121,8 @@ def _add_evaluation(page: Page, run: TrainedRun) -> None:
     page.heading('Validation')
     evaluation = run.evaluation
     if evaluation is None:
-        page.paragraph('There are no predictions: the run has not been evaluated yet, or it was by an earlier version. '
-                       'The next evaluation leaves them.')
+        page.paragraph('There are no predictions: the run has not been evaluated yet, or by an earlier version. The '
+                       'next evaluation writes them.')
         return
     predictions = evaluation.predictions
     reliability = predictions.reliability()
@@ -132,12 +133,13 @@ def _add_evaluation(page: Page, run: TrainedRun) -> None:
         f'NLL {-predictions.label_log_probs.mean():.4f}.')
     add_plots(page, reliability_plot(
         {f'student{run.label}': reliability},
-        caption='On the diagonal, a confidence of 80% is right 80% of the time.'))
+        caption='On the diagonal, predictions of 80% confidence are right 80% of the time.'))
     _add_confusion(page, evaluation)
     right, wrong = samples_to_show(predictions)
     page.heading('Samples', level=3)
     if len(right):
-        page.pictures(_pictures(evaluation, right), 'Most confident right predictions, of as many classes as there are')
+        page.pictures(
+            _pictures(evaluation, right), 'Most confident correct predictions, of different classes where possible')
     if len(wrong):
         page.pictures(_pictures(evaluation, wrong), 'Most confident wrong predictions')
 
@@ -203,10 +205,10 @@ def _add_teacher(page: Page, run: TrainedRun) -> None:
         f'Both on the same {len(student):,} views of the training data, of epoch {views.epoch + 1}, stored epoch '
         f'{" and ".join(map(str, views.stored_epochs))}: the {name} and the teacher agree on the top-1 class of '
         f'{percent((student.best == teacher.best).mean(), 1)}, and the KL divergence from the stored targets is '
-        f'{views.divergence.mean():.4f} nats in the mean, {np.median(views.divergence):.4f} in the median.')
+        f'{views.divergence.mean():.4f} nats on average, median {np.median(views.divergence):.4f}.')
     student, teacher = student.labelled(), teacher.labelled()
     if not len(student):
-        page.paragraph('No view has one label that is a class of the teacher, so that there is no accuracy.')
+        page.paragraph('There is no accuracy: no view has a single label that is a class of the teacher.')
         return
     models = {name: student.reliability(), 'teacher': teacher.reliability()}
     page.table(['on views with a label', *models], [
@@ -227,19 +229,19 @@ def _add_settings(page: Page, run: TrainedRun) -> None:
     page.heading('Settings')
     changed, others = run.shown_settings()
     if not run.settings:
-        page.paragraph('They are not known.')
+        page.paragraph('The settings are not known: the run was started by an earlier version.')
         return
     page.facts(changed)
     if others:
         page.details(
-            'those at their defaults', '\n'.join(f'{name}: {value}' for name, value in sorted(others.items())))
+            'Settings at their defaults', '\n'.join(f'{name}: {value}' for name, value in sorted(others.items())))
 
 
 def _add_environment(page: Page, run: TrainedRun) -> None:
     page.heading('Environment')
     launches = run.launches
     if not launches:
-        page.paragraph('It is not known: the run was started by an earlier version.')
+        page.paragraph('The environment is not known: the run was started by an earlier version.')
     for number, launch in enumerate(launches):
         facts = launch['environment']
         if number:

@@ -4,7 +4,6 @@ Whatever is missing or damaged beside the metrics costs its part of a report, no
 names no user: home folders become `~`, and tokens are left out.
 """
 
-import getpass
 import math
 import re
 import shlex
@@ -15,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ..base.errors import InputError
+from ..base.escaping import shown, without_user
 from ..train.metrics import read_metrics, suffixed
 from ..train.predictions import Evaluation
 from ..train.record import RUN_RECORD, read_run
 from ..train.teacher_comparison import StoredViews
 
-__all__ = ['STORED_VIEWS', 'WEIGHTS', 'TrainedRun', 'metric', 'shown', 'without_user']
+__all__ = ['STORED_VIEWS', 'WEIGHTS', 'TrainedRun', 'metric']
 
 STORED_VIEWS = 'stored_views.npz'
-TOKEN = re.compile(r'\bhf_[A-Za-z0-9]{8,}')
-# A folder or a file, and not a name on the Hub or a relative path; a scheme such as `local-dir:` may stand before it.
-PLACE = re.compile(r'([\w-]+:(?!//))?(?:/|~|\.\.?/).*?([^/]+)/*')
 # What a training loss is measured by, beside the data.
 MIXING = ('mixup', 'cutmix', 'cutmix_minmax')
 # Each set of weights, and words for it that stand behind a name.
@@ -71,7 +68,7 @@ class TrainedRun:
             try:
                 return reader(folder / name)
             except InputError as error:
-                problems.append(without_user(str(error).replace(f'{folder}/', '')))
+                problems.append(str(error).replace(f'{folder}/', ''))
 
         evaluations = {
             weights: read(f'{suffixed("predictions", weights)}.npz', Evaluation.read) for weights in WEIGHTS}
@@ -119,6 +116,11 @@ class TrainedRun:
         """Their predictions."""
         return self.evaluations.get(self.weights)
 
+    @property
+    def has_top5(self) -> bool:
+        """Whether top-5 says something: of up to five classes it is always 100%."""
+        return all(evaluation.num_classes > 5 for evaluation in self.evaluations.values())
+
     def loss_settings(self) -> dict[str, Any]:
         """The settings that say what its training loss is: losses of others are not the same quantity."""
         names = ['smoothing', 'logits', *MIXING]
@@ -150,33 +152,6 @@ class TrainedRun:
 def metric(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[int, float]]:
     """(epoch from 1, value) of a metric, where it has a finite value, by the rows of `read_metrics`."""
     return [(round(row['epoch']) + 1, row[name]) for row in rows if name in row and math.isfinite(row[name])]
-
-
-def without_user(text: str) -> str:
-    """A text without the user's home folder, name in a path, and tokens."""
-    text = TOKEN.sub('hf_...', text)
-    home = str(Path.home())
-    if len(home) > 1 and (text == home or text.startswith(home + '/')):
-        return '~' + text[len(home):]
-    if not text.startswith('/'):
-        return text
-    text = re.sub(r'^/(home|Users)/[^/]+', r'/\1/...', text)
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        return text
-    return '/'.join('$USER' if part == user else part for part in text.split('/'))
-
-
-def shown(value: Any) -> str:
-    """A setting as text; of a path the name, as a path names people and machines."""
-    if isinstance(value, (list, tuple)):
-        return ' '.join(map(shown, value))
-    if isinstance(value, dict):
-        return ' '.join(f'{key}={shown(item)}' for key, item in value.items())
-    text = '' if value is None else without_user(str(value))
-    place = PLACE.fullmatch(text)
-    return f'{place[1] or ""}{place[2]}' if place else text
 
 
 def _quoted(word: str) -> str:

@@ -16,7 +16,7 @@ from ..base.console import progress
 from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.hub_client import is_hub_url
-from ..base.text import counted, decimal, percent, readable_bytes, text_table
+from ..base.text import counted, decimal, percent, readable_bytes, text_facts, text_table
 from ..data.views import check_probe
 from ..store.base import StoreReader
 from ..store.manifest import Manifest
@@ -45,10 +45,10 @@ NUM_CONFUSIONS = 12
 # Kinds of samples that are shown: heading, and what they are.
 KINDS = {
     'varied': ('Some samples', 'Images, and the views of them that the teacher saw and a student sees.'),
-    'easiest': ('The easiest samples', 'Of as many classes as there is room for, by their {measure}.'),
+    'easiest': ('The easiest samples', 'By their {measure}; of different classes where possible.'),
     'hardest': ('The hardest samples', 'By their {measure}.{hint}'),
-    'disputed': ('The most disputed samples', 'The predictions of the teacher change most from view to view: '
-                                              'the KL divergence from their mean target is the largest.'),
+    'disputed': ('The most disputed samples', 'The teacher predicts most differently from view to view: the KL '
+                                              'divergence from the mean over the epochs is the largest.'),
 }
 
 
@@ -108,13 +108,13 @@ def report_store(
             store, data and data.teacher_labels, data and np.sort(data.rows), epochs, max_samples, max_epochs,
             bar.update)
     if statistics is None:
-        notes.append('none of it is filled yet')
+        notes.append('the store is empty: no shard has been filled yet')
     text = (json.dumps(plain_report(store, statistics, notes), indent=2) if as_json else
             text_report(store, statistics, notes))
     if not (html or gallery):
         return text
     if statistics is None:
-        raise InputError(f'the store {store.path} holds nothing to show yet; fill it first')
+        raise InputError(f'the store {store.path} is empty: no shard has been filled yet; fill it first')
     names = teacher_classes(store.manifest, data) or [f'class {number}' for number in range(store.manifest.num_classes)]
     if gallery:
         if data is None:
@@ -176,7 +176,8 @@ def _report_features(
 def shards_on_disk(store: StoreReader) -> str:
     """Which part of the store is on disk."""
     size, manifest = store_size(store), store.manifest
-    return (f'{size["shards"]} of {size["all_shards"]} ({manifest.shard_size:,} samples each), '
+    most = 'up to ' if manifest.num_shards > 1 else ''
+    return (f'{size["shards"]} of {size["all_shards"]} ({most}{manifest.shard_rows(0):,} samples each), '
             f'{size["complete_epochs"]} of {manifest.epochs} epochs complete')
 
 
@@ -216,7 +217,9 @@ def store_facts(store: StoreReader) -> dict[str, str]:
         'codec': f'{manifest.codec}, records of {manifest.record_width} bytes per view',
         'shards': shards_on_disk(store),
         'size': f'{readable_bytes(size["bytes"])} on {where}, {readable_bytes(size["bytes_when_complete"])} when '
-                f'complete; files take {size["bytes_per_view"]:,.1f} bytes per view, with their headers',
+                f'complete; files take {size["bytes_per_view"]:,.1f} bytes per view, headers included'
+                if size['views'] else
+                f'nothing on {where} yet, about {readable_bytes(size["bytes_when_complete"])} when complete',
     }
     if manifest.key:
         facts['keys'] = f'samples are named by the column {manifest.key}'
@@ -253,26 +256,30 @@ def figures_of(statistics: StoreStatistics, store: StoreReader) -> dict[str, str
             f'{percent(summary["accuracy"])} top-1 on the {views} of {counted(len(scored), "epoch")}, '
             f'{scored.min():.2f} to {scored.max():.2f}')
         if summary['majority_accuracy'] is not None and len(scored) > 1:
-            figures['majority vote'] = f'{percent(summary["majority_accuracy"])} top-1 where the epochs vote'
-    figures['confidence'] = f'{percent(summary["confidence"])} in the mean'
+            figures['majority vote'] = (
+                f'{percent(summary["majority_accuracy"])} top-1 with the class that most epochs of a sample predict')
+    figures['confidence'] = f'{percent(summary["confidence"])} on average'
     if summary['calibration_error'] is not None:
         figures['calibration'] = (
             f'expected calibration error {percent(summary["calibration_error"])} ({NUM_BINS} bins)')
     if summary['label_probability'] is not None:
         both = 'both labels' if statistics.is_mixed else 'the label'
-        figures['label'] = f'{percent(summary["label_probability"])} for {both} in the mean'
-    figures['entropy'] = f'{summary["entropy"]:.3f} nats of at most {math.log(manifest.num_classes):.3f}'
-    figures['mass covered'] = ', '.join(f'{percent(share)} by {size}' for size, share in summary['mass'].items())
+        figures['label'] = f'{percent(summary["label_probability"])} on average for {both}'
+    figures['entropy'] = (
+        f'{summary["entropy"]:.3f} nats on average, {math.log(manifest.num_classes):.3f} at most')
+    figures['mass covered'] = ', '.join(
+        f'top {size} {percent(share)}' for size, share in summary['mass'].items())
     if summary['agreement'] is not None:
-        partners = ', whose partners differ' if statistics.is_mixed else ''
+        partners = ' (their partners differ)' if statistics.is_mixed else ''
         pairs, majority, all_epochs = (100 * summary[name] for name in ('agreement', 'majority', 'unanimous'))
         figures['agreement'] = (
-            f'the same prediction in {pairs:.2f}% of all pairs of epochs{partners}; {majority:.2f}% of the views of a '
-            f'sample have its most frequent one, and {all_epochs:.2f}% of the samples have one in all epochs')
+            f'two epochs predict the same class of a sample in {pairs:.2f}% of cases{partners}, an epoch predicts the '
+            f'most frequent class of a sample in {majority:.2f}%, and all epochs agree on {all_epochs:.2f}% of the '
+            f'samples')
     if summary['disagreement'] is not None:
         figures['disagreement'] = (
-            f'{summary["disagreement"]:.3f} nats of KL divergence from the mean target of a sample to that of an '
-            f'epoch, {summary["compared_samples"]:,} samples compared'
+            f'{summary["disagreement"]:.3f} nats: mean KL divergence of the targets of an epoch from their mean over '
+            f'the epochs, {summary["compared_samples"]:,} samples compared'
             + (', with other partners in each epoch' if statistics.is_mixed else ''))
     return figures
 
@@ -302,7 +309,7 @@ def text_report(store: StoreReader, statistics: StoreStatistics | None, notes: S
     facts = store_facts(store)
     if statistics is not None:
         facts |= figures_of(statistics, store)
-    lines = [f'{name:<17}{value}' for name, value in facts.items()]
+    lines = [text_facts(facts)]
     if statistics is not None:
         header, rows = table_of(statistics)
         lines += ['', text_table([header, *rows])]
@@ -358,7 +365,7 @@ def store_page(
     measure, hint = ('mean entropy of the targets', '')
     if statistics.has_labels:
         measure, hint = ('mean probability of both labels', '') if statistics.is_mixed else (
-            'mean probability of the label', ' Wrong labels are summary here.')
+            'mean probability of the label', ' Wrong labels are found here.')
     for kind, (heading, text) in KINDS.items():
         if shown.get(kind):
             page.heading(heading)
@@ -391,4 +398,4 @@ def describe_store(store: StoreReader, data: LabelledViews | None = None) -> str
     else:
         statistics = store_statistics(store, data.labels, np.flatnonzero(data.labels >= 0))
         facts |= {} if statistics is None else figures_of(statistics, store)
-    return '\n'.join(f'{name:<17}{fact}' for name, fact in facts.items())
+    return text_facts(facts)

@@ -24,7 +24,7 @@ from pathlib import Path
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from huggingface_hub import HfApi, HfFileMetadata, get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub import HfApi, HfFileMetadata, constants, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, httpx
@@ -48,6 +48,8 @@ MAX_PAUSE = 60.
 MAX_ATTEMPTS = 3
 TIMEOUT = httpx.Timeout(30., connect=30.)
 READER = 'reader-'
+# The hash of a commit, and the name of its folder.
+COMMIT = re.compile('[0-9a-f]{40}')
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,20 @@ class HubCommit:
             InputError: There is no such repo, revision or file, or the Hub cannot be reached.
         """
         commit = cls(url.repo_id, url.revision or 'main')
-        if re.fullmatch('[0-9a-f]{40}', commit.commit):
+        if COMMIT.fullmatch(commit.commit):
             return commit
-        return cls(url.repo_id, commit.metadata(file).commit_hash)
+        return commit.at(commit.metadata(file).commit_hash)
+
+    def at(self, commit: object) -> 'HubCommit':
+        """The commit of this name, which the Hub has given, and which becomes the name of a folder.
+
+        Raises:
+            InputError: It is none.
+        """
+        if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+            raise InputError(f'the Hub at {constants.ENDPOINT} names no commit of {self}, but {ascii(commit)[:60]}; '
+                             f'expected 40 hexadecimal digits, see what HF_ENDPOINT is and what stands between')
+        return HubCommit(self.repo_id, commit)
 
     def metadata(self, path: str) -> HfFileMetadata:
         """Size and hash of a file.
@@ -397,12 +410,13 @@ class HeldEpochs:
             kept = {self.cache.epoch_folder(epoch) for epoch in epochs}
             for epoch_folder in folder.glob('epoch-*'):
                 if epoch_folder in kept:
-                    _all_expired(self._leases, epoch_folder, READER)
+                    self._leases.expire_in(epoch_folder, READER)
                 else:
                     _remove_unless_kept(self._leases, epoch_folder)
-        for commit_folder in set(folder.parent.iterdir()) - {folder}:
-            if (commit_folder / MANIFEST_NAME).is_file():
-                self._remove_commit(commit_folder)
+        for other in set(folder.parent.iterdir()) - {folder}:
+            # Nothing but what this package has put there: a link leads to what is somebody's own.
+            if COMMIT.fullmatch(other.name) and not other.is_symlink() and (other / MANIFEST_NAME).is_file():
+                self._remove_commit(other)
 
     def release(self) -> None:
         """Keep none of them any more, and leave them where they are."""
@@ -451,34 +465,18 @@ def _has_hash(file: Path, expected: str) -> bool:
     return state.hexdigest() == expected
 
 
-def _all_expired(leases: Leases, folder: Path, prefix: str) -> bool:
-    """Whether no process that lives has a lease of one kind in the folder of an epoch; expired ones are removed.
-
-    The time until one expires is counted from the first look at it.
-    """
-    is_free = True
-    # And those on the taking over of such a lease.
-    for lease in folder.glob(f'.*{prefix}*.lease'):
-        file = folder / lease.name[1:].removesuffix('.lease')
-        if leases.acquire(file):
-            leases.release(file)
-        else:
-            is_free = False
-    return is_free
-
-
 def _remove_unless_kept(leases: Leases, folder: Path) -> bool:
     """Remove the shards of an epoch, unless a process that lives keeps them.
 
     Returns:
         Whether they are gone.
     """
-    if not _all_expired(leases, folder, READER):
+    if folder.is_symlink() or not leases.expire_in(folder, READER):
         return False
     for file in folder.glob('shard-*.arrow'):
         file.unlink(missing_ok=True)
     remove_leftovers(folder)
-    _all_expired(leases, folder, 'shard-')
+    leases.expire_in(folder, 'shard-')
     # A reader without a lease on the epoch may be fetching into it just now.
     with suppress(OSError):
         folder.rmdir()

@@ -57,7 +57,7 @@ class Ensemble(StoreReader):
             if differing:
                 raise InputError(
                     f'the stores {leading.path} and {store.path} are not of the same views and classes: they differ '
-                    f'in {", ".join(differing)}; an ensemble wants the same data set, views, --store-seed and classes')
+                    f'in {", ".join(differing)}; an average needs the same data set, views, --store-seed and classes')
         start = max(store.manifest.stored_epochs.start for store in stores)
         stop = min(store.manifest.stored_epochs.stop for store in stores)
         if start >= stop:

@@ -21,7 +21,7 @@ from ..base.errors import InputError
 from ..base.files import write_atomic
 from .arrow import METADATA_KEY
 from .manifest import FORMAT, Manifest
-from .shard import FOOTER_SIZE, MAGIC
+from .shard import FOOTER_SIZE, MAGIC, file_status
 
 __all__ = ['KeyIndex', 'hash_keys']
 
@@ -58,13 +58,22 @@ class KeyIndex:
         manifest: The store's manifest.
         hashes: All hashes in ascending order, uint64 [N], in a memory map.
         rows: The row of each in the store, uint64 [N], likewise.
+        status: What the file looked like before it was mapped.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, hashes: np.ndarray, rows: np.ndarray):
+    def __init__(
+            self,
+            folder: Path,
+            manifest: Manifest,
+            hashes: np.ndarray,
+            rows: np.ndarray,
+            status: tuple[int, ...] | None,
+    ):
         self.folder = folder
         self.manifest = manifest
         self.hashes = hashes
         self.rows = rows
+        self.status = status
 
     def __reduce__(self) -> tuple:
         # A map does not travel to loader workers. Its content was checked where it was opened first.
@@ -112,6 +121,7 @@ class KeyIndex:
         """
         path = folder / FILE_NAME
         again = f'delete it and fill the store again with timm-tinyvit fill --logits {folder}'
+        status = file_status(path)
         try:
             content = memoryview(pa.memory_map(str(path)).read_buffer())
         except FileNotFoundError:
@@ -131,7 +141,7 @@ class KeyIndex:
             raise InputError(f'{path} holds the keys of another store; {again}')
         # Arrow's own way to numpy imports pandas: 23 MB in every process.
         hashes, rows = (np.frombuffer(column.buffers()[1], '<u8', batch.num_rows) for column in batch.columns)
-        return cls(folder, manifest, hashes, rows)
+        return cls(folder, manifest, hashes, rows, status)
 
     def rows_of(self, keys: pa.Array | pa.ChunkedArray, hashes: np.ndarray) -> np.ndarray:
         """Rows, int64 [B], of the samples of these keys [B], whose hashes, uint64 [B], are known already.
@@ -160,7 +170,14 @@ class KeyIndex:
         return hashes
 
     def find(self, hashes: np.ndarray) -> np.ndarray:
-        """Rows, int64 [B], of the samples with these hashes, uint64 [B]; -1 where the store has none."""
+        """Rows, int64 [B], of the samples with these hashes, uint64 [B]; -1 where the store has none.
+
+        Raises:
+            InputError: The file has changed since it was mapped, and is damaged.
+        """
+        if file_status(self.folder / FILE_NAME) not in (None, self.status):
+            # What was cut short where it lies would end the process with SIGBUS.
+            vars(self).update(vars(KeyIndex.open(self.folder, self.manifest)))
         # In ascending order neighbours are found in the same pages: 0.25 us a key among 14 million instead of 1.4.
         order = np.argsort(hashes)
         places = np.empty_like(order)

@@ -8,15 +8,17 @@ need not know of each other, because a shard's bytes are a function of the manif
 """
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from ..base.errors import InputError
-from ..base.files import remove_leftovers, write_atomic
-from ..base.leases import exclusive
+from ..base.files import check_no_link, remove_leftovers, write_atomic
+from ..base.leases import Leases, exclusive
+from .digests import DIGESTS_FOLDER, digests_name, encode_digests
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .projection import PROJECTION_NAME
 from .reader import ShardStore
@@ -60,15 +62,16 @@ class LogitStore(ShardStore):
             if path.is_file() or others:
                 raise InputError(f'{path} exists and is not a logit store; name a new folder')
             manifest.check(f'the store {path}')
-            with exclusive(path / MANIFEST_NAME):
+            with exclusive(path / MANIFEST_NAME) as check:
                 if not cls.exists(path):
-                    write_atomic(path / MANIFEST_NAME, manifest.to_json().encode())
+                    write_atomic(path / MANIFEST_NAME, manifest.to_json().encode(), check)
         store = cls.open(path)
+        store.remove_leftovers()
         differences = store.manifest.differences(manifest)
         if differences:
             raise InputError(
-                f'{path} is a store of something else ({"; ".join(differences[:4])}; there and in this command); '
-                f'name another folder, or give the command the same settings')
+                f'{path} is a store of something else ({"; ".join(differences[:4])}); name another '
+                f'folder, or give the same settings')
         first_epoch = store.manifest.first_epoch
         if manifest.first_epoch < first_epoch:
             raise InputError(
@@ -83,7 +86,7 @@ class LogitStore(ShardStore):
         """Open a store by its manifest; shards are looked at when they are read.
 
         Raises:
-            InputError: There is no store, or its manifest is damaged.
+            InputError: There is no store, its manifest is damaged, or the folder of an epoch is a link.
         """
         path = Path(path)
         file = path / MANIFEST_NAME
@@ -101,23 +104,33 @@ class LogitStore(ShardStore):
                 f'make one with timm-tinyvit fill --teacher NAME --logits {path}')
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f'{file} cannot be read: {error}')
+        for folder in path.glob('epoch-*'):
+            check_no_link(folder)
         return cls(path, Manifest.from_json(text, str(file)))
 
     def extend(self, epochs: int) -> None:
         """Let the store hold at least so many epochs; what it holds stays as it is."""
         replace(self.manifest, epochs=epochs).check(f'the store {self.path}')
-        with exclusive(self.path / MANIFEST_NAME):
+        with exclusive(self.path / MANIFEST_NAME) as check:
             # Other launches may extend it at the same time.
             manifest = LogitStore.open(self.path).manifest
             if manifest.epochs < epochs:
                 manifest = replace(manifest, epochs=epochs)
-                write_atomic(self.path / MANIFEST_NAME, manifest.to_json().encode())
+                write_atomic(self.path / MANIFEST_NAME, manifest.to_json().encode(), check)
         self.manifest = manifest
 
     def check_files(self, epochs: Iterable[int]) -> None:
         for epoch in epochs:
             for shard in self._stored(epoch):
                 self._format.check(self.shard_path(epoch, shard), epoch, shard)
+
+    def verify(self, epochs: Iterable[int]) -> Iterator[str]:
+        for shard in range(self.manifest.num_shards):
+            try:
+                self.read_digests(shard)
+            except InputError as error:
+                yield str(error)
+        yield from super().verify(epochs)
 
     def _stored(self, epoch: int) -> list[int]:
         folder = self.shard_path(epoch, 0).parent
@@ -133,9 +146,12 @@ class LogitStore(ShardStore):
         return [shard for shard in range(self.manifest.num_shards) if shard_name(shard) in names]
 
     def remove_leftovers(self) -> None:
-        """Remove the unfinished files of writers that are no more."""
-        for folder in [self.path, *self.path.glob('epoch-*')]:
-            remove_leftovers(folder)
+        """Remove the unfinished files and the leases of writers that are no more."""
+        with Leases() as leases:
+            for folder in [self.path, self.path / DIGESTS_FOLDER, *self.path.glob('epoch-*')]:
+                remove_leftovers(folder)
+                with suppress(InputError):  # a store that is only read
+                    leases.expire_in(folder)
 
     def size(self) -> int:
         """Bytes of all shards on disk."""
@@ -148,8 +164,21 @@ class LogitStore(ShardStore):
             ValueError: The shape is not that of this shard.
             InputError: The disk is full or may not be written, or the store has vanished.
         """
-        parts = self._format.encode(epoch, shard, records)
+        self._write(self.shard_path(epoch, shard), self._format.encode(epoch, shard, records))
+
+    def write_digests(self, shard: int, digests: np.ndarray) -> None:
+        """Write the digests, int64 [rows], of the images of a shard's rows.
+
+        Raises:
+            InputError: The disk is full or may not be written, or their folder leads elsewhere.
+        """
+        path = self.path / digests_name(shard)
+        if path.parent.is_symlink():
+            raise InputError(f'{path.parent} is a link; a store is written in its own folder alone, remove the link')
+        self._write(path, [encode_digests(digests, self.manifest.identity)])
+
+    def _write(self, path: Path, parts: list[bytes | memoryview]) -> None:
         if not LogitStore.exists(self.path):
-            # Else the folders would come back with a shard and no manifest in them.
+            # Else the folders would come back with a file and no manifest in them.
             raise InputError(f'the store {self.path} has vanished; bring it back, or make it again')
-        write_atomic(self.shard_path(epoch, shard), parts)
+        write_atomic(path, parts)

@@ -11,12 +11,17 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_origin
 from collections.abc import Sequence
 
+import numpy as np
+
 from ..base.errors import InputError
 from ..base.types import is_like
 from ..targets.codec import Codec
 from ..targets.codecs import create_codec, create_feature_codec
 
-__all__ = ['FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'Manifest', 'stored_epoch']
+__all__ = [
+    'FORMAT', 'FORMAT_VERSION', 'MANIFEST_NAME', 'MAX_MANIFEST_SIZE', 'PROBE_TOLERANCE', 'Manifest', 'output_distance',
+    'stored_epoch',
+]
 
 MANIFEST_NAME = 'store.json'
 FORMAT = 'timm_tinyvit.logits'
@@ -26,6 +31,11 @@ MAX_SHARDS = 1 << 20
 MAX_WIDTH = 1 << 24
 MAX_DEPTH = 8
 MAX_EXCERPT = 200
+# How far a teacher's outputs may be from the store's, see `output_distance`. Measured in float32: other processors and
+# orders of summation make 4e-6, tanh for GELU's erf 1e-3, QuickGELU 1e-2 and more.
+PROBE_TOLERANCE = 5e-4
+# Of outputs that are the same for all classes and images.
+MIN_SPREAD = 0.1
 # What others rely on in the entry `teacher`, where it is given.
 TEACHER = dict(
     name='resnet50', weights='0', dtype='float32', device='cpu', batch_size=1, input_size=[3, 224, 224],
@@ -51,7 +61,8 @@ class Manifest:
         codec: Name of the codec of the records.
         class_names: Names of the classes in their order, the teacher's or those of the data; empty where nobody says.
         key: Column whose values name the samples, or empty where their position does.
-        teacher: Name, weights' hash, mean, std, input size, dtype, batch size and device kind of the teacher.
+        teacher: Name, architecture, weights' hash, mean, std, input size, dtype, batch size and device kind of the
+            teacher, and as `probe` the log-probabilities of some classes for some made images.
         recipe: How a view is made: the arguments of timm's transform factory, the decoder, the EXIF rule.
         versions: Versions of everything that has a hand in the views.
         probe: Hash of probe views; where it differs, so do the views.
@@ -108,10 +119,13 @@ class Manifest:
         return {name: value for name, value in asdict(self).items() if name != 'features' or value}
 
     def _decisive(self) -> dict[str, Any]:
-        """All that decides a shard's bytes: not which epochs there are, and no name or version behind the same hash."""
+        """All that decides a shard's bytes and is the same everywhere: not which epochs there are, no name or version
+        behind the same hash, and no outputs, which are rounded otherwise on another machine.
+        """
         free = ('epochs', 'first_epoch', 'versions', 'class_names')
         values = {key: value for key, value in self.to_dict().items() if key not in free}
-        values['teacher'].pop('name', None)
+        for name in ('name', 'probe'):
+            values['teacher'].pop(name, None)
         return values
 
     @property
@@ -130,7 +144,7 @@ class Manifest:
         return min(self.shard_size, self.num_samples - shard * self.shard_size)
 
     def differences(self, other: 'Manifest') -> list[str]:
-        """Which fields make another manifest's shards different ones, each as `name: here, there`."""
+        """Which fields make another manifest's shards different ones, each as `name: here, not there`."""
         pairs = []
         others = {'features': {}} | other._decisive()
         for name, value in ({'features': {}} | self._decisive()).items():
@@ -139,7 +153,11 @@ class Manifest:
                 pairs += [(f'{name} {entry}', value.get(entry), others[name].get(entry)) for entry in entries]
             else:
                 pairs.append((name, value, others[name]))
-        return [f'{name}: {_excerpt(here)}, {_excerpt(there)}' for name, here, there in pairs if here != there]
+        differences = [
+            f'{name}: {_excerpt(here)}, not {_excerpt(there)}' for name, here, there in pairs if here != there]
+        if (distance := output_distance(self.teacher.get('probe'), other.teacher.get('probe'))) > PROBE_TOLERANCE:
+            differences.append(f'teacher outputs: {distance:.1e} of their spread apart, {PROBE_TOLERANCE} allowed')
+        return differences
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + '\n'
@@ -216,9 +234,33 @@ class Manifest:
         if features and (set(features) != set(FEATURES) or not all(
                 is_like(features[name], example) for name, example in FEATURES.items())):
             raise InputError(f'{source} is damaged: features is {_excerpt(features)}, expected the like of {FEATURES}')
+        probe = values['teacher'].get('probe', [])
+        if not (isinstance(probe, list) and all(
+                isinstance(row, list) and is_like(row, [0.] * len(probe[0])) for row in probe)):
+            raise InputError(f'{source} is damaged: the teacher has probe {_excerpt(probe)}, expected rows of numbers, '
+                             f'all of one length')
         manifest = cls(**values)
         manifest.check(source)
         return manifest
+
+
+def output_distance(here: Sequence[Sequence[float]] | None, there: Sequence[Sequence[float]] | None) -> float:
+    """How far two teachers' outputs are apart: the largest difference over the standard deviation of all.
+
+    Args:
+        here: Log-probabilities for the images of the probe, [n, classes]; None where there are none.
+        there: Those of the other, likewise.
+
+    Returns:
+        Infinity where only one has outputs, or others.
+    """
+    if not here and not there:
+        return 0.
+    here, there = np.array(here or []), np.array(there or [])
+    if here.shape != there.shape:
+        return math.inf
+    difference = np.abs(here - there).max()
+    return float(difference / max(here.std(), there.std(), MIN_SPREAD))
 
 
 def stored_epoch(stored: Sequence[int] | None, epoch: int) -> int:

@@ -2,9 +2,12 @@
 
 A shard is mapped into memory when one of its rows is first asked for; it is checked whole then, and never again. There
 is no index: where a record lies follows from its row.
+
+A shard that somebody writes anew where it lies, or cuts short, would be read with records that were never checked, or
+end the process with SIGBUS. So files are looked at now and then, and one that has changed is mapped and checked again.
 """
 
-import os
+import time
 from abc import abstractmethod
 from pathlib import Path
 from weakref import WeakSet
@@ -14,10 +17,11 @@ import numpy as np
 
 from ..base.errors import InputError
 from .base import StoreReader
+from .digests import decode_digests, digests_name
 from .keys import KeyIndex
 from .manifest import Manifest
 from .projection import Projection
-from .shard import ShardFormat, epoch_name, shard_name
+from .shard import ShardFormat, epoch_name, file_status, shard_name
 
 __all__ = ['ShardStore']
 
@@ -25,6 +29,8 @@ __all__ = ['ShardStore']
 MAX_MAPS = 1 << 15
 MAX_MAPPED_EPOCHS = 8
 NUM_VERIFIED = 1024
+# What is read takes this many times as long, at least, as looking whether files have changed.
+LOOK_SHARE = 20
 
 # All stores of this process, which share its maps.
 _stores: WeakSet['ShardStore'] = WeakSet()
@@ -47,8 +53,9 @@ class ShardStore(StoreReader):
         self._format = ShardFormat(manifest)
         # Records of mapped shards by epoch and shard; the epoch that was read last stands last.
         self._maps: dict[int, dict[int, memoryview]] = {}
-        # Of each mapped epoch one file and its inode, which show when the epoch was removed from disk.
-        self._inodes: dict[int, tuple[Path, int | None]] = {}
+        # The files of mapped shards, and what they looked like before they were mapped.
+        self._files: dict[int, dict[int, tuple[str, tuple[int, ...] | None]]] = {}
+        self._next_look = 0.
         _stores.add(self)
 
     @abstractmethod
@@ -76,6 +83,21 @@ class ShardStore(StoreReader):
             InputError: The file is missing, damaged or another one.
         """
         return Projection.open(self.folder, self.manifest)
+
+    def read_digests(self, shard: int) -> np.ndarray | None:
+        """Digests, int64 [rows], of the images of a shard's rows; None where the store has none.
+
+        Raises:
+            InputError: Their file is damaged.
+        """
+        path = self.folder / digests_name(shard)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InputError(f'{path} cannot be read: {error.strerror}')
+        return decode_digests(data, self.manifest.shard_rows(shard), self.manifest.identity, path)
 
     def verify(self, epochs: Iterable[int]) -> Iterator[str]:
         for is_there, look in ((self.manifest.key, self.open_keys),
@@ -113,6 +135,7 @@ class ShardStore(StoreReader):
 
     def read(self, epoch: int, rows: Sequence[int]) -> np.ndarray:
         rows = np.asarray(rows, dtype=np.int64)
+        self.forget_changed()
         maps = self._maps[epoch] = self._maps.pop(epoch, {})
         if len(self._maps) > MAX_MAPPED_EPOCHS:
             self.forget(next(iter(self._maps)))
@@ -144,11 +167,30 @@ class ShardStore(StoreReader):
         """Unmap epochs: as long as one is mapped, the disk that it took is not free."""
         for epoch in epochs:
             self._maps.pop(epoch, None)
-            self._inodes.pop(epoch, None)
+            self._files.pop(epoch, None)
 
-    def forget_removed(self) -> None:
-        """Unmap the epochs that were removed from disk since they were mapped."""
-        self.forget(*[epoch for epoch, (path, inode) in self._inodes.items() if _inode(path) != inode])
+    def forget_changed(self, or_removed: bool = False, at_once: bool = False) -> None:
+        """Unmap the shards whose files are others now, or have another length or time.
+
+        Args:
+            or_removed: Those whose files are gone, too; else they stay readable.
+            at_once: Also where the last look was just now.
+        """
+        if or_removed:
+            # One file of an epoch tells, at each call: the disk of a removed one is to be free at once.
+            removed = [epoch for epoch, files in self._files.items()
+                       if files and file_status(next(iter(files.values()))[0]) is None]
+            self.forget(*removed)
+        start = time.monotonic()
+        if start < self._next_look and not at_once:
+            return
+        for epoch, files in self._files.items():
+            for shard, (path, known) in list(files.items()):
+                status = file_status(path)
+                if status != known and (status is not None or or_removed):
+                    del files[shard], self._maps[epoch][shard]
+        end = time.monotonic()
+        self._next_look = end + LOOK_SHARE * (end - start)
 
     def _checked(self, rows: Sequence[int]) -> np.ndarray:
         """Rows, int64 [n], all of which there are."""
@@ -169,14 +211,7 @@ class ShardStore(StoreReader):
         for shard in self.unmapped(epoch, rows):
             path = self.shard_path(epoch, shard)
             # Looked at before, so that a file that takes its place meanwhile is taken for another one.
-            self._inodes.setdefault(epoch, (path, _inode(path)))
+            status = file_status(path)
             maps[shard] = self._format.map(path, epoch, shard)
+            self._files.setdefault(epoch, {})[shard] = str(path), status
         return maps
-
-
-def _inode(path: Path) -> int | None:
-    """Number of a file, None where there is none."""
-    try:
-        return os.stat(path).st_ino
-    except OSError:
-        return None

@@ -7,6 +7,7 @@ fetches by itself.
 """
 
 import os
+from functools import cached_property
 from pathlib import Path
 from collections.abc import Callable, Iterator, Sequence
 
@@ -14,11 +15,12 @@ import numpy as np
 from huggingface_hub import constants
 
 from ..base.errors import InputError
-from ..base.files import remove_leftovers
+from ..base.files import check_no_link, remove_leftovers
 from ..base.hub_client import is_hub_url, parse_hub_url
 from ..base.leases import Leases
 from .base import StoreReader
 from .cache import HeldEpochs, HubCache, HubCommit
+from .digests import digests_name
 from .fetcher import NUM_DOWNLOADS, Fetcher
 from .keys import FILE_NAME, KeyIndex
 from .local import LogitStore
@@ -47,7 +49,8 @@ def open_reader(
         cache_dir: Where they go; by default huggingface_hub's folder for assets, in HF_HOME.
 
     Raises:
-        InputError: There is no store, or its manifest is damaged, or the Hub cannot be reached.
+        InputError: There is no store, or its manifest is damaged, or the Hub cannot be reached, or a folder of the
+            cache is a link.
     """
     if not is_hub_url(str(location)):
         return LogitStore.open(location)
@@ -61,6 +64,7 @@ def open_reader(
     # Leftovers of killed processes: temporary files, and leases on shards that are there.
     leases = Leases()
     for each in (folder, *folder.glob('epoch-*')):
+        check_no_link(each)
         remove_leftovers(each)
         leases.clear(each)
     return RemoteStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
@@ -144,7 +148,7 @@ class RemoteStore(ShardStore):
         return self._fetcher is None or self._fetcher.wait(stop)
 
     def read(self, epoch: int, rows: Sequence[int]) -> np.ndarray:
-        self.forget_removed()
+        self.forget_changed(or_removed=True)
         self._bring(epoch, self.unmapped(epoch, rows))
         try:
             return super().read(epoch, rows)
@@ -166,6 +170,16 @@ class RemoteStore(ShardStore):
         if self.manifest.features.get('projection') and not (self.folder / PROJECTION_NAME).exists():
             self.source.download(PROJECTION_NAME, self.folder / PROJECTION_NAME)
         return super().open_projection()
+
+    def read_digests(self, shard: int) -> np.ndarray | None:
+        name = digests_name(shard)
+        if not (self.folder / name).exists() and name in self._files:
+            self.source.download(name, self.folder / name)
+        return super().read_digests(shard)
+
+    @cached_property
+    def _files(self) -> set[str]:
+        return set(self.source.files())
 
     def size(self) -> int:
         """Bytes of all shards on the Hub."""
@@ -201,7 +215,7 @@ class RemoteStore(ShardStore):
         self._kept = [*(other for other in self._kept if other != epoch), epoch][-(self.keep_epochs or NUM_KEPT):]
         if epoch not in self._held.epochs:
             self._held.set(self._kept)
-            self.forget_removed()
+            self.forget_changed(or_removed=True, at_once=True)
 
     def _notice_fork(self) -> None:
         """Leave leases and fetcher to the process that this one was forked from."""

@@ -20,7 +20,7 @@ from ..base.errors import InputError
 from .arrow import END_OF_STREAM, HEADER_SIZE, stream_header
 from .manifest import FORMAT, Manifest
 
-__all__ = ['FOOTER_SIZE', 'MAGIC', 'SHARD_PATH', 'ShardFormat', 'epoch_name', 'shard_name']
+__all__ = ['FOOTER_SIZE', 'MAGIC', 'SHARD_PATH', 'ShardFormat', 'epoch_name', 'file_status', 'shard_name']
 
 MAGIC = b'TTVSHARD'
 FOOTER_SIZE = len(MAGIC) + 16
@@ -124,6 +124,15 @@ class ShardFormat:
     def _header(self, epoch: int, shard: int) -> bytes:
         metadata = f'{{"format": "{FORMAT}", "store": "{self._identity}", "epoch":{epoch:9}, "shard":{shard:9}}}'
         return stream_header(self.manifest.record_width, self.manifest.shard_rows(shard), metadata)
+
+
+def file_status(path: str | Path) -> tuple[int, ...] | None:
+    """What changes when a file is written anew, in place or not: inode, time and length; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _remedy(path: Path) -> str:

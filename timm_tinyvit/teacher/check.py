@@ -10,12 +10,30 @@ from ..base.console import print_result, progress
 from ..base.errors import InputError
 from ..data.dataset import SparseLogitDataset, collate
 from ..store.base import StoreReader
+from ..store.manifest import PROBE_TOLERANCE, output_distance
 from ..targets.features import FeatureTargets
 from .teacher import Teacher
 
-__all__ = ['NUM_CHECKED', 'check_store', 'verify_store']
+__all__ = ['NUM_CHECKED', 'check_store', 'check_teacher', 'verify_store']
 
 NUM_CHECKED = 512
+
+
+def check_teacher(store: StoreReader, teacher: Teacher) -> None:
+    """Find out that a teacher is the one of a store: by its weights, and by what it makes of them.
+
+    Raises:
+        InputError: It is another one.
+    """
+    known, reason = store.manifest.teacher, None
+    if teacher.weights != known['weights']:
+        reason = 'other weights'
+    elif (distance := output_distance(teacher.probe, known.get('probe'))) > PROBE_TOLERANCE:
+        reason = (f'the same weights and other outputs, {distance:.1e} of their spread apart, as another activation or '
+                  f'pooling makes them')
+    if reason:
+        raise InputError(f'{teacher.name} is not the teacher of the store {store.path}: it was made with '
+                         f'{known["name"]} of {reason}; give --teacher that one')
 
 
 def check_store(store: StoreReader, teacher: Teacher, data: SparseLogitDataset) -> dict[str, float]:

@@ -149,11 +149,11 @@ def merge_stores(path: str | Path, sources: Sequence[ShardStore], log: Callable[
         InputError: The stores do not fit together, or a shard is damaged or, where samples are put together, missing.
     """
     first = sources[0].manifest
-    if all(source.manifest.identity == first.identity for source in sources):
+    if not any(first.differences(source.manifest) for source in sources):
         start = min(source.manifest.stored_epochs.start for source in sources)
         stop = max(source.manifest.stored_epochs.stop for source in sources)
         there = LogitStore.open(path).manifest if LogitStore.exists(path) else None
-        if there and there.identity == first.identity:
+        if there and not there.differences(first):
             if start < there.first_epoch:
                 raise InputError(f'{path} begins at epoch {there.first_epoch}, what is merged into it at epoch '
                                  f'{start}; name a new folder')
@@ -233,6 +233,9 @@ def _take_shards(target: LogitStore, sources: Sequence[ShardStore], epochs: rang
                 source.read(epoch, [shard * source.manifest.shard_size])
                 write_atomic(target.shard_path(epoch, shard), source.shard_path(epoch, shard).read_bytes())
                 break
+    rows = np.arange(target.manifest.num_samples)
+    for source in sources:
+        _take_digests(target, ([source], np.zeros_like(rows), rows))
 
 
 def _gather(target: LogitStore, epochs: range, places: Places) -> None:
@@ -251,3 +254,21 @@ def _gather(target: LogitStore, epochs: range, places: Places) -> None:
             raise InputError(f'epoch {epoch} of {" and ".join(str(source.path) for source in sources)} holds a bad '
                              f'record: {error}; run timm-tinyvit store verify on it')
         target.write_shard(epoch, shard, records)
+    _take_digests(target, places)
+
+
+def _take_digests(target: LogitStore, places: Places) -> None:
+    """Write the digests of images that a store lacks, if the stores that its rows are from know all of theirs."""
+    sources, owners, rows = places
+    shards = [shard for shard in range(target.manifest.num_shards) if target.read_digests(shard) is None]
+    if not shards:
+        return
+    digests = np.empty(len(rows), dtype=np.int64)
+    for number, source in enumerate(sources):
+        known = [source.read_digests(shard) for shard in range(source.manifest.num_shards)]
+        if any(part is None for part in known):
+            return
+        digests[owners == number] = np.concatenate(known)[rows[owners == number]]
+    size = target.manifest.shard_size
+    for shard in shards:
+        target.write_digests(shard, digests[shard * size:(shard + 1) * size])

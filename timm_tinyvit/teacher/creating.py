@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 from collections.abc import Callable
 
@@ -51,7 +50,7 @@ def create_teacher(args: argparse.Namespace, device: torch.device, grid: int | N
         InputError: There is no such model, or it has no logits or no features of that kind.
     """
     model = create_pretrained(
-        args.teacher, args.teacher_checkpoint, args.teacher_num_classes, needs_classifier=grid is None)
+        args.teacher, args.teacher_checkpoint, args.teacher_num_classes, grid is None)
     path, name = Path(args.teacher.removeprefix('local-dir:')).expanduser(), args.teacher
     if path.exists():
         # A folder's own name, so that a store says nothing of the machine that made it.
@@ -59,21 +58,7 @@ def create_teacher(args: argparse.Namespace, device: torch.device, grid: int | N
     if args.teacher_checkpoint and hub_repo_of(name):
         # The name with a tag, or of a repo, is that of other weights.
         name = model.pretrained_cfg['architecture']
-    teacher = Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile, grid=grid)
-    try:
-        shape = tuple(teacher(torch.zeros(1, 3, *teacher.size, dtype=torch.uint8)).shape)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        if grid is not None and not isinstance(error, RuntimeError):
-            raise InputError(f'the teacher {name} has no such features: {shorten(str(error), 300)}')
-        raise InputError(f'the teacher {name} does not take an image of 3 channels and {teacher.size[0]}x'
-                         f'{teacher.size[1]} pixels: {shorten(str(error), 200)}; choose another, or export it with '
-                         f'the input size that it takes')
-    if grid is not None:
-        teacher.num_features = shape[2]
-    elif shape != (1, teacher.num_classes):
-        raise InputError(f'the teacher {name} makes of one image an output of shape {list(shape)}, expected '
-                         f'[1, {teacher.num_classes}], one logit for each class; choose a classifier')
-    return teacher
+    return Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile, grid=grid)
 
 
 def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> list[str]:
@@ -82,9 +67,9 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
     key = find_column(dataset, target_key, is_image=False)
     names = list(key and class_names(dataset, key) or ())
     if len(names) not in (0, teacher.num_classes):
-        warning(f'the teacher {teacher.name} has {teacher.num_classes:,} classes, the data {len(names):,}: their '
-                f'labels say nothing of it or its students; to evaluate them, name data of its classes with '
-                f'--val-dataset')
+        warning(f'the teacher {teacher.name} predicts {teacher.num_classes:,} classes, the data have labels of '
+                f'{len(names):,}: neither its accuracy nor that of its students can be measured with them; give '
+                f'--val-dataset with its classes')
         return teacher.class_names
     if not names or not teacher.class_names:
         return teacher.class_names or valid_names(names, teacher.num_classes)
@@ -96,7 +81,7 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
         warning(f'{len(moved)} classes have other numbers for the teacher than in the data, as {name}: '
                 f'{teacher.class_names.index(name)} and {place}; ' + (
                     'labels get the teacher\'s by name' if can_match else
-                    'labels are compared with none of its classes'))
+                    'as not all names are the same, labels are not compared with its predictions'))
     return teacher.class_names
 
 
@@ -267,4 +252,5 @@ def views_to_fill(
         return StreamedRows(dataset, replay, store, args.input_key)
     manifest = store.manifest
     return SparseLogitDataset(
-        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample)
+        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample,
+        with_digests=True)

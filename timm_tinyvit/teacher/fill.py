@@ -109,20 +109,41 @@ def fill_shard(
         teacher: Its teacher.
         epoch: The shard's epoch.
         shard: Its number.
-        batches: All of its views in order: `view` uint8 [B, 3, H, W], `index` int64 [B].
+        batches: All of its views in order: `view` uint8 [B, 3, H, W], `index` int64 [B], and `digest` int64 [B] where
+            the images are to be remembered.
         count: Is told the views of each batch that the teacher has looked at.
 
     Raises:
-        InputError: The teacher says NaN, or the disk is full.
+        InputError: The teacher says NaN, the disk is full, or an image is not the one of the epochs before.
     """
     records: list[np.ndarray] = []
+    digests: list[torch.Tensor] = []
     for batch in batches:
         try:
             records.append(store.codec.encode(store.codec.keep(teacher(batch['view']))))
         except ValueError as error:
             raise InputError(f'epoch {epoch}, shard {shard}: {error}')
+        digests += [batch['digest']] if 'digest' in batch else []
         count(len(batch['view']))
+    if digests:
+        _remember_images(store, shard, torch.cat(digests).numpy())
     store.write_shard(epoch, shard, np.concatenate(records))
+
+
+def _remember_images(store: LogitStore, shard: int, digests: np.ndarray) -> None:
+    """Write the digests of a shard's images, int64 [rows], or compare them with those of the epochs before.
+
+    Raises:
+        InputError: An image is another one.
+    """
+    before = store.read_digests(shard)
+    if before is None:
+        store.write_digests(shard, digests)
+    elif len(other := np.flatnonzero(digests != before)):
+        raise InputError(
+            f'{len(other)} images of shard {shard} are not those that the store {store.path} was filled from so far, '
+            f'the first is sample {shard * store.manifest.shard_size + other[0]}; timm-tinyvit data check '
+            f'DATASET --logits {store.path} names them all; bring them back, or make a new store')
 
 
 def choose_shards(manifest: Manifest, shards: range | None, path: str | Path) -> range:

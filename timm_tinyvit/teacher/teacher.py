@@ -2,26 +2,30 @@
 
 import hashlib
 from contextlib import nullcontext
+from textwrap import shorten
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
 from ..base.errors import InputError
 from ..data.classes import valid_names
+from ..models.config_file import image_config
 from ..models.features import feature_vectors
-from ..models.loading import Normalize
+from ..models.loading import Normalize, look_at_zeros
 from ..store.projection import Projection
 
 __all__ = ['Teacher']
+
+# Classes whose log-probabilities are kept of each image of the probe, evenly among all.
+NUM_PROBE_CLASSES = 32
 
 
 class Teacher:
     """A frozen timm model that looks at views.
 
     Args:
-        model: A timm model; with a classifier, unless it gives features.
+        model: A timm model, with a classifier unless it gives features; or any module from images to logits.
         name: What the store calls it.
         device: Where it runs.
         amp_dtype: Autocast to this type; None for float32.
@@ -33,7 +37,8 @@ class Teacher:
         projection: Makes of the features what a store keeps; None for the features themselves.
 
     Raises:
-        InputError: It takes images of another number of channels than views have.
+        InputError: It takes images of another number of channels than views have, none of this size, or its outputs are
+            not the logits of its classes.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class Teacher:
             size: tuple[int, int] | None = None,
             grid: int | None = None,
     ):
-        config = resolve_data_config({}, model=model)
+        config = image_config(model, name)
         if (channels := config['input_size'][0]) != 3:
             raise InputError(f'the teacher {name} takes {channels} channel{"s" * (channels != 1)}, views have 3, red, '
                              f'green and blue; choose one that takes 3')
@@ -54,18 +59,37 @@ class Teacher:
         self.device = torch.device(device)
         self.amp_dtype = amp_dtype
         self.grid = grid
-        self.num_classes = model.num_classes if grid is None else 0
         self.projection: Projection | None = None
-        self.class_names = valid_names((model.pretrained_cfg or {}).get('label_names'), self.num_classes)
         self.mean, self.std = tuple(config['mean']), tuple(config['std'])
         self.size = tuple(size or config['input_size'][-2:])
+        # A module that is none of timm's says none of these.
+        config = getattr(model, 'pretrained_cfg', None) or {}
+        self.architecture = config.get('architecture') or type(model).__name__
+        self.num_classes = 0
+        if grid is None:
+            self.num_classes = getattr(model, 'num_classes', None) or self._count_classes(model)
+        self.class_names = valid_names(config.get('label_names'), self.num_classes)
         self.weights = _hash_weights(model)
-        self._input = Normalize(self.mean, self.std, self.size).to(self.device)
-        self._model = model.to(self.device).eval().requires_grad_(False)
+        self._input = Normalize(self.mean, self.std, self.size)
+        self._model = model.cpu().eval().requires_grad_(False)
         if grid is not None:
             self._model = _Features(self._model, grid)
+        self.probe = self._probe()
+        self._input.to(self.device)
+        self._model.to(self.device)
         if compile:
             self._model = torch.compile(self._model)
+
+    def _count_classes(self, model: nn.Module) -> int:
+        """The logits of an empty image, where a model does not say how many classes it has."""
+        try:
+            logits = look_at_zeros(model, (3, *self.size))
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f'the teacher {self.name} takes no image of {self.size[0]}x{self.size[1]} pixels: {error}')
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            raise InputError(f'the teacher {self.name} gives no logits of [batch, classes] for an image; it needs a '
+                             f'classifier')
+        return logits.shape[1]
 
     @torch.inference_mode()
     def __call__(self, views: torch.Tensor) -> torch.Tensor:
@@ -79,10 +103,40 @@ class Teacher:
         """Give features as this projection makes them."""
         self.projection = projection and projection.to(self.device)
 
+    @torch.inference_mode()
+    def _probe(self) -> list[list[float]]:
+        """Outputs for made images, which say what the weights do not: activation, pooling and so on.
+
+        In float32 on the CPU, whatever the device: there rounding is 1,000 times below what QuickGELU makes of GELU. In
+        bfloat16 it is above.
+        """
+        try:
+            output = self._model(self._input(_probe_images(*self.size)))
+            shape = [1, *output.shape[1:]]
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            if self.grid is not None and not isinstance(error, RuntimeError):
+                raise InputError(f'the teacher {self.name} has no such features: {shorten(str(error), 300)}')
+            raise InputError(
+                f'the teacher {self.name} does not take an image of 3 channels and {self.size[0]}x{self.size[1]} '
+                f'pixels: {shorten(str(error), 200)}; choose another, or export it with the input size that it takes')
+        if self.grid is not None:
+            self.num_features = shape[2]
+            values = output.float().mean(dim=1)
+        elif shape == [1, self.num_classes]:
+            values = output.float().log_softmax(dim=1)
+        else:
+            raise InputError(f'the teacher {self.name} makes of one image an output of shape {shape}, expected '
+                             f'[1, {self.num_classes}], one logit for each class; choose a classifier')
+        picks = torch.linspace(0, values.shape[1] - 1, min(NUM_PROBE_CLASSES, values.shape[1])).round().long()
+        # NaN is for the filling to find.
+        return [[round(value, 5) for value in row]
+                for row in values[:, picks].double().nan_to_num(0.).clamp(min=-50.).tolist()]
+
     def describe(self, batch_size: int) -> dict[str, Any]:
         """What a store's manifest says of its teacher."""
         return {
             'name': self.name,
+            'architecture': self.architecture,
             'weights': self.weights,
             'mean': list(self.mean),
             'std': list(self.std),
@@ -91,6 +145,7 @@ class Teacher:
             'dtype': str(self.amp_dtype or torch.float32).removeprefix('torch.'),
             'batch_size': batch_size,
             'device': self.device.type,
+            'probe': self.probe,
         }
 
 
@@ -104,6 +159,14 @@ class _Features(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return feature_vectors(self.model, self.model.forward_features(x), x.shape[-2:], self.grid)
+
+
+def _probe_images(height: int, width: int) -> torch.Tensor:
+    """Images from integer arithmetic, uint8 [4, 3, H, W], the same on every machine."""
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    images = [[(x * (a + n) + y * (b + n) + (x * y) // (c + n)) % 256 for a, b, c in ((1, 2, 7), (3, 1, 11), (5, 7, 3))]
+              for n in range(4)]
+    return torch.stack([torch.stack(planes) for planes in images]).to(torch.uint8)
 
 
 def _hash_weights(model: nn.Module) -> str:

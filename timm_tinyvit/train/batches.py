@@ -1,6 +1,7 @@
 """The training batches of one process: data set or stream, sampler and loader in one."""
 
 import argparse
+from contextlib import contextmanager
 from collections.abc import Callable, Iterator
 
 import datasets
@@ -17,7 +18,7 @@ from ..data.streaming import SparseLogitStream, StreamLoader
 from ..data.views import Replay
 from ..store.base import StoreReader
 
-__all__ = ['TrainBatches']
+__all__ = ['TrainBatches', 'worker_errors']
 
 
 class TrainBatches:
@@ -90,7 +91,7 @@ class TrainBatches:
             self,
             epoch: int,
             first_update: int = 0,
-            stop: Callable[[], type[BaseException] | None] = lambda: None,
+            stop: Callable[[], BaseException | None] = lambda: None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """The batches of an epoch, once its records are there.
 
@@ -116,3 +117,23 @@ class TrainBatches:
     def _checked(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         check_label_values(batch['label'].numpy(), self.num_classes, 'a batch of --train-split')
         return batch
+
+
+@contextmanager
+def worker_errors(store: StoreReader | None) -> Iterator[None]:
+    """Inside, a loader worker that is ended by SIGBUS is an `InputError`, which names the shard where it is one.
+
+    torch raises it wherever the main process is just then. The worker used memory that is not there: shared memory is
+    full, or a file that it maps was cut short.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        if store is not None:
+            store.check_files(store.manifest.stored_epochs)
+        if 'Bus error' not in str(error):
+            raise
+        raise InputError('a loader worker was ended by a bus error: shared memory is full, or a file that it reads was '
+                         'cut short; give the machine more (docker run --shm-size), or fewer --workers') from None

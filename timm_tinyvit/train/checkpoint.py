@@ -8,8 +8,10 @@ which batch size and accumulation may.
 import argparse
 import io
 import random
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from collections.abc import Callable, Iterator
 
 import datasets
 import numpy as np
@@ -19,6 +21,7 @@ from accelerate.utils import gather_object, set_seed
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+from ..base.checksum import check_checksum, footer
 from ..base.console import info, warning
 from ..base.errors import InputError
 from ..base.files import write_atomic
@@ -36,9 +39,14 @@ __all__ = ['FREE_FLAGS', 'TrainState', 'fixed_settings', 'is_finite', 'random_st
 FREE_FLAGS = {
     'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
     'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
-    'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs',
-    'store_cache', 'push_to_hub', 'hub_private', 'hub_license',
+    'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs', 'store_cache', 'push_to_hub', 'hub_private',
+    'hub_license', 'grad_checkpointing',
 }
+
+# What every checkpoint holds.
+ALL_ENTRIES = (
+    'epoch', 'samples', 'best', 'history', 'sums', 'random', 'world_size', 'workers', 'images_per_update', 'is_sharded',
+    'model', 'optimizer', 'scheduler', 'scaler', 'settings', 'store')
 
 # What makes up an update on one number of processes, and may be made up otherwise on another.
 PER_PROCESS = ('batch_size', 'grad_accum_steps')
@@ -69,6 +77,7 @@ class TrainState:
         settings: `fixed_settings` of the run; a checkpoint of others is refused.
         store: What the student learns from.
         accelerator: Knows the processes.
+        check_owner: Raises where another launch has taken the folder over, and nothing may be written there.
 
     Attributes:
         epoch: Epochs that are finished.
@@ -85,12 +94,14 @@ class TrainState:
             settings: dict[str, Any],
             store: StoreReader | None,
             accelerator: Accelerator,
+            check_owner: Callable[[], None] = lambda: None,
     ):
         self.folder = folder
         self.args = args
         self.settings = settings
         self.store = store
         self.accelerator = accelerator
+        self.check_owner = check_owner
         self.epoch = self.update = 0
         self.best: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
@@ -102,9 +113,10 @@ class TrainState:
         Raises:
             InputError: It belongs to other settings, its store has changed, or the processes find different ones.
         """
-        checkpoint = last_checkpoint(self.folder, self.settings, self.accelerator.num_processes)
-        if self.store is not None and checkpoint is not None:
-            check_content(self.store, checkpoint['store'], self.args.epochs + self.args.cooldown_epochs)
+        with checkpoint_errors(self.folder):
+            checkpoint = last_checkpoint(self.folder, self.settings, self.accelerator.num_processes)
+            if self.store is not None and checkpoint is not None:
+                check_content(self.store, checkpoint['store'], self.args.epochs + self.args.cooldown_epochs)
         positions = gather_object([checkpoint and (checkpoint['epoch'], checkpoint['samples'])])
         if len(set(positions)) > 1:
             raise InputError(f'the processes find different checkpoints in {self.folder}; --output must be a folder '
@@ -130,16 +142,22 @@ class TrainState:
         self.images_per_update = images_per_update
         self.sums = torch.zeros(len(task.losses) + 1, device=self.accelerator.device)
         self.best = dict.fromkeys(task.models(), -1.)
-        # Another seed per rank, so that DropPath masks differ.
-        rank, seed = self.accelerator.process_index, self.args.seed
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
-            set_seed(seed + rank)
+            # Another seed per rank, so that DropPath masks differ.
+            set_seed(self.args.seed + self.accelerator.process_index)
             return
+        with checkpoint_errors(self.folder):
+            self._restore(checkpoint)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        scheduler, images_per_update = self.scheduler, self.images_per_update
+        rank, seed = self.accelerator.process_index, self.args.seed
         world_size, device = self.accelerator.num_processes, self.accelerator.device
-        for name, module in task.weights().items():
+        for name, module in self.task.weights().items():
             load_whole_state(module, checkpoint[name])
-        load_whole_state(optimizer, checkpoint['optimizer'])
+        load_whole_state(self.optimizer, checkpoint['optimizer'])
         if self.accelerator.scaler is not None and checkpoint['scaler'] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint['scaler'])
         self.epoch, self.best, self.history = checkpoint['epoch'], checkpoint['best'], checkpoint['history']
@@ -201,8 +219,24 @@ class TrainState:
             'store': None if self.store is None else content_of(self.store),
         }
         if accelerator.is_main_process:
-            save_checkpoint(self.folder, checkpoint, self.args.checkpoint_hist)
+            save_checkpoint(self.folder, checkpoint, self.args.checkpoint_hist, self.check_owner)
         accelerator.wait_for_everyone()
+
+
+@contextmanager
+def checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Inside, what a checkpoint lacks, or holds otherwise than `TrainState.save` writes it, is an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # For want of memory, or of another rank, no checkpoint is to blame.
+        if isinstance(error, RuntimeError) and (type(error) is not RuntimeError or 'onnection' in str(error)):
+            raise
+        reason = f'{type(error).__name__} {error}'.strip().splitlines()[0]
+        raise InputError(f'the last checkpoint in {folder} is not one of this run ({reason}); delete it to go on from '
+                         f'the one before')
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -239,13 +273,19 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
             f'the one before')
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+        folder: Path,
+        state: dict[str, Any],
+        keep: int,
+        check_owner: Callable[[], None] = lambda: None,
+) -> Path:
     """Write a checkpoint (an atomic write), and remove all but the last ones.
 
     Args:
         folder: The run's.
         state: Tensors and plain values, `epoch` and `samples` (of the epoch, seen so far) among them.
         keep: Checkpoints to keep, this one included.
+        check_owner: Raises where the folder is another launch's by now.
 
     Returns:
         The file.
@@ -253,7 +293,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     file = folder / f'checkpoint-{state["epoch"]:06d}-{state["samples"]:012d}.pt'
-    write_atomic(file, buffer.getbuffer())
+    write_atomic(file, [buffer.getbuffer(), footer(buffer.getbuffer())], lambda temporary: check_owner())
     for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
         old.unlink(missing_ok=True)
     return file
@@ -273,15 +313,25 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
     files = sorted(folder.glob('checkpoint-*.pt'))
     if not files:
         return None
+    remedy = 'delete it to go on from the one before'
     try:
+        check_checksum(files[-1])
         state = torch.load(files[-1], map_location='cpu', weights_only=True)
-        before, processes = state['settings'], state['world_size']
+        lacking = [name for name in ALL_ENTRIES if name not in state]
+    except InputError as error:
+        raise InputError(f'the checkpoint {error}; {remedy}')
     except Exception as error:
-        # Damaged archives and foreign pickles fail in as many ways as there are bytes.
-        raise InputError(f'the checkpoint {files[-1]} cannot be read ({type(error).__name__}); delete it to go on '
-                         f'from the one before')
+        # Foreign pickles fail in as many ways as there are bytes.
+        raise InputError(f'the checkpoint {files[-1]} cannot be read ({type(error).__name__}); {remedy}')
+    if lacking:
+        raise InputError(f'the checkpoint {files[-1]} lacks {", ".join(lacking)}, as of another version of this '
+                         f'package; {remedy}')
+    before = state['settings']
+    # A flag that is newer than the checkpoint was off.
+    before |= {name: value for name, value in settings.items() if not value and name not in before}
+    processes = state['world_size']
     free = PER_PROCESS if processes != world_size else ()
-    other = [CONTENTS.get(key) or f'{key} {before.get(key)!r} there and {settings.get(key)!r} here'
+    other = [CONTENTS.get(key) or f'--{key.replace("_", "-")} was {before.get(key)!r} and is {settings.get(key)!r}'
              for key in {**before, **settings} if before.get(key) != settings.get(key) and key not in free]
     if other:
         raise InputError(f'the run in {folder} was started with other settings ({", ".join(other[:4])}); give the '
@@ -300,11 +350,11 @@ def what_changes(state: dict[str, Any], world_size: int, images_per_update: int,
             return None
         kinds = {True: 'sharded', False: 'whole on each process'}
         return f'the model was {kinds[was_sharded]} and is {kinds[is_sharded]}: rounding can no longer be identical'
-    line = (f'{processes} process(es) there, {world_size} here: dropout, drop path and rounding can no longer be '
-            f'identical to a run on {processes}')
+    line = (f'the checkpoint is of {processes} process(es), now there are {world_size}: dropout, drop path and '
+            f'rounding can no longer be identical to a run on {processes}')
     if images != images_per_update:
         line += (f', nor can learning rates and the order of images, with {images_per_update} images per update '
-                 f'instead of {images}; --batch-size and --grad-accum-steps could make them equal')
+                 f'instead of {images}; choose --batch-size and --grad-accum-steps so that they are equal')
     return line
 
 

@@ -1,11 +1,10 @@
-"""Accuracy of a model on an evaluation split, with images prepared as timm's validate.py prepares them.
+"""Accuracy of a model on a validation set, with images prepared as timm's validate.py prepares them.
 
 Resize, crop and normalisation come from the model's configuration, changed by the flags. A classifier of ImageNet-22k
 is looked at on the labels of ImageNet-1k as in the paper: by its scores for those 1,000 classes.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from collections.abc import Callable
 import datasets
 import torch
 from accelerate import Accelerator
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.utils import distribute_bn
 from torch import nn
 from torch.utils.data import DataLoader, Subset
@@ -26,6 +25,7 @@ from ..data.classes import (
 )
 from ..data.dataset import ImageDataset, collate
 from ..data.sources import find_column, load_split
+from ..models.config_file import image_config, read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, logits_22k_to_1k
 from ..models.loading import Normalize, config_beside
 from ..models.saving import export_model
@@ -67,7 +67,7 @@ def eval_config(
     flags = {'crop_pct': args.crop_pct, 'crop_mode': args.crop_mode, 'interpolation': args.interpolation or ''}
     if size is not None:
         flags['input_size'] = (3, *size)
-    return resolve_data_config(flags, model=model, use_test_size=use_test_size)
+    return image_config(model, args=flags, use_test_size=use_test_size)
 
 
 def eval_loader(
@@ -77,7 +77,7 @@ def eval_loader(
         rank: int,
         world_size: int,
 ) -> DataLoader:
-    """This rank's part of an evaluation split, as uint8 batches.
+    """This rank's part of a validation set, as uint8 batches.
 
     Raises:
         InputError: timm does not make the transform.
@@ -261,7 +261,7 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
     dataset = match_classes(dataset, label_column, names, '--val-split', f'the model {args.model}')
     check_labels(dataset, label_column, model.num_classes, '--val-split')
     if mismatch := class_mismatch(dataset, label_column, model.num_classes):
-        warning(f'{mismatch}: accuracies say nothing unless the labels are the first of its classes')
+        warning(f'{mismatch}: its accuracy is right only if the labels are the first of its classes')
     # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
     config = eval_config(args, model, size, use_test_size=not beside)
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
@@ -273,9 +273,8 @@ def _images_of(file: Path | None) -> dict[str, Any]:
     """How a model's images were prepared, by its config.json; empty where there is none."""
     if file is None:
         return {}
-    try:
-        config = json.loads(file.read_text(encoding='utf-8'))['pretrained_cfg']
-        names = ('input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
-        return {name: config[name] for name in names if name in config}
-    except (KeyError, TypeError, ValueError):
+    config = read_config(file.parent)
+    if 'pretrained_cfg' not in config:
         raise InputError(f'{file} is not the config.json of a timm model; fix or remove it')
+    names = ('input_size', 'crop_pct', 'crop_mode', 'interpolation', 'mean', 'std')
+    return {name: config['pretrained_cfg'][name] for name in names if name in config['pretrained_cfg']}

@@ -6,11 +6,17 @@ import math
 from pathlib import Path
 
 from ..base.errors import InputError
-from ..base.files import write_atomic
+from ..base.files import read_bounded, write_atomic
+from ..base.types import FINITE, Number
 
 __all__ = ['METRICS', 'accuracy_of', 'read_metrics', 'suffixed', 'write_metrics']
 
 METRICS = 'metrics.csv'
+MAX_BYTES = 1 << 26
+EPOCH, PERCENT, POSITIVE = Number(0, 1e6), Number(0, 100.01), Number(0, 1e15)
+VALUES = {
+    'data_wait': Number(0, 1.01), 'seconds': POSITIVE, 'images_per_second': POSITIVE,
+    **{f'eval_{name}{ending}': PERCENT for name in ('top1', 'top5') for ending in ('', '_ema')}}
 
 
 def suffixed(name: str, weights: str) -> str:
@@ -45,13 +51,17 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     """
     file = run / METRICS
     try:
-        with open(file, newline='', encoding='utf-8') as lines:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+        lines = io.StringIO(read_bounded(file, MAX_BYTES).decode('utf-8-sig'), newline='')
+        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
     except OSError:
         raise InputError(f'{run} has no {METRICS}; name the folder of a run of timm-tinyvit train that has finished an '
                          f'epoch')
     except (TypeError, ValueError, csv.Error):
         rows = []
-    if not rows or not all(math.isfinite(row.get('epoch', math.nan)) for row in rows):
+    epochs = [row.get('epoch') for row in rows]
+    if not rows or not all(map(EPOCH.holds, epochs)) or epochs != sorted(set(epochs)) or not all(
+            VALUES.get(name, FINITE).holds(value) for row in rows for name, value in row.items()
+            if math.isfinite(value)):
         raise InputError(f'{file} is not readable as the metrics of a run; start the run again, which writes it anew')
-    return rows
+    # What is no number, as the loss of weights that have gone, is as if it were not there.
+    return [{name: value for name, value in row.items() if math.isfinite(value)} for row in rows]

@@ -41,9 +41,10 @@ def create_optimizer(args: argparse.Namespace, model: nn.Module, lr: float) -> t
         InputError: timm does not make it.
     """
     try:
-        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr})
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), 'lr': lr}, **args.opt_kwargs)
     except (AssertionError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f'timm cannot make the optimiser {args.opt}: {_reason(error)}; check --opt and its arguments')
+        raise InputError(f'timm cannot make the optimiser {args.opt}: {_reason(error)}; check --opt and its arguments, '
+                         f'--opt-kwargs too')
     if getattr(optimizer, 'is_second_order', False):
         raise InputError(f'the optimiser {args.opt} needs second derivatives, which are not computed here; choose '
                          f'another --opt')

@@ -20,19 +20,24 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from ..base.errors import InputError
-from ..base.files import write_atomic
+from ..base.files import read_bounded, write_atomic
+from ..base.types import COUNT, Number, mismatch, read_json
 from ..data.fingerprint import dataset_fingerprint
 from ..data.sources import class_names
 from .calibration import Reliability, calibration
 
 __all__ = [
-    'Evaluation', 'Predictions', 'Recorder', 'class_accuracy', 'confused_pairs', 'confusion', 'keep_evaluation',
-    'read_arrays', 'round_robin', 'samples_to_show', 'worst_classes', 'write_arrays',
+    'Evaluation', 'Predictions', 'Recorder', 'class_accuracy', 'confused_pairs', 'confusion', 'damaged',
+    'keep_evaluation', 'read_arrays', 'round_robin', 'samples_to_show', 'worst_classes', 'write_arrays',
 ]
 
 NUM_KEPT = 5
 NUM_SHOWN = 12
 MAX_SIDE = 128
+# Of files that are read: what no evaluation has more of.
+MAX_ARRAY_BYTES, MAX_CLASSES, MAX_STORED_SIDE = 1 << 30, 1 << 20, 4096
+ABOUT = {
+    'epoch': COUNT, 'num_classes': Number(1, MAX_CLASSES, is_whole=True), 'split': dict, 'names': ([str], None)}
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,23 @@ class Predictions:
     def right(self) -> np.ndarray:
         """Whether it is the label, bool [N]."""
         return self.best == self.labels
+
+    def is_sound(self, num_classes: int, has_labels: bool = False) -> bool:
+        """Whether arrays that were read from a file can be predictions of so many classes.
+
+        Args:
+            num_classes: C.
+            has_labels: Whether each sample must have a label.
+        """
+        arrays, size = vars(self).values(), len(self.labels) if self.labels.ndim == 1 else -1
+        return (
+            [array.dtype.kind for array in arrays] == ['i', 'f', 'i', 'f'] and self.ids.ndim == 2
+            and self.ids.shape == self.probs.shape and 0 < self.ids.shape[1] <= NUM_KEPT
+            and len(self.ids) == size and self.label_log_probs.shape == (size,)
+            and bool(((self.ids >= 0) & (self.ids < num_classes)).all())
+            and bool(((self.probs >= 0) & (self.probs <= 1.001)).all())
+            and bool(((self.labels >= -(not has_labels)) & (self.labels < num_classes)).all())
+            and bool((self.label_log_probs <= 0.001).all()))
 
     def labelled(self) -> 'Predictions':
         """Those of samples with a label."""
@@ -162,9 +184,15 @@ class Evaluation:
         Raises:
             InputError: The file is damaged, or another one.
         """
-        about, arrays = read_arrays(path, 'ids', 'probs', 'labels', 'label_log_probs', 'shown', 'views')
+        about, arrays = read_arrays(path, ABOUT, *Predictions.__dataclass_fields__, 'shown', 'views')
         shown, views = arrays.pop('shown'), arrays.pop('views')
-        return cls(Predictions(**arrays), shown=shown, views=views, **about)
+        predictions, num_classes = Predictions(**arrays), about['num_classes']
+        if not (predictions.is_sound(num_classes, has_labels=True) and len(predictions)
+                and shown.ndim == 1 and shown.dtype.kind == 'i' and ((shown >= 0) & (shown < len(predictions))).all()
+                and views.dtype == np.uint8 and views.ndim == 4 and views.shape[:2] == (len(shown), 3)
+                and 0 < min(views.shape[2:]) and max(views.shape[1:]) <= MAX_STORED_SIDE):
+            raise damaged(path, 'its arrays do not fit each other')
+        return cls(predictions, about['epoch'], num_classes, about['split'], about['names'], shown, views)
 
 
 def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, num_classes: int, epoch: int) -> None:
@@ -204,10 +232,10 @@ def round_robin(places: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 
 def samples_to_show(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
-    """The samples whose pictures tell most: those of which the model is surest, rightly and wrongly.
+    """The samples whose pictures tell most: the most confident predictions, correct and wrong.
 
     Returns:
-        Up to 12 right ones, of as many classes as there are, and up to 12 wrong ones; surest first.
+        Up to 12 correct ones, of different classes where possible, and up to 12 wrong ones; most confident first.
     """
     order = np.argsort(-predictions.confidence, kind='stable')
     right, wrong = order[predictions.right[order]], order[~predictions.right[order]]
@@ -264,15 +292,34 @@ def write_arrays(path: Path, about: dict[str, Any], **arrays: np.ndarray) -> Non
     write_atomic(path, buffer.getbuffer())
 
 
-def read_arrays(path: Path, *names: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def damaged(path: Path, reason: str) -> InputError:
+    """What to tell a user whose file of `write_arrays` is damaged."""
+    return InputError(f'{path} cannot be read ({reason}); the next evaluation of the run writes it anew, or delete it '
+                      f'to do without')
+
+
+def read_arrays(path: Path, kind: Any, *names: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The plain values and the named arrays of a file of `write_arrays`.
+
+    Args:
+        path: The file.
+        kind: Of the plain values, see `mismatch`.
+        names: Of the arrays.
 
     Raises:
         InputError: The file is damaged, or another one.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return json.loads(file['about'].tobytes()), {name: file[name] for name in names}
-    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        raise InputError(f'{path} cannot be read ({type(error).__name__}); the next evaluation of the run writes it '
-                         f'anew, or delete it to do without')
+        content = io.BytesIO(read_bounded(path, MAX_ARRAY_BYTES))
+        with zipfile.ZipFile(content) as entries:
+            # As many zeros as anybody wants take no room in the file.
+            if sum(entry.file_size for entry in entries.infolist()) > MAX_ARRAY_BYTES:
+                raise ValueError(f'it unfolds to more than {MAX_ARRAY_BYTES:,} bytes')
+        with np.load(content, allow_pickle=False) as file:
+            about, arrays = read_json(file['about'].tobytes()), {name: file[name] for name in names}
+    except Exception as error:
+        # Damaged archives and headers of arrays fail in as many ways as there are bytes.
+        raise damaged(path, type(error).__name__)
+    if why := mismatch(about, kind, 'about'):
+        raise damaged(path, why)
+    return about, arrays

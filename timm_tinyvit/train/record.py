@@ -8,21 +8,27 @@ others, all the rest, names no folder, host or user: of a path only the last par
 import argparse
 import json
 import platform
+import time
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from collections.abc import Callable, Iterator
 
 import datasets
 import torch
 from torch import nn
 
+from ..base.console import info
 from ..base.errors import InputError
-from ..base.files import remove_leftovers, write_atomic
+from ..base.files import check_no_link, read_bounded, remove_leftovers, write_atomic
 from ..base.hub_client import is_hub_url
 from ..base.launch import device_name
+from ..base.leases import Leases
 from ..base.machine import source_commit
+from ..base.types import COUNT, Number, mismatch, read_json
 from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
-from ..config.training import settings
+from ..config.training import LAUNCH_DEFAULTS, settings
 from ..data.classes import Classes
 from ..data.view_config import ViewConfig
 from ..models.imagenet22k import NUM_CLASSES_22K
@@ -34,7 +40,7 @@ from ..version import __version__
 from .batches import TrainBatches
 from .checkpoint import TrainState
 
-__all__ = ['PUBLISHED', 'RUN_RECORD', 'create_run_folder', 'launches_of', 'mark_published', 'read_run', 'record_run']
+__all__ = ['PUBLISHED', 'RUN_RECORD', 'launches_of', 'mark_published', 'own_run_folder', 'read_run', 'record_run']
 
 RUN_RECORD = 'run.json'
 VERSION = 3
@@ -43,22 +49,76 @@ LIBRARIES = ('timm', 'torchvision', 'accelerate', 'datasets', 'numpy')
 PUBLISHED = '.published'
 # Folders of a run's models, whose own names say little.
 MODEL_FOLDERS = ('best', 'last', 'best_ema', 'last_ema')
+MAX_BYTES = 1 << 22
+POSITIVE = Number(1, 1 << 53, is_whole=True)
+DATA = {'name': str, 'on_hub': bool, 'split': str, 'images': POSITIVE}
+# What a record holds, see `mismatch`; a stranger may have written it.
+RECORD = {
+    'version': COUNT,
+    # Those that a report reads.
+    'flags': {'epochs?': COUNT, 'cooldown_epochs?': COUNT, 'logits?': [str], 'dataset?': str, 'model?': str},
+    'changed': [str],
+    'recipe': {'model': str, 'alpha?': Number(0, 1), 'input_key?': str, 'target_key?': str},
+    'train': DATA,
+    'val': {**DATA, 'flags': [str], 'imagenet1k_of_22k': bool},
+    'stores': [{
+        'name': str, 'on_hub': bool, 'identity': str, 'teacher_repo': (str, None), 'k': POSITIVE, 'codec': str,
+        'record_width': POSITIVE, 'epochs': COUNT, 'num_samples': POSITIVE, 'is_mixed': bool, 'flags': ([str], None),
+        'teacher': {'name?': str, 'dtype?': str, 'input_size?': [POSITIVE]}}],
+    'base': ({'name': str, 'on_hub': bool, 'is_local': bool}, None),
+    'epochs': COUNT,
+    'images_per_update': POSITIVE,
+    'launches': [{
+        'epoch': COUNT, 'commit': (str, None), 'environment': {}}],
+}
+# Of the last launch, for a card.
+ENVIRONMENT = {'processes': POSITIVE, 'device': str, 'timm_tinyvit': str, 'timm': str, 'torch': str}
 # Flags that are no part of a recipe: it would not find what they name on another machine.
 NO_RECIPE = ('initial_checkpoint',)
 
 
-def create_run_folder(folder: Path, is_main_process: bool) -> None:
-    """Make the folder of a run; in one that is there, what killed processes left half-written goes.
+@contextmanager
+def own_run_folder(folder: Path, is_main_process: bool) -> Iterator[Callable[[], None]]:
+    """Make the folder of a run, or take the one that is there, for one launch at a time; all processes call this.
+
+    The main process holds a lease on it. Another launch waits for as long as it takes to see that its owner is no more,
+    and is refused then. What killed processes left half-written in the folder goes.
+
+    Args:
+        folder: The folder.
+        is_main_process: Whether this is the main process.
+
+    Yields:
+        A function that raises an `InputError` in the main process where another launch has taken the folder over.
 
     Raises:
-        InputError: It cannot be made.
+        InputError: It cannot be made, is in use, or a folder of it is a link.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f'the folder {folder} cannot be made: {error.strerror}; choose another --output')
-    if is_main_process:
-        remove_leftovers(folder)
+    if not is_main_process:
+        yield lambda: None
+        return
+    models = [folder / name for name in MODEL_FOLDERS]
+    for model in models:
+        check_no_link(model)
+    file = folder / 'run'
+    with Leases() as leases:
+        deadline, is_told = time.monotonic() + leases.expire + leases.heartbeat, False
+        while not leases.acquire(file):
+            if time.monotonic() > deadline:
+                raise InputError(f'the run in {folder} is in use by {leases.owner(file)}; wait for its end, stop it, '
+                                 f'or start another --experiment')
+            if not is_told:
+                info(f'waiting for {leases.owner(file)}, which has the run in {folder}')
+                is_told = True
+            time.sleep(0.2)
+        leases.expire_in(folder)
+        for each in (folder, *models):
+            remove_leftovers(each)
+        yield lambda: leases.check(file)
 
 
 def record_run(
@@ -81,8 +141,9 @@ def record_run(
         InputError: The disk is full, or may not be written.
     """
     folder, accelerator, student = state.folder, state.accelerator, state.task.student
-    defaults = settings(['--dataset', args.dataset])
-    changed = [name for name, value in vars(args).items() if value != getattr(defaults, name)]
+    # What accelerate is configured to is no default: elsewhere it may not be.
+    defaults = vars(settings(['--dataset', args.dataset])) | LAUNCH_DEFAULTS
+    changed = [name for name, value in vars(args).items() if value != defaults[name]]
     recipe = {name: value for name, value in state.settings.items()
               if name == 'model' or name in changed and name not in NO_RECIPE}
     if args.model.startswith('local-dir:'):
@@ -119,29 +180,43 @@ def record_run(
     }, indent=2).encode())
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path, is_whole: bool = False) -> dict[str, Any]:
     """What `run.json` of a run says; with the surroundings of the last launch as
     `environment`, and as `commits` those of all launches, one after the other.
+
+    Args:
+        folder: Folder of the run.
+        is_whole: Whether all must be there that a launch writes, as for a card; a report takes what there is.
 
     Raises:
         InputError: There is none, or none that this package reads.
     """
     file = folder / RUN_RECORD
     try:
-        record = json.loads(file.read_text(encoding='utf-8'))
-        if record['version'] == VERSION:
-            commits = [launch['commit'] for launch in record['launches'] if launch['commit']]
-            return record | {
-                'environment': record['launches'][-1]['environment'],
-                'commits': [commit for number, commit in enumerate(commits) if commit not in commits[:number][-1:]]}
+        record = read_json(read_bounded(file, MAX_BYTES))
+        version = record['version']
     except OSError:
         raise InputError(
             f'{folder} has no {RUN_RECORD}, which each start of a run writes; name the folder of a run of '
-            f'train_distill, or start it again, which ends at once where it is finished')
-    except (KeyError, IndexError, TypeError, ValueError):
-        pass
-    raise InputError(f'{file} is not readable as the record of a run, or of another version of this package; start the '
-                     f'run again, which writes it anew and ends at once where it is finished')
+            f'timm-tinyvit train, or start the run again; a finished one ends at once')
+    except (KeyError, TypeError, ValueError):
+        version = None
+    why = 'another version of this package wrote it' if version != VERSION else mismatch(
+        record, RECORD if is_whole else {f'{name}?': kind for name, kind in RECORD.items()}, '')
+    if why is None and not record.get('launches'):
+        why = 'it has no launches'
+    if why is None and is_whole:
+        why = mismatch(record['launches'][-1]['environment'], ENVIRONMENT, 'environment')
+    if why:
+        raise InputError(f'{file} is not readable as the record of a run, or of another version of this package '
+                         f'({why}); start the run again, which writes it anew and ends at once where it is finished')
+    for store in record.get('stores', ()):
+        # A manifest that another program wrote may say less.
+        store['teacher'] = {'name': 'unknown', 'dtype': 'unknown', 'input_size': []} | store['teacher']
+    commits = [launch['commit'] for launch in record['launches'] if launch['commit']]
+    return record | {
+        'environment': record['launches'][-1]['environment'],
+        'commits': [commit for number, commit in enumerate(commits) if commit not in commits[:number][-1:]]}
 
 
 def launches_of(folder: Path, epoch: int, launch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -153,10 +228,11 @@ def launches_of(folder: Path, epoch: int, launch: dict[str, Any]) -> list[dict[s
         launch: Its `commit` and `environment`.
     """
     try:
-        launches = json.loads((folder / RUN_RECORD).read_text(encoding='utf-8'))['launches']
-        launches = [{name: before[name] for name in ('epoch', *launch)} for before in launches
-                    if before['epoch'] <= epoch]
-    except (KeyError, OSError, TypeError, ValueError):
+        found = read_json(read_bounded(folder / RUN_RECORD, MAX_BYTES))
+        launches = [] if mismatch(found, {'launches': RECORD['launches']}, '') else [
+            {name: before[name] for name in ('epoch', *launch)} for before in found['launches']
+            if before['epoch'] <= epoch]
+    except (OSError, ValueError):
         launches = []
     is_new = not launches or any(launches[-1][name] != value for name, value in launch.items())
     return [*launches, {'epoch': epoch, **launch}] if is_new else launches
@@ -191,13 +267,13 @@ def mark_published(store: LogitStore, url: str, epochs: range) -> None:
 def _published_url(store: StoreReader) -> str | None:
     """Where a store in a folder is on the Hub with all of its epochs, as far as it is noted."""
     try:
-        mark = json.loads((Path(store.path) / PUBLISHED).read_text(encoding='utf-8'))
+        mark = read_json(read_bounded(Path(store.path) / PUBLISHED, MAX_BYTES))
         first, stop = mark['epochs']
         # The folder may have been filled anew, or further.
         stored = store.manifest.stored_epochs
         is_whole = mark['identity'] == store.manifest.identity and first <= stored.start and stored.stop <= stop
-        return str(mark['url']) if is_whole else None
-    except (KeyError, OSError, TypeError, ValueError):
+        return mark['url'] if is_whole and is_hub_url(mark['url']) else None
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
         return None
 
 
@@ -216,13 +292,14 @@ def _evaluation_flags(args: argparse.Namespace) -> list[str]:
 
 def _describe_store(location: str, store: StoreReader, teacher_checkpoint: str | None) -> dict[str, Any]:
     manifest = store.manifest
-    teacher = public_name(manifest.teacher.get('name', ''))
+    teacher = {name: value for name, value in manifest.teacher.items() if name != 'probe'}
+    teacher['name'] = public_name(teacher.get('name', ''))
     # The store on the Hub knows its commit, the flag need not.
     url = str(store.path) if is_hub_url(location) else _published_url(store)
     return {
         'name': url or Path(location).expanduser().resolve().name, 'on_hub': url is not None,
-        'identity': manifest.identity, 'teacher': {**manifest.teacher, 'name': teacher},
-        'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher),
+        'identity': manifest.identity, 'teacher': teacher,
+        'teacher_repo': None if teacher_checkpoint else hub_repo_of(teacher['name']),
         'k': manifest.k, 'features': manifest.features, 'codec': manifest.codec,
         'record_width': manifest.record_width, 'epochs': manifest.epochs, 'num_samples': manifest.num_samples,
         'is_mixed': ViewConfig.from_dict(manifest.recipe).is_mixed, 'flags': _store_flags(manifest),

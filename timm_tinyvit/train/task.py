@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
+from timm.loss import BinaryCrossEntropy
 from timm.task import TrainingTask
 from torch import nn
 
-from ..data.pairing import mixed_cross_entropy
+from ..data.pairing import mixed_cross_entropy, mixed_target
 from ..models.loading import Normalize
 from ..targets.features import FeatureTargets, feature_loss
 from ..targets.sparse import SparseTargets, ensemble_loss
@@ -43,7 +44,8 @@ class SparseLogitTask(TrainingTask):
         normalize: Makes of uint8 views [B, 3, H, W] what the student takes; None where the loader has done it.
         alpha: Weight of the distillation loss; without a codec it is 0.
         temperature: Softens teacher and student.
-        label_loss: Of logits [B, C] and labels: int64 [B], or what `mixup` makes of them.
+        label_loss: Of logits [B, C] and labels: int64 [B], or what `mixup` makes of them. Where two labels share a
+            view, that of timm's dense target if it is a `BinaryCrossEntropy`, and else cross-entropy.
         smoothing: Label smoothing where two labels share a view.
         mixup: timm's `Mixup` of whole batches, of normalised views and labels.
         channels_last: Give the views to the student in channels-last memory.
@@ -188,8 +190,12 @@ class SparseLogitTask(TrainingTask):
             logits, vectors = logits
         label_loss = distill_loss = torch.zeros((), device=self.device)
         if self.alpha < 1 and 'lam' in target:
-            label_loss = mixed_cross_entropy(
-                logits.float(), labels, target['label2'], target['lam'], self.smoothing)
+            mixed = labels, target['label2'], target['lam']
+            if isinstance(self.label_loss, BinaryCrossEntropy):
+                label_loss = self.label_loss(
+                    logits.float(), mixed_target(*mixed, logits.shape[1], self.smoothing))
+            else:
+                label_loss = mixed_cross_entropy(logits.float(), *mixed, self.smoothing)
         elif self.alpha < 1:
             label_loss = self.label_loss(logits.float(), labels)
         if self.codec is not None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..base.console import best_effort, progress
 from ..base.errors import InputError
+from ..base.types import COUNT
 from ..data.classes import Classes
 from ..models.loading import Normalize
 from ..store.base import StoreReader
@@ -24,11 +25,12 @@ from ..store.manifest import stored_epoch
 from .batches import TrainBatches
 from .checkpoint import TrainState
 from .metrics import suffixed
-from .predictions import Predictions, Recorder, read_arrays, write_arrays
+from .predictions import Predictions, Recorder, damaged, read_arrays, write_arrays
 from .task import SparseLogitTask, split_targets
 
 __all__ = ['StoredViews', 'compare_views', 'compare_with_teacher']
 
+ABOUT = {'epoch': COUNT, 'stored_epochs': [COUNT], 'weights': str}
 NUM_VIEWS = 1000
 SECONDS = 60.
 
@@ -73,13 +75,18 @@ class StoredViews:
         """
         fields = list(Predictions.__dataclass_fields__)
         about, arrays = read_arrays(
-            path, 'divergence', *(f'{who}_{name}' for who in ('student', 'teacher') for name in fields))
+            path, ABOUT, 'divergence', *(f'{who}_{name}' for who in ('student', 'teacher') for name in fields))
         student, teacher = (
             Predictions(**{name: arrays[f'{who}_{name}'] for name in fields}) for who in ('student', 'teacher'))
-        if set(about) != {'epoch', 'stored_epochs', 'weights'} or about['weights'] not in ('student', 'ema'):
+        divergence = arrays['divergence']
+        if set(about) != set(ABOUT) or about['weights'] not in ('student', 'ema'):
             raise InputError(f'{path} is not of this version; the next training writes it anew, or delete it to do '
                              f'without')
-        return cls(student, teacher, arrays['divergence'], **about)
+        if not (student.is_sound(1 << 31) and teacher.is_sound(1 << 31) and len(student) == len(teacher) > 0
+                and divergence.dtype.kind == 'f' and divergence.shape == (len(student),)
+                and np.isfinite(divergence).all()):
+            raise damaged(path, 'its arrays do not fit each other')
+        return cls(student, teacher, divergence, **about)
 
 
 def compare_with_teacher(
@@ -89,7 +96,7 @@ def compare_with_teacher(
         state: TrainState,
         classes: Classes,
         path: Path,
-        stop: Callable[[], type[BaseException] | None],
+        stop: Callable[[], BaseException | None],
 ) -> None:
     """Compare the most accurate weights of a finished training with the teacher; all processes together.
 
