@@ -273,7 +273,9 @@ def run_card(
         # Those of the same epoch are the same.
         if (item.epoch, item.is_average) not in [(other.epoch, other.is_average) for other in shown]:
             shown.append(item)
-    stores, base, val = record['stores'], record['base'], record['val']
+    base, val = record['base'], record['val']
+    # Records of earlier versions know of no features.
+    stores = [{'features': {}} | store for store in record['stores']]
     with_top5 = model.num_classes > 5
     title = repo.partition('/')[2]
     results = [] if published.top1 is None else accuracy_results(
