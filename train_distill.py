@@ -115,7 +115,6 @@ def create_task(
         args: argparse.Namespace,
         student: nn.Module,
         store: StoreReader | None,
-        size: tuple[int, int],
         evaluator: Evaluator,
         classes: Classes,
         accelerator: Accelerator,
@@ -123,6 +122,7 @@ def create_task(
     """What the student learns from, and the average of its weights where it is asked for."""
     for part in store.stores if store else ():
         if features := part.manifest.features:
+            size = tuple(evaluator.config['input_size'][-2:])
             student = FeatureStudent(student, features['dim'], features['grid'], size, args.projector)
     mixup, views = None, ViewConfig(**view_arguments(args))
     label_loss = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
@@ -294,7 +294,7 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
     if args.sync_bn:
         student = convert_sync_batchnorm(student)
     evaluator = Evaluator(args, student, data.size, val_set, classes, accelerator, folder, train_set)
-    task = create_task(args, student, store, data.size, evaluator, classes, accelerator)
+    task = create_task(args, student, store, evaluator, classes, accelerator)
 
     # Optimiser, and schedule by update.
     rates = learning_rates(args, data.images_per_update)
