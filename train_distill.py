@@ -50,7 +50,7 @@ from timm_tinyvit.train.batches import TrainBatches, worker_errors
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
 from timm_tinyvit.train.evaluate import Evaluator, load_validation
 from timm_tinyvit.train.features import FeatureStudent
-from timm_tinyvit.train.metrics import METRICS, write_metrics
+from timm_tinyvit.train.metrics import METRICS, epoch_line, write_metrics
 from timm_tinyvit.train.optimization import (
     clip_gradients, create_optimizer, create_schedule, learning_rates, peak_rate,
 )
@@ -243,17 +243,6 @@ def check_flags(flags: StepFlags, state: TrainState, is_last: bool = False) -> b
                 f'the loss or the gradient of step {update} in epoch {state.epoch} is not finite; {state.folder} '
                 f'{kept}; lower --lr or leave --amp-dtype out, under another --experiment')
     return is_stopping
-
-
-def epoch_line(row: dict[str, float], best: float, num_epochs: int) -> str:
-    """What is said of an epoch."""
-    line = f'epoch {row["epoch"] + 1}/{num_epochs}: loss {row["loss"]:.3f}'
-    if 'eval_top1' in row:
-        line += f', top-1 {row["eval_top1"]:.2f}% (best {best:.2f}%)'
-    line += f', nearest neighbours {row["eval_knn"]:.2f}%' if 'eval_knn' in row else ''
-    if 'eval_top1_ema' in row:
-        line += f', averaged {row["eval_top1_ema"]:.2f}%'
-    return f'{line}, {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data'
 
 
 def train(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from ..base.errors import InputError
 from ..base.files import read_bounded, write_atomic
 from ..base.types import FINITE, Number
 
-__all__ = ['METRICS', 'accuracy_of', 'read_metrics', 'suffixed', 'write_metrics']
+__all__ = ['METRICS', 'accuracy_of', 'epoch_line', 'read_metrics', 'suffixed', 'write_metrics']
 
 METRICS = 'metrics.csv'
 MAX_BYTES = 1 << 26
@@ -65,3 +65,14 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
         raise InputError(f'{file} is not readable as the metrics of a run; start the run again, which writes it anew')
     # What is no number, as the loss of weights that have gone, is as if it were not there.
     return [{name: value for name, value in row.items() if math.isfinite(value)} for row in rows]
+
+
+def epoch_line(row: dict[str, float], best: float, num_epochs: int) -> str:
+    """What is said of an epoch."""
+    line = f'epoch {row["epoch"] + 1}/{num_epochs}: loss {row["loss"]:.3f}'
+    if 'eval_top1' in row:
+        line += f', top-1 {row["eval_top1"]:.2f}% (best {best:.2f}%)'
+    line += f', nearest neighbours {row["eval_knn"]:.2f}%' if 'eval_knn' in row else ''
+    if 'eval_top1_ema' in row:
+        line += f', averaged {row["eval_top1_ema"]:.2f}%'
+    return f'{line}, {row["images_per_second"]:.0f} images/s, {100 * row["data_wait"]:.0f}% waiting for data'
