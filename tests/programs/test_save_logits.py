@@ -199,7 +199,8 @@ def test_bad_input_gets_one_clear_sentence(store, teacher, tmp_path, capsys):
     fill = [*COMMON, '--teacher', teacher, '--epochs', '1', '--logits']
     cases = [
         (['--teacher', teacher, '--epochs', '1', '--logits', store], 'one of the arguments --dataset --data-dir is'),
-        ([*COMMON, '--logits', store, '--epochs', '1'], 'arguments are required: --teacher; see timm-tinyvit fill'),
+        ([*COMMON, '--logits', store, '--epochs', '1'],
+         'arguments are required: --teacher/--kd-model-name; see timm-tinyvit fill'),
         ([*COMMON, '--teacher', teacher], 'arguments are required: --logits, --epochs'),
         ([*fill, store, '--data-dir', DATA], '--data-dir: not allowed with argument --dataset'),
         ([*fill, store, '--epochs', '5:2'], "'5:2' is no range"),

@@ -36,11 +36,11 @@ BEST = [0, 0, 1, 1, 0, 1, 5, 3, 3, 3]
 SURE = [0.9, 0.8, 0.7, 0.6, 0.5, 0.55, 0.65, 0.99, 0.97, 0.3]
 
 
-def predictions(labels, best, sure):
-    """Of 6 classes: what the best one leaves is spread evenly over the others, the label last of them."""
+def predictions(labels, best, sure, num_classes=6):
+    """Of 6 classes, or 5: what the best one leaves is spread evenly over the others, the label last of them."""
     ids, probs, logs = [], [], []
     for label, first, share in zip(labels, best, sure):
-        others = sorted({*range(6)} - {first}, key=lambda other: (other == label, other))
+        others = sorted({*range(num_classes)} - {first}, key=lambda other: (other == label, other))
         ids.append([first, *others[:4]])
         probs.append([share, *[(1 - share) / 5] * 4])
         logs.append(math.log(share if label == first else (1 - share) / 5) if label >= 0 else 0.)
@@ -64,7 +64,7 @@ def write_run(tmp_path, monkeypatch):
             folder / 'predictions.npz',
             {'epoch': 2, 'num_classes': num_classes, 'names': list('abcdef'), 'split': {'num_samples': 10}},
             shown=np.arange(10), views=np.zeros((10, 3, 4, 4), dtype=np.uint8),
-            **vars(predictions(LABELS * times, best * times, SURE * times)))
+            **vars(predictions(LABELS * times, best * times, SURE * times, num_classes)))
         return folder
 
     return write

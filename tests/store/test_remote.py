@@ -307,7 +307,7 @@ def test_what_a_dead_fetcher_had_leased_does_not_keep_the_folder_of_a_used_epoch
 
 
 def test_other_commits_of_the_repo_go_when_nobody_reads_them(tmp_path):
-    folder, old, read = (tmp_path / name for name in ('new', 'old', 'read'))
+    folder, old, read = (tmp_path / (40 * letter) for letter in 'abc')  # named by their commits
     for place in (old, read):
         leave_epoch(place, 3, readers=0)
         (place / 'store.json').write_text('{}')

@@ -233,7 +233,7 @@ def test_stores_that_do_not_fit_together_are_refused_in_one_sentence(stores, dat
         (['merge', tmp_path, '--output', new], 'there is no logit store'),
         (['merge', stores / 'placed', '--output', stores / 'other'], 'is a store of something else'),
         (['copy', stores / 'placed', '--output', new, '--epochs', '2:5'], 'meant to hold 0:3; fix --epochs'),
-        (['copy', stores / 'placed', '--output', new, '--samples', '0:9'], '--samples without --dataset'),
+        (['copy', stores / 'placed', '--output', new, '--samples', '0:9'], '--samples needs --dataset'),
         (['copy', stores / 'placed', '--output', new, '--samples', '0:900', '--dataset', data / 'whole'],
          'only samples 0:120'),
         (['copy', stores / 'placed', '--output', new, '--samples', '0:9', '--dataset', data / 'first'],

@@ -77,6 +77,8 @@ def image_config(model: nn.Module, name: str = '', **options: Any) -> dict[str, 
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f'the configuration of the model {name} is none: {error}')
     why = mismatch(plain, IMAGES, '') or _bad_images(plain)
+    if why and (flag := why.split()[0]) in args and args[flag] == config.get(flag):
+        raise InputError(f'{why}; check --{flag.replace("_", "-")}')
     if why is None and len(plain['input_size']) != 3:
         why = f'input_size is {plain["input_size"]}, expected 3 numbers'
     if why:

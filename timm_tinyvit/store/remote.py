@@ -173,12 +173,12 @@ class RemoteStore(ShardStore):
 
     def read_digests(self, shard: int) -> np.ndarray | None:
         name = digests_name(shard)
-        if not (self.folder / name).exists() and name in self._files:
+        if not (self.folder / name).exists() and name in self._files_on_hub:
             self.source.download(name, self.folder / name)
         return super().read_digests(shard)
 
     @cached_property
-    def _files(self) -> set[str]:
+    def _files_on_hub(self) -> set[str]:
         return set(self.source.files())
 
     def size(self) -> int:
