@@ -13,8 +13,8 @@ import sys, time
 from timm_tinyvit.base.errors import reports_input_errors
 @reports_input_errors
 def main(argv):
-    print('begun', flush=True)
     try:
+        print('begun', flush=True)
         time.sleep(60)
     finally:
         print('in order', flush=True)

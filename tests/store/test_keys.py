@@ -324,7 +324,7 @@ def test_a_teacher_finds_its_own_words_again_in_a_shuffled_part_of_its_data(
     for name in ('whole', 'part'):
         capsys.readouterr()
         cli.main(['store', 'check', str(tmp_path / 'logits'), *teach, '--dataset', str(folder / name)])
-        assert '0.000% other ids' in capsys.readouterr().out
+        assert '0.000% of the classes differ' in capsys.readouterr().out
         cli.main(['store', 'describe', str(tmp_path / 'logits'), '--dataset', str(folder / name)])
         assert 'top-1 on the views of 2 epochs, ' in capsys.readouterr().out
     # A student learns from a part of it.
