@@ -18,11 +18,11 @@ demo: .venv/installed
 
 # Tests wait for processes more than they compute: two at a time, a file's together, take half as long.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # What needs no launched process: two minutes on two cores.
 test-fast: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not launches'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not launches'
 
 lint: .venv/installed
 	$(BIN)/ruff check .

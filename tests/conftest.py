@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,13 +37,10 @@ LAUNCHING_FILES = {
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests that launch processes or train, which `make test-fast` leaves out; files of many come first."""
+    """Mark the tests that launch processes or train, which `make test-fast` leaves out."""
     for item in items:
         if LAUNCHING & set(item.fixturenames) or item.path.stem in LAUNCHING_FILES:
             item.add_marker('launches')
-    launching = Counter(item.path for item in items if item.get_closest_marker('launches'))
-    # What runs last then is short, and no process waits long for the others.
-    items.sort(key=lambda item: -launching[item.path])
 
 
 @pytest.fixture(scope='session')
