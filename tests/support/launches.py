@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
+import time
 from contextlib import contextmanager
 
 import torch
@@ -84,6 +86,17 @@ def kill(launch):
         process.join()
     # The others may have lost their connection before.
     assert launch[0].exitcode == -signal.SIGKILL
+
+
+def kill_at_random_steps(start, argv, processes, folder, times):
+    """Start a run in this folder and kill it soon after its next checkpoint, again and again."""
+    draw = random.Random(processes)
+    for _ in range(times):
+        before = checkpoints(folder)
+        launch = start(argv, processes)
+        wait_for(lambda: checkpoints(folder) != before, launch)  # noqa: B023  called in this turn
+        time.sleep(draw.uniform(0, 0.05))
+        kill(launch)
 
 
 def checkpoints(folder):

@@ -23,7 +23,7 @@ from support import programs
 from support.files import tree
 from support.flags import ROOT, small_data
 from support.launches import (
-    assert_same, checkpoints, finish, free_port, kill, launches, resource, wait_for, weights,
+    assert_same, checkpoints, finish, free_port, kill, kill_at_random_steps, launches, resource, wait_for, weights,
 )
 from timm_tinyvit.base.launch import StepFlags
 from timm_tinyvit.train import checkpoint
@@ -48,14 +48,8 @@ def test_a_run_killed_at_five_random_steps_ends_with_the_same_bits(start, tmp_pa
     argv = [*SMALL, '-b', str(8 // processes)]
     finish(start([*argv, '--experiment', 'peace'], processes), tmp_path)
     argv += [*EVERY_STEP, '--experiment', 'killed']
-    draw = random.Random(processes)
     folder = tmp_path / 'killed'
-    for _ in range(5):
-        before = checkpoints(folder)
-        launch = start(argv, processes)
-        wait_for(lambda: checkpoints(folder) != before, launch)  # noqa: B023  called in this turn
-        time.sleep(draw.uniform(0, 0.05))
-        kill(launch)
+    kill_at_random_steps(start, argv, processes, folder, times=5)
     said = finish(start(argv, processes), tmp_path)
     assert len(re.findall('resuming .* at epoch', said)) == 5
     for name in ('last', 'last_ema'):

@@ -1,9 +1,7 @@
 """Students of stored features, alone, with labels and with stored classes: what they leave, and exact resume."""
 
 import csv
-import random
 import re
-import time
 
 import pytest
 import timm
@@ -13,7 +11,7 @@ from timm.task import FeatureDistillationTask, TrainingTask
 
 import train_distill
 from support.flags import DATA
-from support.launches import SHARDED, assert_same, checkpoints, finish, kill, launches, wait_for, weights
+from support.launches import SHARDED, assert_same, checkpoints, finish, kill_at_random_steps, launches, weights
 from support.programs import refusal
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -130,13 +128,8 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bits(start, stores, tmp
             '--model-ema', '--batch-size', str(8 // processes)]
     finish(start([*argv, '--experiment', 'peace'], processes), tmp_path)
     argv += ['--recovery-interval', '1', '--experiment', 'killed']
-    draw, folder = random.Random(processes), tmp_path / 'killed'
-    for _ in range(2):
-        before = checkpoints(folder)
-        launch = start(argv, processes)
-        wait_for(lambda: checkpoints(folder) != before, launch)  # noqa: B023  called in this turn
-        time.sleep(draw.uniform(0, 0.05))
-        kill(launch)
+    folder = tmp_path / 'killed'
+    kill_at_random_steps(start, argv, processes, folder, times=2)
     assert len(re.findall('resuming .* at epoch', finish(start(argv, processes), tmp_path))) == 2
     one, two = (torch.load(tmp_path / run / checkpoints(tmp_path / run)[-1], weights_only=True)
                 for run in ('peace', 'killed'))

@@ -149,18 +149,10 @@ def _report_features(
         raise InputError(f'--gallery shows what a teacher predicts, and {store.path} holds features; leave it out')
     statistics = feature_statistics(store, epochs, max_samples, max_epochs)
     notes = ['none of it is filled yet'] if statistics is None else []
-    facts = store_facts(store)
+    facts = _page_facts(store) if html else store_facts(store)
     figures = {} if statistics is None else statistics.figures()
     if html:
-        if not isinstance(store, RemoteStore):
-            facts['store'] = store.path.resolve().name
-        page = Page(f'Feature store {facts["store"].rpartition("/")[2].partition("@")[0]}', facts['teacher'])
-        for note in notes:
-            page.warning(_sentence(note))
-        page.heading('The store')
-        page.facts(facts)
-        page.heading('Statistics')
-        page.facts(figures)
+        page = _begin_page('Feature store', facts, notes, figures)
         if statistics is not None:
             add_plots(page, feature_plots(statistics))
         page.heading('The manifest')
@@ -171,6 +163,27 @@ def _report_features(
             'store': str(store.path), 'manifest': store.manifest.to_dict(), 'size': store_size(store),
             'statistics': statistics and statistics.summary(), 'notes': notes}, indent=2)
     return '\n'.join([*(f'{name:<17}{fact}' for name, fact in (facts | figures).items()), *notes])
+
+
+def _page_facts(store: StoreReader) -> dict[str, str]:
+    facts = store_facts(store)
+    if not isinstance(store, RemoteStore):
+        # A page may be shown to others, and a path names people and machines.
+        facts['store'] = store.path.resolve().name
+    return facts
+
+
+def _begin_page(kind: str, facts: dict[str, str], notes: Sequence[str], figures: dict[str, str]) -> Page:
+    """A page that begins with what a store is, and its figures."""
+    # Of one on the Hub without the commit, which stands below.
+    page = Page(f'{kind} {facts["store"].rpartition("/")[2].partition("@")[0]}', facts['teacher'])
+    for note in notes:
+        page.warning(_sentence(note))
+    page.heading('The store')
+    page.facts(facts)
+    page.heading('Statistics')
+    page.facts(figures)
+    return page
 
 
 def shards_on_disk(store: StoreReader) -> str:
@@ -339,18 +352,7 @@ def store_page(
         shown: Samples by kind, see `choose_samples`; empty where there are no pictures.
         notes: What else to say.
     """
-    facts = store_facts(store)
-    if not isinstance(store, RemoteStore):
-        # A page may be shown to others, and a path names people and machines.
-        facts['store'] = store.path.resolve().name
-    # Of one on the Hub without the commit, which stands below.
-    page = Page(f'Logit store {facts["store"].rpartition("/")[2].partition("@")[0]}', facts['teacher'])
-    for note in notes:
-        page.warning(_sentence(note))
-    page.heading('The store')
-    page.facts(facts)
-    page.heading('Statistics')
-    page.facts(figures_of(statistics, store))
+    page = _begin_page('Logit store', _page_facts(store), notes, figures_of(statistics, store))
     add_plots(page, histogram_plots(statistics))
     predictions = statistics.predictions
     if predictions is not None:
