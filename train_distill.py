@@ -45,7 +45,7 @@ from timm_tinyvit.report.run_folder import STORED_VIEWS
 from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
-from timm_tinyvit.teacher.fill import fill_store
+from timm_tinyvit.teacher.fill import fill_epochs
 from timm_tinyvit.train.batches import TrainBatches, worker_errors
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
 from timm_tinyvit.train.evaluate import Evaluator, load_validation
@@ -93,7 +93,7 @@ def open_or_fill(
                 known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
             store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, info)
         needed = store.manifest.stored_epochs[:num_epochs]
-        fill_store(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
+        fill_epochs(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
     else:
         store, replay = open_stores(

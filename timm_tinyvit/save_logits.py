@@ -30,7 +30,7 @@ def fill(args: argparse.Namespace) -> None:
     from .hub.push_store import PublishedStore, publish_store
     from .report.labels import labelled_views
     from .teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
-    from .teacher.fill import fill_store
+    from .teacher.fill import fill_epochs
 
     stop_with_launcher()
     accelerator = create_accelerator()
@@ -46,7 +46,7 @@ def fill(args: argparse.Namespace) -> None:
             PublishedStore(args.push_to_hub, args.hub_private).joined(store.manifest, store.manifest.stored_epochs)
     # A copy may begin later, and has no place for the epochs before.
     epochs = range(max(args.epochs.start, store.manifest.first_epoch), args.epochs.stop)
-    fill_store(store, teacher, views_to_fill(args, store, replay, dataset), epochs, args.shards, args.workers)
+    fill_epochs(store, teacher, views_to_fill(args, store, replay, dataset), epochs, args.shards, args.workers)
     if accelerator.is_main_process:
         print_filled(store)
         if args.push_to_hub:

@@ -39,7 +39,7 @@ from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
-from timm_tinyvit.teacher.fill import fill_store
+from timm_tinyvit.teacher.fill import fill_epochs
 from timm_tinyvit.teacher.teacher import Teacher
 
 NUM_KILLS = 12
@@ -110,7 +110,7 @@ def fill(path, job, pipe=None, before=None, **options):
     if pipe is not None:
         pipe.send('ready')
         pipe.recv()
-    fill_store(store, teacher, data, **{'epochs': range(manifest.epochs), 'show_progress': False, **options})
+    fill_epochs(store, teacher, data, **{'epochs': range(manifest.epochs), 'show_progress': False, **options})
 
 
 def log_of(path):
@@ -382,7 +382,7 @@ def test_what_goes_wrong_in_one_shard_leaves_the_others_and_no_lease(num_workers
 
     @reports_input_errors
     def program(argv):
-        fill_store(store, teacher, data, range(1), num_workers=num_workers, show_progress=False)
+        fill_epochs(store, teacher, data, range(1), num_workers=num_workers, show_progress=False)
 
     with pytest.raises(SystemExit) as status:
         program([])

@@ -2,7 +2,7 @@
 
 from .check import check_store, verify_store
 from .creating import create_store, create_teacher
-from .fill import fill_store
+from .fill import fill_epochs
 from .teacher import Teacher
 
-__all__ = ['Teacher', 'check_store', 'create_store', 'create_teacher', 'fill_store', 'verify_store']
+__all__ = ['Teacher', 'check_store', 'create_store', 'create_teacher', 'fill_epochs', 'verify_store']

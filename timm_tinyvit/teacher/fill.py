@@ -26,7 +26,7 @@ from ..store.manifest import Manifest
 from .progress import StoreProgress
 from .teacher import Teacher
 
-__all__ = ['choose_shards', 'fill_shard', 'fill_store']
+__all__ = ['choose_shards', 'fill_shard', 'fill_epochs']
 
 
 class _LeasedBatches:
@@ -160,7 +160,7 @@ def choose_shards(manifest: Manifest, shards: range | None, path: str | Path) ->
     return chosen
 
 
-def fill_store(
+def fill_epochs(
         store: LogitStore,
         teacher: Teacher,
         data: SparseLogitDataset | StreamedRows,
