@@ -31,7 +31,9 @@ from timm_tinyvit.base.launch import (
     StepFlags, all_reduce_sum, catch_stop_signals, create_accelerator, make_deterministic, start_trackers,
     stop_with_launcher,
 )
-from timm_tinyvit.config.arguments import STORE_DEFAULTS, check_store_flags, view_arguments
+from timm_tinyvit.config.arguments import (
+    STORE_DEFAULTS, check_store_flags, given_settings, new_store_arguments, view_arguments,
+)
 from timm_tinyvit.config.training import check_launch, settings
 from timm_tinyvit.data.classes import Classes, resolve_classes
 from timm_tinyvit.data.opening import open_stores
@@ -44,7 +46,7 @@ from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import STORED_VIEWS
 from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
-from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
+from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, views_to_fill
 from timm_tinyvit.teacher.fill import fill_epochs
 from timm_tinyvit.train.batches import TrainBatches, worker_errors
 from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
@@ -84,16 +86,18 @@ def open_or_fill(
             config if args.mixup_mode == 'pair' else unmixed, args.store_seed or STORE_DEFAULTS['store_seed'])
     num_epochs = args.epochs + args.cooldown_epochs
     if args.teacher:
-        teacher = create_teacher(args, accelerator.device, grid_of(target_settings(args.logits[0], args)))
+        teacher = create_teacher(args, accelerator.device, grid_of(args.logits[0], given_settings(args)))
         # A teacher of other classes is refused before it works for days.
         resolve_classes(args, train_set, val_set, teacher)
         with accelerator.main_process_first():
             known = num_epochs
             if LogitStore.exists(args.logits[0]):
                 known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
-            store, replay = create_store(args.logits[0], args, teacher, train_set, args.store_epochs or known, info)
+            store, replay = create_store(
+                args.logits[0], teacher, train_set, args.store_epochs or known, **new_store_arguments(args))
         needed = store.manifest.stored_epochs[:num_epochs]
-        fill_epochs(store, teacher, views_to_fill(args, store, replay, train_set), needed, num_workers=args.workers)
+        views = views_to_fill(store, replay, train_set, args.input_key, args.target_key)
+        fill_epochs(store, teacher, views, needed, num_workers=args.workers)
         accelerator.wait_for_everyone()
     else:
         store, replay = open_stores(

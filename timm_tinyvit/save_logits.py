@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from . import register_models
 from .base.console import info, print_result, setup_console
 from .base.errors import reports_input_errors
-from .config.arguments import ArgumentParser
+from .config.arguments import ArgumentParser, given_settings, new_store_arguments
 from .config.commands import add_fill_arguments
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def fill(args: argparse.Namespace) -> None:
     from .data.sources import load_split
     from .hub.push_store import PublishedStore, publish_store
     from .report.labels import labelled_views
-    from .teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
+    from .teacher.creating import create_store, create_teacher, grid_of, views_to_fill
     from .teacher.fill import fill_epochs
 
     stop_with_launcher()
@@ -37,16 +37,18 @@ def fill(args: argparse.Namespace) -> None:
     setup_console(accelerator.is_main_process, args.quiet)
     with accelerator.main_process_first():
         dataset = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
-    teacher = create_teacher(args, accelerator.device, grid_of(target_settings(args.logits, args)))
+    teacher = create_teacher(args, accelerator.device, grid_of(args.logits, given_settings(args)))
     with accelerator.main_process_first():
-        store, replay = create_store(args.logits, args, teacher, dataset, args.epochs.stop)
+        store, replay = create_store(
+            args.logits, teacher, dataset, args.epochs.stop, shards=args.shards, **new_store_arguments(args))
         if accelerator.is_main_process and args.push_to_hub:
             # What the Hub would refuse in the end, it refuses before the teacher works for days.
             check_license(args.hub_license, 'dataset')
             PublishedStore(args.push_to_hub, args.hub_private).joined(store.manifest, store.manifest.stored_epochs)
     # A copy may begin later, and has no place for the epochs before.
     epochs = range(max(args.epochs.start, store.manifest.first_epoch), args.epochs.stop)
-    fill_epochs(store, teacher, views_to_fill(args, store, replay, dataset), epochs, args.shards, args.workers)
+    views = views_to_fill(store, replay, dataset, args.input_key, args.target_key)
+    fill_epochs(store, teacher, views, epochs, args.shards, args.workers)
     if accelerator.is_main_process:
         print_filled(store)
         if args.push_to_hub:

@@ -32,7 +32,8 @@ __all__ = [
     'add_image_size', 'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_split_arguments',
     'add_store_arguments',
     'add_teacher_arguments', 'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments',
-    'check_store_flags', 'folder', 'parse_range', 'recipe_names', 'store_settings', 'view_arguments',
+    'check_store_flags', 'folder', 'given_settings', 'new_store_arguments', 'parse_range', 'recipe_names',
+    'store_settings', 'view_arguments',
 ]
 
 RECIPES = resources.files('timm_tinyvit.config') / 'recipes'
@@ -358,6 +359,18 @@ def view_arguments(args: argparse.Namespace) -> dict[str, Any]:
         given['input_size'] = (3, args.img_size, args.img_size)
     config = ViewConfig(**given).to_dict()
     return {entry: config[entry] for entry in given}
+
+
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `STORE_DEFAULTS` that were asked for."""
+    return {name: getattr(args, name) for name in STORE_DEFAULTS if getattr(args, name) is not None}
+
+
+def new_store_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of a store that is to be made, as arguments of `teacher.create_store`."""
+    return dict(
+        given=given_settings(args), view=view_arguments(args), image_column=args.input_key,
+        label_column=args.target_key, num_workers=args.workers)
 
 
 def amp_dtype(name: str | None) -> 'torch.dtype | None':

@@ -1,10 +1,10 @@
-"""Make a store as the flags describe it, or open the one that is there; and the teacher that fills it."""
+"""Make a store as it is asked for, or open the one that is there; and the teacher that fills it."""
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import datasets
 import torch
@@ -13,9 +13,7 @@ from ..base.console import info, warning
 from ..base.errors import InputError
 from ..base.leases import exclusive
 from ..base.text import percent
-from ..config.arguments import (
-    FEATURE_DEFAULTS, FEATURE_SHARD_BYTES, STORE_DEFAULTS, amp_dtype, store_settings, view_arguments,
-)
+from ..config.arguments import FEATURE_DEFAULTS, FEATURE_SHARD_BYTES, STORE_DEFAULTS, amp_dtype, store_settings
 from ..data.classes import valid_names
 from ..data.dataset import SparseLogitDataset, check_no_mixing_with_keys
 from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
@@ -35,7 +33,7 @@ from .fill import choose_shards
 from .projection import NUM_FITTED, fit_projection
 from .teacher import Teacher
 
-__all__ = ['create_store', 'create_teacher', 'grid_of', 'stored_names', 'target_settings', 'views_to_fill']
+__all__ = ['create_store', 'create_teacher', 'grid_of', 'stored_names', 'views_to_fill']
 
 
 def create_teacher(args: argparse.Namespace, device: torch.device, grid: int | None = None) -> Teacher:
@@ -85,18 +83,17 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
     return teacher.class_names
 
 
-def target_settings(path: str | Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of `STORE_DEFAULTS`: those of the flags, or else of the store at a path, or else the defaults.
+def target_settings(path: str | Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `STORE_DEFAULTS`: those given, or else of the store at a path, or else the defaults.
 
     Raises:
-        InputError: The store there holds the other kind of targets, or flags are of the other kind.
+        InputError: The store there holds the other kind of targets, or settings are of the other kind.
     """
     there = store_settings(LogitStore.open(path).manifest) if LogitStore.exists(path) else {}
-    kind = args.targets or there.get('targets', 'classes')
+    given, kind = dict(given), given.get('targets', there.get('targets', 'classes'))
     if there and kind != there['targets']:
         raise InputError(f'the store {path} holds {there["targets"]}, and --targets {kind} asks for {kind}; give '
                          f'--logits a new folder, or leave --targets out')
-    given = {name: getattr(args, name) for name in STORE_DEFAULTS if getattr(args, name) is not None}
     if kind == 'features':
         given.pop('topk', None)  # of a recipe for classes
     elif given.keys() & {'feature_grid', 'feature_dim'}:
@@ -104,42 +101,51 @@ def target_settings(path: str | Path, args: argparse.Namespace) -> dict[str, Any
     return (FEATURE_DEFAULTS if kind == 'features' else STORE_DEFAULTS) | there | given
 
 
-def grid_of(settings: dict[str, Any]) -> int | None:
-    """What a teacher gives for a store of these settings, see `Teacher`."""
+def grid_of(path: str | Path, given: Mapping[str, Any]) -> int | None:
+    """What the teacher of a store gives, see `Teacher`; of a store as `target_settings` finds it."""
+    settings = target_settings(path, given)
     return settings['feature_grid'] if settings['targets'] == 'features' else None
 
 
 def create_store(
-        path: str,
-        args: argparse.Namespace,
+        path: str | Path,
         teacher: Teacher,
         dataset: Source,
         epochs: int,
+        given: Mapping[str, Any],
+        view: Mapping[str, Any],
+        image_column: str | None = None,
+        label_column: str | None = None,
+        shards: range | None = None,
+        num_workers: int = 0,
         log: Callable[[str], None] = info,
 ) -> tuple[LogitStore, Replay]:
-    """Make the store that the flags describe, or open the one that is there if it is made the same way.
-
-    Settings without a flag come from the store that is there, or else from `STORE_DEFAULTS`.
+    """Make the store that is asked for, or open the one that is there if it is made the same way.
 
     Args:
         path: The store.
-        args: The flags.
         teacher: The teacher.
         dataset: What the teacher looks at. A stream is gone through once for its keys, where the store has none yet.
         epochs: The store is meant to hold the epochs before this one.
+        given: Settings of `STORE_DEFAULTS` that are asked for; the others are those of the store that is there.
+        view: Entries of `ViewConfig` that are asked for; the others likewise.
+        image_column: The image column; found by its usual names by default.
+        label_column: The label column, likewise.
+        shards: The shards of an epoch that will be filled, which must be there.
+        num_workers: Loader processes, where the projection of features is fitted.
         log: Takes a line about other versions that make the same views.
 
     Raises:
         InputError: The store that is there was made another way, or the data set does not fit.
     """
     there, first_epoch, first_sample = None, 0, 0
-    settings = target_settings(path, args)
+    settings = target_settings(path, given)
     if LogitStore.exists(path):
-        there, replay = open_store(path, view_arguments(args), log)
+        there, replay = open_store(path, view, log)
         manifest = there.manifest
         first_epoch, first_sample = manifest.first_epoch, manifest.first_sample
     if there is None:
-        replay = Replay(ViewConfig(**view_arguments(args)), settings['store_seed'])
+        replay = Replay(ViewConfig(**view), settings['store_seed'])
     check_no_mixing_with_keys(replay, settings['key'])
     features = {}
     if settings['targets'] == 'features':
@@ -153,7 +159,7 @@ def create_store(
         flags = '--codec' if features else \
             f'--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes'
         raise InputError(f'{error} ({flags})')
-    if features and there is None and args.shard_size is None:
+    if features and there is None and 'shard_size' not in given:
         settings['shard_size'] = _fitting_shard_size(codec.width)
     for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
                             ('store_seed', -1 << 63, (1 << 63) - 1)):
@@ -165,18 +171,18 @@ def create_store(
     hashes = None
     is_stream = isinstance(dataset, datasets.IterableDataset)
     if not settings['key'] and not is_stream:
-        fingerprint = dataset_fingerprint(dataset, args.input_key, args.target_key)
+        fingerprint = dataset_fingerprint(dataset, image_column, label_column)
     elif there is not None and is_stream and KeyIndex.exists(there.path):
         fingerprint = there.manifest.dataset
     else:
-        fingerprint, hashes = keyed_fingerprint(dataset, settings['key'], args.input_key)
+        fingerprint, hashes = keyed_fingerprint(dataset, settings['key'], image_column)
         if there is not None and there.manifest.key and fingerprint != there.manifest.dataset:
             raise InputError(
                 f'the store {path} was made from other samples ({len(hashes)} here, {there.manifest.num_samples} '
                 f'there) or from the same in another order; fill it from the data set that it was begun with')
     if not fingerprint['num_samples']:
         raise InputError('the training data are empty; name another --train-split')
-    names = [] if features else stored_names(teacher, dataset, args.target_key)
+    names = [] if features else stored_names(teacher, dataset, label_column)
     manifest = Manifest(
         num_samples=fingerprint['num_samples'],
         num_classes=teacher.num_classes,
@@ -197,14 +203,16 @@ def create_store(
         dataset=fingerprint,
         features=features,
     )
-    choose_shards(manifest, getattr(args, 'shards', None), path)
+    choose_shards(manifest, shards, path)
     if there is None and settings['feature_dim']:
         if is_stream:
             raise InputError('--feature-dim is fitted on views from all over the data, which a stream does not give; '
                              'leave --streaming or --feature-dim out')
         with exclusive(Path(path) / PROJECTION_NAME):
             if not LogitStore.exists(path):
-                manifest = _with_projection(path, args, manifest, teacher, replay, dataset, log)
+                data = SparseLogitDataset(
+                    dataset, replay, None, image_column, label_column, manifest.key, manifest.first_sample)
+                manifest = _with_projection(path, manifest, teacher, data, num_workers, log)
                 LogitStore.create(path, manifest)
         # Another launch may have fitted it meanwhile, on another device.
         manifest = replace(manifest, features=LogitStore.open(path).manifest.features)
@@ -221,20 +229,17 @@ def _fitting_shard_size(width: int) -> int:
 
 
 def _with_projection(
-        path: str,
-        args: argparse.Namespace,
+        path: str | Path,
         manifest: Manifest,
         teacher: Teacher,
-        replay: Replay,
-        dataset: Source,
+        data: SparseLogitDataset,
+        num_workers: int,
         log: Callable[[str], None],
 ) -> Manifest:
     """The manifest of a new store once the projection of its features is fitted and written."""
-    data = SparseLogitDataset(
-        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample)
     dim, num = manifest.features['dim'], teacher.num_features
     projection, share = fit_projection(
-        teacher, data, manifest.first_epoch, dim, manifest.teacher['batch_size'], args.workers)
+        teacher, data, manifest.first_epoch, dim, manifest.teacher['batch_size'], num_workers)
     log(f'the projection of {num:,} numbers to {dim:,} keeps {percent(share)} of their variance, on '
         f'{min(NUM_FITTED, len(data)):,} views')
     projection.write(Path(path))
@@ -242,15 +247,15 @@ def _with_projection(
 
 
 def views_to_fill(
-        args: argparse.Namespace,
         store: LogitStore,
         replay: Replay,
         dataset: Source,
+        image_column: str | None = None,
+        label_column: str | None = None,
 ) -> SparseLogitDataset | StreamedRows:
     """What the teacher of a store looks at: the views of its rows."""
-    if args.streaming:
-        return StreamedRows(dataset, replay, store, args.input_key)
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamedRows(dataset, replay, store, image_column)
     manifest = store.manifest
     return SparseLogitDataset(
-        dataset, replay, None, args.input_key, args.target_key, manifest.key, manifest.first_sample,
-        with_digests=True)
+        dataset, replay, None, image_column, label_column, manifest.key, manifest.first_sample, with_digests=True)
