@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-fast lint dist clean
+.PHONY: demo test test-fast lint docs dist clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -27,6 +27,10 @@ test-fast: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 
+# The pages in docs/ as a site, in site/; a broken link or an undocumented argument fails.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # What a release uploads: the source archive and the wheel, as the package index wants them.
 dist: .venv/installed
 	rm -rf dist
@@ -34,4 +38,4 @@ dist: .venv/installed
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs build dist site *.egg-info

@@ -18,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 __all__ = ['GELU', 'ConvNorm', 'FusedConv', 'LayerNorm', 'Linear', 'in_slices', 'takes_mask', 'to_channels_last']
 
 _TENSOR_TYPES = (torch.Tensor, nn.Parameter)
+_GLOBAL_HOOKS = (
+    '_global_forward_hooks', '_global_forward_pre_hooks', '_global_backward_hooks', '_global_backward_pre_hooks')
 
 
 def _is_cpu(x: torch.Tensor) -> bool:
@@ -35,7 +37,7 @@ def _is_cpu(x: torch.Tensor) -> bool:
 
 def _is_hooked(*modules: nn.Module) -> bool:
     # accelerate hooks a module by giving it a `forward` of its own
-    return _has_any_global_hook() or any(
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS) or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
         or 'forward' in m.__dict__
         for m in modules
