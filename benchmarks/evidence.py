@@ -179,7 +179,8 @@ GRIDS = {
         teacher='examples/fashion_mnist/teacher'),
     'features': Grid(
         '--train-split train[:2500] --epochs 4', f'{STUDENT} --val-split test --val-interval 100 --lr 0.001 '
-        f'--warmup-epochs 0.5 --workers 1 {TINY_5M}', {'vectors': '--targets features'}, plan(FEATURES, (0, 1, 2)),
+        f'--warmup-epochs 0.5 --workers 1 {TINY_5M}', {'vectors': '--targets features'}, plan(FEATURES[:-1], (0, 1, 2))
+        + plan(FEATURES[-1:], (0, 1, 2)),
         'TinyViT-5M on 2,500 of the 60,000 training images, of which the teacher has learned from all. Its stored '
         'features are the pooled vectors, of 224 numbers, codec int8; the student learns them by their cosine.',
         teacher='examples/fashion_mnist/teacher',
