@@ -43,7 +43,6 @@ from timm_tinyvit.data.views import Replay
 from timm_tinyvit.hub.push_model import prepare_push, push_finished_run
 from timm_tinyvit.report.plots import plot_metrics
 from timm_tinyvit.report.run import write_run_report
-from timm_tinyvit.report.run_folder import STORED_VIEWS
 from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, views_to_fill
@@ -330,8 +329,8 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
                 report()
             if all_reduce_sum(accelerator, stop() is not None)[0]:
                 raise stop() or Terminated
-        if store is not None and (first_epoch < num_epochs or not (folder / STORED_VIEWS).is_file()):
-            compare_with_teacher(args, task, data, state, classes, folder / STORED_VIEWS, stop)
+        if store is not None:
+            compare_with_teacher(args, task, data, state, classes, stop, is_new=first_epoch < num_epochs)
     best, what = state.best['student'], 'top-1' if classes.num else 'nearest neighbours'
     print_result(f'finished: {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else ''), bold='finished:')
     accelerator.end_training()

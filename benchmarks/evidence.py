@@ -7,6 +7,7 @@
 full      all 60,000 images, 30 epochs, three seeds of everything: for a GPU
 reduced   2,500 images, 6 epochs, one seed where --table does not say otherwise: hours of two CPU cores
 whole     all 60,000 images, 3 epochs, TinyViT-5M: an hour of two CPU cores
+features  2,500 images, 4 epochs, TinyViT-5M taught by stored features, without labels: half an hour of one CPU core
 probes    how the setting of `reduced` was chosen, on held-out training images and with the demo's teacher
 smoke     seconds, to see that all runs
 
@@ -42,13 +43,18 @@ STUDENT = f'{SCORE} --batch-size 50 --weight-decay 0.05 --min-lr 1e-5 --smoothin
 
 @dataclass(frozen=True)
 class Row:
-    """One setting; `store` names what it learns from, none for labels only, and `against` the row to compare it to."""
+    """One setting; `store` names what it learns from, none for labels only, and `against` the row to compare it to.
+
+    `start` names the row whose last weights it starts from, and with `is_probed` its features are evaluated too.
+    """
     name: str
     group: str
     title: str
     flags: str
     store: str | None = None
     against: str | None = 'tiny_vit_5m-distilled'
+    start: str | None = None
+    is_probed: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Grid:
         dataset: Folder of the images; drawn where it is not there.
         teacher: The teacher's folder; without one the grid trains it with the flags `teacher_flags`.
         views: Flags of what teacher and students see.
+        probed: Flags of the evaluation of features.
     """
     data: str
     flags: str
@@ -74,6 +81,7 @@ class Grid:
     teacher: str | None = None
     teacher_flags: str = TEACHER
     views: str = VIEWS
+    probed: str = ''
 
     @property
     def rows(self) -> list[Row]:
@@ -132,6 +140,19 @@ PROBES = (
     Row('plain-5000-lr2e-3', 'labels only', 'lr 0.002', f'{TINY_5M} --lr 0.002', None, 'plain-5000'),
     Row('plain-5000-lr5e-4', 'labels only', 'lr 0.0005', f'{TINY_5M} --lr 0.0005', None, 'plain-5000'),
     Row('plain-5000-smooth0', 'labels only', 'no label smoothing', f'{TINY_5M} --smoothing 0', None, 'plain-5000'))
+# Without labels, and what such a backbone is worth where there are few; `random` has statistics of its batch norms.
+FEW = '--train-split train[:250] --epochs 20 --warmup-epochs 2'
+FEATURES = (
+    Row('random', 'backbone', 'random weights', '--epochs 1 --warmup-epochs 0 --lr 1e-12 --min-lr 0', None, None,
+        is_probed=True),
+    Row('features', 'backbone', 'the teacher\'s features, no labels', '--num-classes 0', 'vectors', None,
+        is_probed=True),
+    Row('labels', 'backbone', 'labels', '', None, None, is_probed=True),
+    Row('finetuned', '2,500 labels', 'that learned features', '', None, 'labels', start='features'),
+    Row('labels-250', '250 labels', 'random weights', FEW, None, None),
+    Row('finetuned-250', '250 labels', 'that learned features', FEW, None, 'labels-250', start='features'),
+    Row('labels-twice', '2,500 labels', 'random weights, twice the epochs', '--epochs 8 --warmup-epochs 1', None,
+        'labels'))
 SMOKE = (
     Row('plain', 'student', 'ResNet of the tests', '--model test_resnet', None, None),
     Row('distilled', 'student', 'ResNet of the tests', '--model test_resnet', 'k3', 'plain'))
@@ -156,6 +177,14 @@ GRIDS = {
         'All 60,000 training images, for a short time: the teacher has learned from the same images. The store keeps '
         'all epochs, k = 10, codec compact; alpha and temperature are 1.',
         teacher='examples/fashion_mnist/teacher'),
+    'features': Grid(
+        '--train-split train[:2500] --epochs 4', f'{STUDENT} --val-split test --val-interval 100 --lr 0.001 '
+        f'--warmup-epochs 0.5 --workers 1 {TINY_5M}', {'vectors': '--targets features'}, plan(FEATURES[:-1], (0, 1, 2))
+        + plan(FEATURES[-1:], (0, 1, 2)),
+        'TinyViT-5M on 2,500 of the 60,000 training images, of which the teacher has learned from all. Its stored '
+        'features are the pooled vectors, of 224 numbers, codec int8; the student learns them by their cosine.',
+        teacher='examples/fashion_mnist/teacher',
+        probed='--train-split train[:2500] --val-split test --crop-pct 1.0 -b 500 --workers 0 --quiet'),
     'probes': Grid(
         '--train-split train[:5000] --epochs 2', f'{STUDENT} --val-split train[55000:] --val-interval 100 --lr 0.001 '
         '--warmup-epochs 0.4 --workers 1', {'5000': '', '1000': '--train-split train[:1000] --epochs 10'},
@@ -190,8 +219,9 @@ def run_grid(experiment: Experiment, only: str, jobs: int) -> None:
                     failed.append(str(error))
                     print(f'error: {error}', file=sys.stderr, flush=True)
                 else:
-                    print(f'{number}/{len(plan)} {record["run"]}: {record["top1"]:.2f}%, '
-                          f'{record["wall_seconds"]:.0f} s', flush=True)
+                    found = {'top-1': record['top1'], **record.get('probes', {})}
+                    said = ', '.join(f'{name} {value:.2f}' for name, value in found.items() if value is not None)
+                    print(f'{number}/{len(plan)} {record["run"]}: {said}, {record["wall_seconds"]:.0f} s', flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             experiment.stop()

@@ -49,13 +49,17 @@ class Experiment:
     def program(self, row: Any, seed: int) -> str:
         """The trainer's command of one student, without the launcher; a store says itself what its views are."""
         source = f'--logits {self.folder}/store-{row.store}' if row.store else self.grid.views
+        if row.start:
+            source += f' --initial-checkpoint {self.folder}/{row.start}-{seed}/last'
         return (
             f'train_distill.py --dataset {self.grid.dataset} {self.grid.data} {self.grid.flags} {row.flags} {source} '
             f'--seed {seed} --quiet --output {self.folder} --experiment {row.name}-{seed}')
 
     def make_run(self, row: Any, seed: int) -> dict[str, Any]:
-        """Train one student, after its store is filled and the store's teacher trained."""
+        """Train one student, after its store is filled and the store's teacher trained, and what it starts from."""
         name, program = f'{row.name}-{seed}', self.program(row, seed)
+        if row.start:
+            self.make_run(next(start for start in self.grid.rows if start.name == row.start), seed)
         file = self.metrics / f'{name}.json'
         # Two launches of evidence.py may share a grid.
         with exclusive(ROOT / self.folder / name):
@@ -68,8 +72,19 @@ class Experiment:
                 record = self.measured(name, program, self.folder / name, seconds) | {
                     'resumed': resumed, 'row': row.name, 'seed': seed,
                     'store': store and {'name': row.store, **store['store']}}
+                if row.is_probed:
+                    record['probes'] = self.probe(name)
                 self.keep(file, record)
         return record
+
+    def probe(self, name: str) -> dict[str, float]:
+        """Accuracies of the nearest neighbours and of a linear classifier on the features of a finished run."""
+        log = ROOT / self.folder / f'{name}-probes.log'
+        log.unlink(missing_ok=True)
+        self.call(log.stem, [sys.executable, '-m', 'timm_tinyvit', 'eval', f'{self.folder}/{name}/last', *shlex.split(
+            f'--dataset {self.grid.dataset} {self.grid.probed} --probe knn --probe linear')])
+        found = dict(pair.split() for pair in log.read_text().strip().splitlines()[-1].split(', '))
+        return {probe: float(found[probe]) for probe in ('knn', 'linear')}
 
     def make_store(self, name: str) -> dict[str, Any]:
         """Fill a store, after its teacher is trained."""
@@ -180,11 +195,12 @@ class Experiment:
         with open(ROOT / folder / 'metrics.csv', newline='') as file:
             rows = list(csv.DictReader(file))
         settings = json.loads((ROOT / folder / 'run.json').read_text())['flags']
-        accuracies = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row['eval_top1']}
+        accuracies = {int(row['epoch']) + 1: float(row['eval_top1']) for row in rows if row.get('eval_top1')}
         trained = sum(float(row['seconds']) for row in rows)
         speeds = [float(row['images_per_second']) for row in rows]
         return self.described(name, program, seconds) | {
-            'top1': accuracies[len(rows)], 'best_top1': max(accuracies.values()), 'top1_by_epoch': accuracies,
+            'top1': accuracies.get(len(rows)), 'best_top1': max(accuracies.values(), default=None),
+            'top1_by_epoch': accuracies,
             'loss_by_epoch': [round(float(row['loss']), 4) for row in rows], 'train_seconds': round(trained, 1),
             'images_per_second': round(mean(speeds), 1),
             'weights_sha256': hashlib.sha256((ROOT / folder / 'last' / 'model.safetensors').read_bytes()).hexdigest(),

@@ -21,11 +21,13 @@ from timm_tinyvit.report.compare import compare_runs
 from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.train import predictions
 from timm_tinyvit.train.record import launches_of
+from timm_tinyvit.train.teacher_comparison import StoredFeatures
 import train_distill
 from support.programs import refusal
 
 DATA = str(Path(__file__).resolve().parents[2] / 'examples' / 'fashion_mnist')
-FILES = ['run.json', 'metrics.csv', 'predictions.npz', 'stored_views.npz', 'best/config.json', 'speed.json']
+FILES = ['run.json', 'metrics.csv', 'predictions.npz', 'stored_views.npz', 'stored_features.npz', 'best/config.json',
+         'speed.json']
 # What stands in place of a value; None, too, is one.
 VALUES = [
     None, True, False, -1, 0, 1, 3.5, 1e308, -1e308, float('nan'), float('inf'), 1 << 70, -(1 << 70), '', 'x',
@@ -47,6 +49,7 @@ def run(tmp_path_factory, teacher):
         '--experiment', 'run'])
     (output / 'run' / 'speed.json').write_text(json.dumps(
         {'images_per_second': 9., 'batch_size': 16, 'device': 'cpu', 'threads': 1, 'torch': '2'}))
+    StoredFeatures(np.linspace(0, 1, 48, dtype=np.float32), 5, 1, [1]).write(output / 'run' / 'stored_features.npz')
     for file in (output / 'run').glob('*.pt'):
         file.unlink()
     return output / 'run'
@@ -129,7 +132,7 @@ def with_arrays(content, change):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize('name', ['predictions.npz', 'stored_views.npz'])
+@pytest.mark.parametrize('name', ['predictions.npz', 'stored_views.npz', 'stored_features.npz'])
 def test_arrays_of_another_kind_are_left_out_of_a_report(name, run, tmp_path, no_plots):
     folder, draw = tmp_path / 'run', random.Random(name)
     shutil.copytree(run, folder)

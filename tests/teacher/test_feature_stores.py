@@ -1,12 +1,14 @@
 """Stores of features: filled from any backbone, the same whoever fills, with all that stores of classes can do."""
 
 import json
+import re
 import shutil
 import time
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -174,11 +176,33 @@ def test_everything_that_stores_of_classes_can_do(stores, backbone, tmp_path, ca
     report = json.loads(capsys.readouterr().out)
     assert report['statistics']['views'] == 200 and 0 < report['statistics']['agreement'] < 1
     cli.main(['report', store, '--html', str(tmp_path / 'page.html')])
-    assert 'Feature store projected' in (tmp_path / 'page.html').read_text()
+    page = (tmp_path / 'page.html').read_text()
+    assert 'Feature store projected' in page and 'give --dataset' in page and 'Nearest neighbours' not in page
     cli.main(['store', 'estimate', '--epochs', '2', '--num-samples', '100', '--targets', 'features', '--feature-dim',
               '24', '--feature-grid', '2'])
     assert '109 bytes (2x2 vectors of 24 numbers, int8)' in capsys.readouterr().out
     assert LogitStore.open(store).manifest.record_width == 4 * (24 + 2) + 5
+
+
+def test_the_page_shows_views_and_those_that_are_nearest_to_them(stores, tmp_path, capsys, one_sentence):
+    store, page = stores / 'grid', tmp_path / 'page.html'
+    one_sentence(refusal(cli.main, ['report', store, '--gallery', tmp_path / 'rows.png'], capsys), '--gallery',
+                 'give --dataset')
+    cli.main(['report', str(store), *DATA, '--html', str(page), '--gallery', str(tmp_path / 'rows.png')])
+    captions = re.findall('<img[^>]*>([^<]*)<', page.read_text())
+    assert len(captions) == 8 * 6 and Image.open(tmp_path / 'rows.png').height > 8 * 144
+    reader = LogitStore.open(store)
+    vectors = F.normalize(reader.codec.decode(torch.from_numpy(reader.read(0, range(100)))).vectors.mean(dim=1), dim=1)
+    samples = load_split(EXAMPLES, 'train[:100]', is_training=True)
+    names = [samples.features['label'].names[label] for label in samples['label']]
+    # Of each sample what a row that begins with it says: its class, and cosine and class of the five nearest.
+    expected = set()
+    for sample, name in enumerate(names):
+        cosines, near = (vectors @ vectors[sample]).topk(6)
+        assert near[0] == sample
+        expected.add((name, *(f'{cosine:.3f} {names[other]}' for cosine, other in zip(cosines[1:], near[1:].tolist()))))
+    rows = [tuple(captions[start:start + 6]) for start in range(0, 48, 6)]
+    assert set(rows) <= expected and len({row[0] for row in rows}) == 8
 
 
 def test_a_projection_that_is_missing_or_altered_is_told(stores, backbone, tmp_path, capsys, one_sentence):

@@ -3,11 +3,13 @@
 import csv
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors import safe_open
 from timm.task import FeatureDistillationTask, TrainingTask
+from torch.nn import functional as F
 
 import train_distill
 from support.flags import DATA
@@ -16,11 +18,15 @@ from support.programs import refusal
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
+from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.sources import load_split
+from timm_tinyvit.models.features import feature_vectors
 from timm_tinyvit.models.loading import Normalize
 from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.report.run_folder import TrainedRun
 from timm_tinyvit.targets.features import FEATURE_LOSSES
 from timm_tinyvit.train.features import FeatureStudent
+from timm_tinyvit.train.metrics import suffixed
 from timm_tinyvit.train.task import SparseLogitTask
 
 TRAIN = ['--dataset', DATA, '--train-split', 'train[:96]']
@@ -66,6 +72,11 @@ def names_in(file):
         return set(tensors.keys())
 
 
+@torch.no_grad()
+def vectors_of(model, views, size, grid):
+    return feature_vectors(model, model.forward_features(views), size, grid)
+
+
 @pytest.mark.parametrize('logits, flags, has_classes', [
     (['pooled'], VAL, False),
     (['grid'], ['--num-classes', '0', '--projector', 'mlp', *VAL, '--feature-loss', 'smooth-l1', '--model-ema'], False),
@@ -94,7 +105,29 @@ def test_a_student_learns_features_and_leaves_a_plain_model(stores, tmp_path, lo
     layers = {'projector', *(['projector_ema'] if '--model-ema' in flags else [])}
     assert {key for key in state if key.startswith('projector')} == layers
     assert_same(state['model'], weights(run))
-    assert (run / 'report.html').is_file()
+    # The neighbours of a third of the views, by the exported student and by the stored vectors.
+    found = TrainedRun.read(run).stored_features
+    grid, size = ('grid' in logits) * 2, (64, 64)
+    store, replay = open_store(stores / logits[-1 if grid else 0], {}, print)
+    data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)
+    sampler = EpochBatchSampler(96, 8, 42, store_epochs=store.manifest.stored_epochs, pairing=data.pairing)
+    sampler.set_epoch(1)
+    batches = [collate(data.__getitems__(rows)) for rows in sampler]
+    model = timm.create_model(f'local-dir:{run / suffixed("last", found.weights)}', pretrained=True).eval()
+    normalize, near = Normalize(model.pretrained_cfg['mean'], model.pretrained_cfg['std']), []
+    for vectors in (
+            [vectors_of(model, normalize(batch['view']), size, grid) for batch in batches],
+            [store.codec.decode(batch['record']).vectors for batch in batches]):
+        vectors = F.normalize(torch.cat(vectors).mean(dim=1), dim=1)
+        near.append([set(row[1:].tolist()) for row in (vectors @ vectors.T).topk(21, dim=1).indices])
+    shared = np.array([len(one & other) / 20 for one, other in zip(*near)])
+    assert found.num_nearest == 20 and found.epoch == 1 and abs(found.shared - shared).max() < 0.051
+    page = (run / 'report.html').read_text()
+    assert f'teacher {100 * found.shared.mean():.1f}% are among the 20 nearest' in page and '21.1%.' in page
+    assert f'was {table[-1]["feature_cosine"]:.3f} in the last epoch' in page
+    if '--feature-loss' not in flags:
+        assert table[-1]['feature_cosine'] == pytest.approx(1 - table[-1]['feature_loss'], abs=1e-5)
+    assert table[-1]['feature_cosine'] > table[0]['feature_cosine']
 
 
 def test_the_loss_is_that_of_timms_online_task(stores, teacher_folder):

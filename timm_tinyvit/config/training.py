@@ -169,9 +169,9 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     group = _add_model(parser)
     _add_precision(group)
     group = parser.add_argument_group('evaluation')
-    group.add_argument('--probe', choices=PROBES,
+    group.add_argument('--probe', choices=PROBES, action='append',
                        help='evaluate its features by those of --train-split: 20 nearest neighbours, or a linear '
-                            'classifier')
+                            'classifier; may be given twice')
     add_image_size(group, 'height and width of images (default: the model\'s)')
     group.add_argument('-b', '--batch-size', '-vb', '--validation-batch-size', type=int, default=128, metavar='N',
                        help='images per process')

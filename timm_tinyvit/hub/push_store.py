@@ -281,10 +281,11 @@ def _last_files(
     if data is not None or published.manifest != manifest or CARD not in published.files:
         sample, statistics = sample_table(store, epochs, data), card_statistics(store, epochs, data)
         files[SAMPLE] = parquet_bytes(sample)
-        if data is not None and not manifest.features:
+        if data is not None:
             files[PICTURE] = draw_views(data, statistics)
-        elif not manifest.features:
-            info('the card has no accuracy and no new picture: give --dataset for them')
+        else:
+            missing = 'no new picture' if manifest.features else 'no accuracy and no new picture'
+            info(f'the card has {missing}: give --dataset for {"it" if manifest.features else "them"}')
         files[CARD] = dataset_card(
             manifest, published.repo_id, size, sample, statistics, data,
             PICTURE in files or PICTURE in published.files, published.card, licence).encode()

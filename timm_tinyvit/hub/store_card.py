@@ -22,7 +22,7 @@ from ..data.view_config import ViewConfig
 from ..models.names import hub_repo_of
 from ..report.features import FeatureStatistics, feature_statistics
 from ..report.labels import LabelledViews, teacher_classes
-from ..report.pictures import choose_samples, draw_pictures, show_samples
+from ..report.pictures import choose_samples, draw_pictures, neighbour_rows, show_samples
 from ..report.statistics import StoreStatistics, evenly, store_statistics
 from ..report.store import targets_of
 from ..store.base import StoreReader
@@ -45,7 +45,7 @@ STATISTICS_SAMPLES = 10_000
 # Arguments of SparseLogitDataset, and the programs' flags for them.
 COLUMN_FLAGS = {'image_column': '--input-key', 'label_column': '--target-key'}
 
-PICTURE_COLUMNS, PICTURE_ROWS = 4, 3
+PICTURE_COLUMNS, PICTURE_ROWS, PICTURE_NEIGHBOURHOODS = 4, 3, 5
 MAX_PICTURE_BYTES = 300_000
 
 
@@ -62,7 +62,7 @@ def card_statistics(
         data: Its data set, for the accuracy.
     """
     if store.manifest.features:
-        return feature_statistics(store, epochs)
+        return feature_statistics(store, epochs, among=data and np.sort(data.rows))
     return store_statistics(
         store, data and data.teacher_labels, data and np.sort(data.rows), epochs, STATISTICS_SAMPLES)
 
@@ -119,13 +119,17 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def draw_views(data: LabelledViews, statistics: StoreStatistics) -> bytes:
+def draw_views(data: LabelledViews, statistics: StoreStatistics | FeatureStatistics) -> bytes:
     """A PNG of some views, each with what the teacher predicts of it: in a column an image, in a row an epoch.
+
+    Of features a row is a view and those that are nearest to it.
 
     Args:
         data: The data set of the store.
         statistics: Of `card_statistics`.
     """
+    if isinstance(statistics, FeatureStatistics):
+        return draw_pictures(neighbour_rows(data, statistics, PICTURE_NEIGHBOURHOODS), MAX_PICTURE_BYTES)
     manifest = data.views.store.manifest
     names = teacher_classes(manifest, data) or [f'class {number}' for number in range(manifest.num_classes)]
     count = PICTURE_COLUMNS if len(statistics.epochs) > 1 else PICTURE_COLUMNS * PICTURE_ROWS

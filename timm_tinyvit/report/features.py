@@ -25,20 +25,37 @@ class FeatureStatistics:
 
     Attributes:
         epochs: Their numbers.
-        num_samples: N.
+        rows: Rows of the samples in the store, int64 [N].
         num_cells: Vectors of a view.
         norms: Length of each view's vectors, the mean over its cells, float [E * N].
         variances: Variance of each number over all vectors, float64 [D], as the numbers stand in a vector.
         agreement: Mean cosine of a sample's views in two epochs, of the means over their cells; None of one epoch.
         likeness: The same of the views of two samples in one epoch, to compare it with; None of one sample.
+        directions: The means over their cells of the views of the first epoch, of length 1, float32 [N, D].
     """
     epochs: list[int]
-    num_samples: int
+    rows: np.ndarray
     num_cells: int
     norms: np.ndarray
     variances: np.ndarray
     agreement: float | None
     likeness: float | None
+    directions: np.ndarray
+
+    def nearest(self, places: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The views of the first epoch that are most alike by the teacher's vectors.
+
+        Args:
+            places: Places of P of the samples.
+            k: How many others; all where there are fewer.
+
+        Returns:
+            Their places, the nearest first, int64 [P, k], and their cosines, float32 [P, k].
+        """
+        cosines = self.directions[places] @ self.directions.T  # [P, N]
+        cosines[np.arange(len(places)), places] = -np.inf
+        found = np.argsort(-cosines, axis=1, kind='stable')[:, :min(k, len(self.rows) - 1)]
+        return found, np.take_along_axis(cosines, found, axis=1)
 
     @property
     def num_dimensions(self) -> float:
@@ -49,7 +66,7 @@ class FeatureStatistics:
         """The figures as plain JSON values; None for those that are not known."""
         order = np.sort(self.variances)[::-1]
         return {
-            'samples': self.num_samples, 'views': len(self.norms), 'epochs': self.epochs, 'vectors': self.num_cells,
+            'samples': len(self.rows), 'views': len(self.norms), 'epochs': self.epochs, 'vectors': self.num_cells,
             'norm': float(self.norms.mean()), 'norm_std': float(self.norms.std()),
             'variance': float(self.variances.sum()), 'largest_share': float(order[0] / max(order.sum(), 1e-30)),
             'dimensions': self.num_dimensions, 'agreement': self.agreement, 'likeness': self.likeness}
@@ -58,7 +75,7 @@ class FeatureStatistics:
         """The statistics in words."""
         values = self.summary()
         figures = {
-            'read': f'{len(self.epochs)} epochs, {self.num_samples:,} samples, {len(self.norms):,} views',
+            'read': f'{len(self.epochs)} epochs, {len(self.rows):,} samples, {len(self.norms):,} views',
             'norms': f'{values["norm"]:.4g} in the mean, standard deviation {values["norm_std"]:.3g}',
             'variance': f'{values["variance"]:.4g} in all, {percent(values["largest_share"])} of it in one number, as '
                         f'much as {values["dimensions"]:.0f} even ones of {len(self.variances):,}'}
@@ -74,6 +91,7 @@ def feature_statistics(
         epochs: Sequence[int],
         max_samples: int = MAX_SAMPLES,
         max_epochs: int = MAX_EPOCHS,
+        among: np.ndarray | None = None,
 ) -> FeatureStatistics | None:
     """The statistics of the same samples, evenly spaced, in epochs that are evenly spaced.
 
@@ -82,6 +100,7 @@ def feature_statistics(
         epochs: The epochs to choose from.
         max_samples: Samples to read, at most; never more than 2,000.
         max_epochs: Epochs to read, at most.
+        among: Rows of the store that samples are taken from, sorted; all by default.
 
     Returns:
         The statistics, or None where no samples are there in all of these epochs.
@@ -95,6 +114,8 @@ def feature_statistics(
     shards = set.intersection(*(set(filled[epoch].tolist()) for epoch in chosen)) if chosen else set()
     rows = np.concatenate([np.arange(manifest.shard_rows(shard)) + shard * manifest.shard_size
                            for shard in sorted(shards)]) if shards else np.arange(0)
+    if among is not None:
+        rows = np.intersect1d(rows, among)
     if not len(rows):
         return None
     rows = rows[evenly(len(rows), min(max_samples, MAX_SAMPLES))]
@@ -111,7 +132,7 @@ def feature_statistics(
             total, squares = total + flat.sum(axis=0), squares + (flat ** 2).sum(axis=0)
         directions.append(np.concatenate(means))
     num_vectors = len(chosen) * len(rows) * codec.cells
-    directions = np.stack(directions).astype(np.float64)  # [E, N, D], of length 1
+    first, directions = directions[0], np.stack(directions).astype(np.float64)  # [E, N, D], of length 1
 
     def mean_cosine(vectors: np.ndarray) -> float | None:
         """Of all pairs along the first axis of [n, m, D]: the square of a sum holds each pair twice."""
@@ -122,6 +143,6 @@ def feature_statistics(
         return float(pairs.mean() / (n * (n - 1)))
 
     return FeatureStatistics(
-        chosen, len(rows), codec.cells, np.concatenate(norms),
+        chosen, rows, codec.cells, np.concatenate(norms),
         np.maximum(squares / num_vectors - (total / num_vectors) ** 2, 0), mean_cosine(directions),
-        mean_cosine(directions.transpose(1, 0, 2)))
+        mean_cosine(directions.transpose(1, 0, 2)), first)

@@ -17,16 +17,20 @@ from ..base.text import percent, short_percent
 from ..data.dataset import decode_source
 from ..data.sources import column, labels_of
 from ..train.predictions import round_robin
+from .features import FeatureStatistics
 from .labels import LabelledViews
 from .page import Bar, Picture
 from .statistics import StoreStatistics, label_probability
 
-__all__ = ['ShownSample', 'choose_samples', 'draw_pictures', 'probability_bars', 'show_samples']
+__all__ = [
+    'ShownSample', 'choose_samples', 'draw_pictures', 'neighbour_rows', 'probability_bars', 'show_samples',
+]
 
 NUM_CHOSEN = 4
 NUM_VARIED = 8
 NUM_EPOCHS = 8
 NUM_BARS = 3
+NUM_NEAREST = 5
 # Of a drawn picture, in pixels; the first that keeps within the bytes is taken.
 SIZES = (144, 112, 80, 56)
 GAP, LINE, MIN_WIDTH = 10, 18, 116
@@ -70,10 +74,44 @@ def choose_samples(statistics: StoreStatistics) -> dict[str, np.ndarray]:
     disputed = np.argsort(-statistics.disagreement, kind='stable')
     disputed = disputed[np.isfinite(statistics.disagreement[disputed]) & (not statistics.is_mixed)]
     classes = statistics.labels if statistics.has_labels else statistics.majority()[0]
-    mixed = np.random.Generator(np.random.PCG64(0)).permutation(len(classes))
     return {
-        'varied': round_robin(mixed, classes)[:NUM_VARIED], 'easiest': round_robin(order, classes)[:NUM_CHOSEN],
+        'varied': _varied(classes, NUM_VARIED), 'easiest': round_robin(order, classes)[:NUM_CHOSEN],
         'hardest': order[::-1][:NUM_CHOSEN], 'disputed': statistics.compared[disputed[:NUM_CHOSEN]]}
+
+
+def _varied(classes: np.ndarray, count: int) -> np.ndarray:
+    """Places of random samples, of different classes where possible."""
+    return round_robin(np.random.Generator(np.random.PCG64(0)).permutation(len(classes)), classes)[:count]
+
+
+def neighbour_rows(data: LabelledViews, statistics: FeatureStatistics, count: int) -> list[list[Picture]]:
+    """Views of the first epoch of the statistics, each before the five others that its teacher's vector is nearest to.
+
+    Args:
+        data: The data set of the store.
+        statistics: Of its features, with the rows of this data set.
+        count: Views at most, of different classes where they are known.
+
+    Raises:
+        InputError: An image is damaged or missing.
+    """
+    places = _varied(data.labels[statistics.rows], count)
+    nearest, cosines = statistics.nearest(places, NUM_NEAREST)
+    order = np.argsort(data.rows)
+    wanted = np.concatenate([places[:, None], nearest], axis=1)  # [P, 1 + k]
+    positions = order[np.searchsorted(data.rows, statistics.rows[wanted], sorter=order)]
+    epoch, names = statistics.epochs[0], data.label_names
+    views = iter(data.views.__getitems__([(epoch, position) for position in positions.ravel().tolist()]))
+    rows = []
+    for row, near in zip(positions.tolist(), cosines.tolist()):
+        rows.append([])
+        for position, cosine in zip(row, [None, *near]):
+            view = next(views)
+            label = names[view['label']] if names and view['label'] >= 0 else f'sample {position}'
+            rows[-1].append(Picture(
+                view['view'], label if cosine is None else f'{cosine:.3f} {label}',
+                alt=f'{label}, view of epoch {epoch}' + ('' if cosine is None else f', a cosine of {cosine:.3f}')))
+    return rows
 
 
 def show_samples(

@@ -47,6 +47,7 @@ PANELS = {
     'top-1 accuracy (%)': {
         'eval_top1': 'student', 'eval_top1_ema': 'averaged weights', 'eval_knn': 'nearest neighbours',
         'eval_knn_ema': 'nearest neighbours, averaged weights'},
+    "cosine to the teacher's features": {'feature_cosine': ''},
     'learning rate': {'lr': ''},
     'gradient norm': {'grad_norm': ''},
     WAITING: {'data_wait': ''},

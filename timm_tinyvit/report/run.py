@@ -15,6 +15,7 @@ from ..train.metrics import suffixed
 from ..train.predictions import (
     Evaluation, Predictions, class_accuracy, confused_pairs, confusion, samples_to_show, worst_classes,
 )
+from ..train.teacher_comparison import StoredFeatures, StoredViews
 from .page import Page, Picture
 from .pictures import probability_bars
 from .plots import PLOTS_MISSING, add_plots, can_plot, confusion_plot, curve_plots, reliability_plot
@@ -192,18 +193,27 @@ def _pictures(evaluation: Evaluation, samples: np.ndarray) -> list[Picture]:
 
 def _add_teacher(page: Page, run: TrainedRun) -> None:
     page.heading('Student and teacher')
-    views = run.stored_views
-    if views is None:
+    views, features = run.stored_views, run.stored_features
+    if features is not None:
+        cosine = run.last('feature_cosine')
         page.paragraph(
-            'The student is compared with its teacher on stored views when a training ends; this one has not ended yet.'
-            if run.settings.get('logits') else
-            'The student learned from labels alone; there is no teacher to compare it with.')
+            f'{_same_views(features, len(features.shared))}: of the {features.num_nearest} nearest by the vectors of '
+            f'the teacher {percent(features.shared.mean(), 1)} are among the {features.num_nearest} nearest by the own '
+            f'features of the student{WEIGHTS[features.weights]}; of features that have nothing in common it would be '
+            f'{percent(features.num_nearest / (len(features.shared) - 1), 1)}.'
+            + (f' The cosine of its projected features to those of the teacher was {cosine:.3f} in the last epoch.'
+               if cosine is not None else ''))
+    if views is None:
+        if features is None:
+            page.paragraph(
+                'The student is compared with its teacher on stored views when a training ends; this one has not ended '
+                'yet.' if run.settings.get('logits') else
+                'The student learned from labels alone; there is no teacher to compare it with.')
         return
     student, teacher = views.student, views.teacher
     name = f'student{WEIGHTS[views.weights]}'
     page.paragraph(
-        f'Both on the same {len(student):,} views of the training data, of epoch {views.epoch + 1}, stored epoch '
-        f'{" and ".join(map(str, views.stored_epochs))}: the {name} and the teacher agree on the top-1 class of '
+        f'{_same_views(views, len(student))}: the {name} and the teacher agree on the top-1 class of '
         f'{percent((student.best == teacher.best).mean(), 1)}, and the KL divergence from the stored targets is '
         f'{views.divergence.mean():.4f} nats on average, median {np.median(views.divergence):.4f}.')
     student, teacher = student.labelled(), teacher.labelled()
@@ -219,6 +229,11 @@ def _add_teacher(page: Page, run: TrainedRun) -> None:
             ('right where the other is wrong', (_only(student, teacher), _only(teacher, student))),
         )])
     add_plots(page, reliability_plot(models))
+
+
+def _same_views(views: StoredViews | StoredFeatures, count: int) -> str:
+    return (f'Both on the same {count:,} views of the training data, of epoch {views.epoch + 1}, stored epoch '
+            f'{" and ".join(map(str, views.stored_epochs))}')
 
 
 def _only(one: Predictions, other: Predictions) -> float:

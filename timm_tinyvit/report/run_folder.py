@@ -18,11 +18,10 @@ from ..base.escaping import shown, without_user
 from ..train.metrics import read_metrics, suffixed
 from ..train.predictions import Evaluation
 from ..train.record import RUN_RECORD, read_run
-from ..train.teacher_comparison import StoredViews
+from ..train.teacher_comparison import STORED_FEATURES, STORED_VIEWS, StoredFeatures, StoredViews
 
-__all__ = ['STORED_VIEWS', 'WEIGHTS', 'TrainedRun', 'metric']
+__all__ = ['WEIGHTS', 'TrainedRun', 'metric']
 
-STORED_VIEWS = 'stored_views.npz'
 # What a training loss is measured by, beside the data.
 MIXING = ('mixup', 'cutmix', 'cutmix_minmax')
 # Each set of weights, and words for it that stand behind a name.
@@ -40,7 +39,8 @@ class TrainedRun:
         launches: Epoch, commit and environment of each launch of the run; empty where they are not known.
         changed: The flags that are not the defaults; None where they are not known.
         evaluations: The last predictions of each set of weights, see `WEIGHTS`.
-        stored_views: The student beside its teacher, where it has one.
+        stored_views: The student's predictions beside its teacher's, where it learned any.
+        stored_features: The same of features.
         problems: A sentence for each file that cannot be read.
     """
     folder: Path
@@ -50,6 +50,7 @@ class TrainedRun:
     changed: list[str] | None
     evaluations: dict[str, Evaluation]
     stored_views: StoredViews | None
+    stored_features: StoredFeatures | None
     problems: list[str] = field(default_factory=list)
 
     @classmethod
@@ -76,7 +77,7 @@ class TrainedRun:
         return cls(
             folder, read_metrics(folder), record.get('flags', {}), record.get('launches', []), record.get('changed'),
             {weights: evaluation for weights, evaluation in evaluations.items() if evaluation is not None},
-            read(STORED_VIEWS, StoredViews.read), problems)
+            read(STORED_VIEWS, StoredViews.read), read(STORED_FEATURES, StoredFeatures.read), problems)
 
     @property
     def name(self) -> str:

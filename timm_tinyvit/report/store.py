@@ -26,7 +26,7 @@ from ..train.predictions import confused_pairs
 from .features import feature_statistics
 from .labels import LabelledViews, labelled_views, teacher_classes
 from .page import Page, check_output
-from .pictures import ShownSample, choose_samples, draw_pictures, show_samples
+from .pictures import ShownSample, choose_samples, draw_pictures, neighbour_rows, show_samples
 from .plots import (
     PLOTS_MISSING, add_plots, agreement_plot, can_plot, feature_plots, histogram_plots, reliability_plot, store_plots,
 )
@@ -42,6 +42,7 @@ MAX_HUB_EPOCHS = 3
 NUM_GALLERY_ROWS = 5
 NUM_GALLERY_EPOCHS = 6
 NUM_CONFUSIONS = 12
+NUM_NEIGHBOURHOODS = 8
 # Kinds of samples that are shown: heading, and what they are.
 KINDS = {
     'varied': ('Some samples', 'Images, and the views of them that the teacher saw and a student sees.'),
@@ -94,9 +95,9 @@ def report_store(
     if not set(epochs) <= set(stored):
         raise InputError(f'the store {store.path} is meant to hold epochs {stored.start}:{stored.stop}, but '
                          f'{epochs.start}:{epochs.stop} are asked for; fix --epochs')
-    if store.manifest.features:
-        return _report_features(store, html, gallery, as_json, epochs, max_samples or MAX_SAMPLES, max_epochs)
     data, notes = labelled_views(store, dataset, train_split, input_key, target_key, key_column), []
+    if store.manifest.features:
+        return _report_features(store, data, html, gallery, as_json, epochs, max_samples or MAX_SAMPLES, max_epochs)
     if data is None:
         notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
     elif data.teacher_labels is None:
@@ -137,6 +138,7 @@ def report_store(
 
 def _report_features(
         store: StoreReader,
+        data: LabelledViews | None,
         html: str | Path | None,
         gallery: str | Path | None,
         as_json: bool,
@@ -144,17 +146,37 @@ def _report_features(
         max_samples: int,
         max_epochs: int,
 ) -> str:
-    """`report_store` of a store of features, whose views are not classified and so not shown."""
+    """`report_store` of a store of features, whose views are shown beside those that are nearest to them."""
+    statistics = feature_statistics(store, epochs, max_samples, max_epochs, data and np.sort(data.rows))
+    notes, neighbours = ['none of it is filled yet'] if statistics is None else [], []
+    if gallery and (data is None or statistics is None):
+        raise InputError(f'--gallery shows views of {store.path}, which are made from the images; '
+                         f'{"give --dataset" if data is None else "fill some of it first"}')
+    if data is None:
+        notes.append('pictures of nearest neighbours need the images; give --dataset')
+    elif statistics is not None and (html or gallery):
+        try:
+            check_probe(data.views.replay, store.manifest.probe, store.manifest.versions)
+            neighbours = neighbour_rows(data, statistics, NUM_NEIGHBOURHOODS)
+        except InputError as error:
+            if gallery:
+                raise
+            notes.append(f'there are no pictures: {error}')
     if gallery:
-        raise InputError(f'--gallery shows what a teacher predicts, and {store.path} holds features; leave it out')
-    statistics = feature_statistics(store, epochs, max_samples, max_epochs)
-    notes = ['none of it is filled yet'] if statistics is None else []
+        write_atomic(Path(gallery), draw_pictures(neighbours))
     facts = _page_facts(store) if html else store_facts(store)
     figures = {} if statistics is None else statistics.figures()
     if html:
         page = _begin_page('Feature store', facts, notes, figures)
         if statistics is not None:
             add_plots(page, feature_plots(statistics))
+        if neighbours:
+            page.heading('Nearest neighbours')
+            page.paragraph(
+                f'On the left a view of epoch {statistics.epochs[0]}; beside it those of {len(statistics.rows) - 1:,} '
+                f'other samples whose vectors are nearest to its own, with their cosines.')
+            for row in neighbours:
+                page.pictures(row, width=110)
         page.heading('The manifest')
         page.details('store.json', store.manifest.to_json())
         page.write(html)

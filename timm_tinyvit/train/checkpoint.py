@@ -84,7 +84,7 @@ class TrainState:
         update: Updates of the epoch after them.
         best: Best accuracy so far, see `accuracy_of`, of each set of weights; -1 before the first evaluation.
         history: Metrics of the finished epochs.
-        sums: Sums over the updates of this epoch: the task's losses and the gradient norm, [4] or [5].
+        sums: Sums over the updates of this epoch: the task's losses and the gradient norm, [4] or [6].
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class TrainState:
         """Count an update.
 
         Args:
-            losses: The task's, [3] or [4].
+            losses: The task's, [3] or [5].
             norm: Norm of the gradients, a scalar; not finite where a gradient scaler skipped the update.
         """
         self.sums += torch.cat([losses, norm.nan_to_num(0., 0., 0.).reshape(1)])

@@ -229,7 +229,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
-    """Metrics of the weights that are named, or else of the pretrained ones: of `evaluate`, or of the `--probe`.
+    """Metrics of the weights that are named, or else of the pretrained ones: of `evaluate`, or of each `--probe`.
 
     Size, crop and normalisation come from the flags, else from the config.json beside the weights, else from the model.
 
@@ -253,7 +253,7 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         found = [extract_features(model, normalize, eval_loader(
             split, config, args, accelerator.process_index, accelerator.num_processes), accelerator)
             for split in (train_set, matched_split(train_set, dataset, args.target_key))]
-        return PROBES[args.probe](*found)
+        return {name: value for probe in args.probe for name, value in PROBES[probe](*found).items()}
     if not model.num_classes:
         raise InputError(f'the model {args.model} has no classifier to evaluate; give --probe knn or --probe linear')
     names = valid_names(

@@ -24,7 +24,7 @@ from .student import freeze_batch_norm
 
 __all__ = ['LOSSES', 'SparseLogitTask', 'split_targets']
 
-# What a run keeps of the losses of a batch; with features `feature_loss` too.
+# What a run keeps of a batch; with features `feature_loss` and `feature_cosine` too.
 LOSSES = ('loss', 'label_loss', 'distill_loss')
 
 # What is used of a batch besides its views.
@@ -58,7 +58,7 @@ class SparseLogitTask(TrainingTask):
     Attributes:
         student: The timm model, which is evaluated and exported.
         trained: What the optimiser trains: the student, or with its projector the `FeatureStudent`.
-        losses: What a run keeps of the losses of a batch.
+        losses: What a run keeps of a batch: its losses, and the cosine of features.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class SparseLogitTask(TrainingTask):
         self.trained = self.trainable_module = student
         self.has_features = isinstance(student, FeatureStudent)
         self.student = student.student if self.has_features else student
-        self.losses = LOSSES + ('feature_loss',) * self.has_features
+        self.losses = LOSSES + ('feature_loss', 'feature_cosine') * self.has_features
         self.feature_kind = feature_kind
         self.feature_weight = feature_weight
         self.normalize = nn.Identity() if normalize is None else normalize.to(self.device)
@@ -175,7 +175,8 @@ class SparseLogitTask(TrainingTask):
 
         Returns:
             `loss`, and its parts before they are weighted, `label_loss`, `distill_loss` and where there are features
-            `feature_loss`, all scalars; `output`, the logits [B, C], or pooled features of a student without classes.
+            `feature_loss`; then too `feature_cosine`, to those of the teacher, all scalars; `output`, the logits
+            [B, C], or pooled features of a student without classes.
         """
         views = self.normalize(input.to(self.device, non_blocking=True))
         target = {name: target[name].to(self.device, non_blocking=True) for name in TARGETS if name in target}
@@ -209,6 +210,8 @@ class SparseLogitTask(TrainingTask):
         if self.has_features:
             losses['feature_loss'] = feature_loss(vectors, features, self.feature_kind)
             loss = loss + self.feature_weight * losses['feature_loss']
+            losses['feature_cosine'] = 1 - (
+                losses['feature_loss'] if self.feature_kind == 'cosine' else feature_loss(vectors.detach(), features))
         return {'loss': loss, **losses, 'output': logits}
 
 

@@ -1,4 +1,5 @@
-"""A student beside its teacher on views of the store: where they agree, and how sure each is rightly.
+"""A student beside its teacher on views of the store: where they agree, and how sure each is rightly; of features,
+whether the same views are near each other.
 
 The teacher need not be at hand: what it said of a view is in the store. A bounded number of views is looked at once,
 at the end of a training.
@@ -8,6 +9,7 @@ import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -17,19 +19,25 @@ from torch import nn
 
 from ..base.console import best_effort, progress
 from ..base.errors import InputError
-from ..base.types import COUNT
+from ..base.types import COUNT, Number
 from ..data.classes import Classes
+from ..models.features import feature_vectors
 from ..models.loading import Normalize
 from ..store.base import StoreReader
 from ..store.manifest import stored_epoch
 from .batches import TrainBatches
 from .checkpoint import TrainState
-from .metrics import suffixed
+from .metrics import accuracy_of
 from .predictions import Predictions, Recorder, damaged, read_arrays, write_arrays
+from .probe import NUM_NEIGHBOURS
 from .task import SparseLogitTask, split_targets
 
-__all__ = ['StoredViews', 'compare_views', 'compare_with_teacher']
+__all__ = [
+    'STORED_FEATURES', 'STORED_VIEWS', 'StoredFeatures', 'StoredViews', 'compare_features', 'compare_views',
+    'compare_with_teacher',
+]
 
+STORED_VIEWS, STORED_FEATURES = 'stored_views.npz', 'stored_features.npz'
 ABOUT = {'epoch': COUNT, 'stored_epochs': [COUNT], 'weights': str}
 NUM_VIEWS = 1000
 SECONDS = 60.
@@ -79,14 +87,61 @@ class StoredViews:
         student, teacher = (
             Predictions(**{name: arrays[f'{who}_{name}'] for name in fields}) for who in ('student', 'teacher'))
         divergence = arrays['divergence']
-        if set(about) != set(ABOUT) or about['weights'] not in ('student', 'ema'):
-            raise InputError(f'{path} is not of this version; the next training writes it anew, or delete it to do '
-                             f'without')
+        _check_about(path, about, ABOUT)
         if not (student.is_sound(1 << 31) and teacher.is_sound(1 << 31) and len(student) == len(teacher) > 0
                 and divergence.dtype.kind == 'f' and divergence.shape == (len(student),)
                 and np.isfinite(divergence).all()):
             raise damaged(path, 'its arrays do not fit each other')
         return cls(student, teacher, divergence, **about)
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """How alike the neighbours of N views are by the features of a student and by those of its teacher.
+
+    Attributes:
+        shared: Of the views that are nearest by the teacher's vectors, the share that is nearest by the student's own
+            features too, float32 [N].
+        num_nearest: How many are nearest.
+        epoch: As of `StoredViews`, and so are the next two.
+        stored_epochs: The epochs of the store.
+        weights: Which weights the student has.
+    """
+    shared: np.ndarray
+    num_nearest: int
+    epoch: int
+    stored_epochs: list[int]
+    weights: str = 'student'
+
+    def write(self, path: Path) -> None:
+        """Write them to a file.
+
+        Raises:
+            InputError: The disk is full, or may not be written.
+        """
+        about = dict(vars(self))
+        write_arrays(path, about, shared=about.pop('shared'))
+
+    @classmethod
+    def read(cls, path: Path) -> 'StoredFeatures':
+        """What `write` wrote.
+
+        Raises:
+            InputError: The file is damaged, or another one.
+        """
+        kind = ABOUT | {'num_nearest': Number(1, NUM_NEIGHBOURS, is_whole=True)}
+        about, arrays = read_arrays(path, kind, 'shared')
+        _check_about(path, about, kind)
+        shared = arrays['shared']
+        if not (shared.dtype.kind == 'f' and shared.ndim == 1 and len(shared) > about['num_nearest']
+                and ((shared >= 0) & (shared <= 1)).all()):
+            raise damaged(path, 'its array does not fit')
+        return cls(shared, **about)
+
+
+def _check_about(path: Path, about: dict[str, Any], kind: dict[str, Any]) -> None:
+    if set(about) != set(kind) or about['weights'] not in ('student', 'ema'):
+        raise InputError(f'{path} is not of this version; the next training writes it anew, or delete it to do without')
 
 
 def compare_with_teacher(
@@ -95,10 +150,12 @@ def compare_with_teacher(
         data: TrainBatches,
         state: TrainState,
         classes: Classes,
-        path: Path,
         stop: Callable[[], BaseException | None],
+        is_new: bool = True,
 ) -> None:
     """Compare the most accurate weights of a finished training with the teacher; all processes together.
+
+    `stored_views.npz` in the folder of the run takes the predictions, `stored_features.npz` the features.
 
     Args:
         args: The flags of the trainer.
@@ -106,21 +163,25 @@ def compare_with_teacher(
         data: Training batches.
         state: Of the training.
         classes: Of the student.
-        path: The file that takes the comparison.
         stop: What to raise where the program is to stop; it breaks off then, and leaves no file.
+        is_new: Whether the training went on since there were files; else those that are there stay.
     """
-    if not state.store.manifest.num_classes:
-        return  # features are compared in every step, by their loss
-    weights = max(task.models(), key=lambda name: state.history[-1].get(suffixed('eval_top1', name), -1.))
+    kinds = {STORED_VIEWS: state.store.manifest.num_classes, STORED_FEATURES: task.has_features}
+    wanted = [name for name, is_there in kinds.items() if is_there and (is_new or not (state.folder / name).is_file())]
+    if not wanted:
+        return
+    weights = max(task.models(), key=lambda name: accuracy_of(state.history[-1], name))
     model, epoch = task.whole_model(task.models()[weights]), state.epoch - 1
-    batches = data.epoch(epoch, stop=stop)
-    if state.accelerator.is_main_process:
-        with best_effort('the comparison with the teacher'):
-            views = compare_views(
-                model, task.normalize, batches, state.store, state.accelerator, epoch, classes.num_labels,
-                lambda: bool(stop()), weights, args.views_per_image)
-            if views is not None:
-                views.write(path)
+    about = dict(weights=weights, views_per_image=args.views_per_image, stopped=lambda: bool(stop()))
+    for name in wanted:
+        batches = data.epoch(epoch, stop=stop)
+        if state.accelerator.is_main_process:
+            with best_effort('the comparison with the teacher'):
+                common = model, task.normalize, batches, state.store, state.accelerator, epoch
+                found = compare_views(*common, classes.num_labels, **about) if name == STORED_VIEWS else \
+                    compare_features(*common, grid=task.trained.grid, **about)
+                if found is not None:
+                    found.write(state.folder / name)
     state.accelerator.wait_for_everyone()
 
 
@@ -183,6 +244,65 @@ def compare_views(
         if seen >= NUM_VIEWS or time.monotonic() - start > SECONDS:
             break
     bar.close()
+    return StoredViews(
+        student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch,
+        _stored_epochs(store, epoch, views_per_image), weights)
+
+
+@torch.inference_mode()
+def compare_features(
+        model: nn.Module,
+        normalize: Normalize,
+        batches: Iterable[dict[str, torch.Tensor]],
+        store: StoreReader,
+        accelerator: Accelerator,
+        epoch: int,
+        stopped: Callable[[], bool] = bool,
+        weights: str = 'student',
+        views_per_image: int = 1,
+        grid: int = 0,
+) -> StoredFeatures | None:
+    """As `compare_views`, by the own features of the student: those that are exported, before the projector.
+
+    Args:
+        model: The bare student; the other arguments are those of `compare_views`.
+        grid: Cells of one side of the stored grid, of which means are compared; 0 for pooled vectors.
+
+    Returns:
+        None where it was broken off, or the views are too few to have neighbours.
+    """
+    model.eval()
+    start, seen, found = time.monotonic(), 0, {'student': [], 'teacher': []}
+    bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
+    for batch in batches:
+        views = normalize(batch['view'].to(accelerator.device))
+        with accelerator.autocast():
+            features = model.forward_features(views)
+            own = feature_vectors(model, features, tuple(views.shape[-2:]), grid)
+        _, stored = split_targets(store.codec.decode(batch['record'].to(accelerator.device)))
+        for name, vectors in (('student', own), ('teacher', stored.vectors)):
+            found[name].append(nn.functional.normalize(vectors.float().mean(dim=1), dim=1))
+        if stopped():
+            return None
+        bar.update(len(views))
+        seen += len(views)
+        if seen >= NUM_VIEWS or time.monotonic() - start > SECONDS:
+            break
+    bar.close()
+    near = {}
+    for name, parts in found.items():
+        vectors = torch.cat(parts)
+        cosines = (vectors @ vectors.T).fill_diagonal_(-torch.inf)  # [N, N]
+        near[name] = cosines.topk(min(NUM_NEIGHBOURS, len(vectors) - 1), dim=1).indices
+    num_nearest = near['teacher'].shape[1]
+    if not num_nearest:
+        return None
+    shared = (near['teacher'][:, :, None] == near['student'][:, None]).any(dim=2).float().mean(dim=1)
+    return StoredFeatures(
+        shared.cpu().numpy(), num_nearest, epoch, _stored_epochs(store, epoch, views_per_image), weights)
+
+
+def _stored_epochs(store: StoreReader, epoch: int, views_per_image: int) -> list[int]:
+    """The epochs of the store that an epoch of the training takes."""
     first_epoch, stored = epoch - epoch % views_per_image, store.manifest.stored_epochs
-    stored_epochs = [stored_epoch(stored, number) for number in range(first_epoch, first_epoch + views_per_image)]
-    return StoredViews(student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch, stored_epochs, weights)
+    return [stored_epoch(stored, number) for number in range(first_epoch, first_epoch + views_per_image)]
