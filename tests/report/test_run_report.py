@@ -276,7 +276,7 @@ def test_the_command_in_the_report_gives_its_best_accuracy(runs, capsys):
     cli.main([*argv, '-j', '0', '--quiet'])
     said = capsys.readouterr().out
     assert float(re.search(r'top1 ([\d.]+)', said)[1]) == pytest.approx(
-        run.best(suffixed('eval_top1', run.weights))[1], abs=1e-3)
+        run.best(run.weights)[1], abs=1e-3)
 
 
 def rank_trains(environment, argv, out):

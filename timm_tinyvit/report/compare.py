@@ -133,7 +133,7 @@ def _figures(
     for run in runs.values():
         values = {}
         for weights, words in (('student', ''), ('ema', ', averaged')):
-            best = run.best(suffixed('eval_top1', weights))
+            best = run.best(weights)
             values[f'best top-1{words} (selected on this validation set)'] = best and best[1]
             for name, text in (('top1', 'last top-1'), ('top5', 'last top-5'), ('loss', 'last NLL')):
                 if name == 'top5' and not run.has_top5:

@@ -73,7 +73,7 @@ def _add_result(page: Page, run: TrainedRun) -> None:
     facts = {}
     for weights, words in (('student', ''), ('ema', ' of the averaged weights')):
         names = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss')}
-        best = run.best(names['top1'])
+        best = run.best(weights)
         if best:
             # The epoch was selected on this split, so that the figure flatters.
             facts[f'best top-1{words}'] = f'{best[1]:.2f}% in epoch {best[0]} (selected on this validation set)'

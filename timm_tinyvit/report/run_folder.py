@@ -15,7 +15,7 @@ from typing import Any
 
 from ..base.errors import InputError
 from ..base.escaping import shown, without_user
-from ..train.metrics import read_metrics, suffixed
+from ..train.metrics import rank_of, read_metrics, suffixed
 from ..train.predictions import Evaluation
 from ..train.record import RUN_RECORD, read_run
 from ..train.teacher_comparison import StoredViews
@@ -92,9 +92,12 @@ class TrainedRun:
         """(epoch from 1, value) of a metric, where it has a finite value."""
         return metric(self.rows, name)
 
-    def best(self, name: str) -> tuple[int, float] | None:
-        """The epoch, from 1, of the largest value of a metric, and it; the first of several."""
-        return max(self.column(name), key=lambda pair: pair[1], default=None)
+    def best(self, weights: str) -> tuple[int, float] | None:
+        """The epoch, from 1, that the run calls its best, see `rank_of`, and its top-1; None without an evaluation."""
+        name = suffixed('eval_top1', weights)
+        evaluated = [row for row in self.rows if name in row]
+        best = max(evaluated, key=lambda row: rank_of(row, weights), default=None)
+        return best and (round(best['epoch']) + 1, best[name])
 
     def last(self, name: str) -> float | None:
         """The last value of a metric."""

@@ -29,7 +29,7 @@ from ..models.config_file import image_config, read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, logits_22k_to_1k
 from ..models.loading import Normalize, config_beside
 from ..models.saving import export_model
-from .metrics import suffixed
+from .metrics import rank_of, suffixed
 from .predictions import Recorder, keep_evaluation
 from .probe import PROBES, extract_features, knn_accuracy
 from .student import create_student
@@ -137,7 +137,7 @@ class Evaluator:
             model: nn.Module,
             weights: str,
             epoch: int,
-            best: float,
+            best: tuple[float, float],
             is_due: bool = True,
             stopped: Callable[[], Any] = bool,
     ) -> dict[str, float] | None:
@@ -147,7 +147,7 @@ class Evaluator:
             model: The bare model, whole.
             weights: Whose weights it has: `student` or `ema`.
             epoch: Epoch of the training, from 0.
-            best: Top-1 accuracy in percent above which it is exported as the best one.
+            best: The `rank_of` earlier epochs above which it is exported as the best one.
             is_due: Whether to evaluate it; else it is exported alone.
             stopped: Whether to break off.
 
@@ -174,10 +174,11 @@ class Evaluator:
                     keep_evaluation(
                         self.folder / f'{suffixed("predictions", weights)}.npz', predictions, self.loader,
                         recorder.num_classes, epoch)
+        row = {suffixed(f'eval_{name}', weights): value for name, value in metrics.items()}
         if show:
-            for name in ['last'] + ['best'] * (metrics.get('top1', metrics.get('knn', -1.)) > best):
+            for name in ['last'] + ['best'] * (rank_of(row, weights) > best):
                 export_model(self.folder / suffixed(name, weights), model, self.classes.names, self.config)
-        return {suffixed(f'eval_{name}', weights): value for name, value in metrics.items()}
+        return row
 
 
 @torch.inference_mode()

@@ -118,7 +118,7 @@ def compare_with_teacher(
         with best_effort('the comparison with the teacher'):
             views = compare_views(
                 model, task.normalize, batches, state.store, state.accelerator, epoch, classes.num_labels,
-                lambda: bool(stop()), weights, args.views_per_image)
+                lambda: bool(stop()), weights, args.views_per_image, len(data.sampler))
             if views is not None:
                 views.write(path)
     state.accelerator.wait_for_everyone()
@@ -136,6 +136,7 @@ def compare_views(
         stopped: Callable[[], bool] = bool,
         weights: str = 'student',
         views_per_image: int = 1,
+        num_batches: int | None = None,
 ) -> StoredViews | None:
     """Run a student on up to 1,000 views of the store, or as many as it can in a minute; in one process.
 
@@ -150,6 +151,7 @@ def compare_views(
         stopped: Whether to break off.
         weights: Which weights the student has, see `StoredViews`.
         views_per_image: Views of an image in a batch, each of an epoch of its own.
+        num_batches: How many batches there are, for the bar.
 
     Returns:
         None where it was broken off.
@@ -160,6 +162,8 @@ def compare_views(
     bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
     for batch in batches:
         labels = batch['label'].to(device)
+        # Whole batches, and no more than there are.
+        bar.total = len(labels) * min(-(-NUM_VIEWS // len(labels)), num_batches or NUM_VIEWS)
         if 'label2' in batch:
             # A mixed view has no one label.
             labels = labels.masked_fill(labels != batch['label2'].to(device), -1)
