@@ -530,6 +530,24 @@ def test_differences_are_those_of_the_figures_that_are_shown(runs, run):
     assert 'minutes of training 3.74 4.07 +0.33' in lines and 'images per second 3.74 4.07 +0.33' in lines
 
 
+def test_what_the_store_decided_is_shown_and_no_difference_where_it_is_the_same(runs, tmp_path, no_plots):
+    """One run gives the flags that the other takes from the store, which lies in another folder for it."""
+    shutil.copytree(runs / 'logits', tmp_path / 'moved')
+    short = [flag if flag != '2' else '1' for flag in SMALL]
+    given, taken = ([*short, '--logits', str(store), '--output', str(tmp_path), '--experiment', name]
+                    for store, name in ((runs / 'logits', 'given'), (tmp_path / 'moved', 'taken')))
+    place = taken.index('--img-size')
+    train_distill.main([*given, '--topk', '3', '--hflip', '0.5', '--scale', '0.08', '1', '--lr', '0.01'])
+    train_distill.main(taken[:place] + taken[place + 2:])
+    text = compare_runs([tmp_path / 'given', tmp_path / 'taken'])
+    rows = text[text.index('setting '):text.index('compared with')].strip().splitlines()
+    assert [line.split() for line in rows] == [['setting', 'given', 'taken'], ['lr', '0.01', '0.03']]
+    shown, plain = TrainedRun.read(tmp_path / 'taken').shown_settings()
+    assert {name: shown[name] for name in ('img_size', 'topk', 'teacher_dtype')} == {
+        'img_size': '32', 'topk': '3', 'teacher_dtype': 'float32'}
+    assert plain['scale'] == '0.08 1.0' and plain['codec'] == 'compact' and 'shard_size' not in {**shown, **plain}
+
+
 def test_settings_name_no_folder(runs, run, no_plots):
     """Of the same name elsewhere, the difference is still said."""
     places = {'logits': ['/data/alice/logits'], 'dataset': '/data/alice/fashion_mnist', 'teacher': '~/alice/teacher/',
@@ -538,7 +556,9 @@ def test_settings_name_no_folder(runs, run, no_plots):
     text = _compared(run, run.parent / 'c.html') + compare_runs([runs / 'one', run], run.parent / 'd.html')
     text += (run.parent / 'd.html').read_text() + re.sub('(?s)<pre>.*?</pre>', '', write_run_report(run).read_text())
     assert 'alice' not in text and str(runs) not in text
-    assert re.search(r'^logits +logits +logits \(in another folder\)$', text, re.MULTILINE)
+    assert re.search(r'^dataset +fashion_mnist +fashion_mnist \(in another folder\)$', text, re.MULTILINE)
+    # What the store decided is known by the store, not by what the flags said.
+    assert not re.search('^(logits|teacher|topk) ', text, re.MULTILINE)
     assert 'local-dir:model' in text and '>teacher<' in text and '>best<' in text
 
 

@@ -198,7 +198,9 @@ def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:
     for name in dict.fromkeys(name for settings in shown for name in settings if name not in PLACES):
         row = [settings.get(name, '-') or '-' for settings in shown]
         for place, run in enumerate(others, 1):
-            if row[place] == row[0] and run.settings.get(name) != first.settings.get(name):
+            if name == 'logits' and run.settings.get('store_hash', 0) == first.settings.get('store_hash', 1):
+                row[place] = row[0]  # the same store, wherever it lies
+            elif row[place] == row[0] and run.settings.get(name) != first.settings.get(name):
                 row[place] += ' (in another folder)'
         if len(set(row)) > 1:
             rows.append([name, *row])

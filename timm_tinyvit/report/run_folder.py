@@ -17,7 +17,7 @@ from ..base.errors import InputError
 from ..base.escaping import shown, without_user
 from ..train.metrics import rank_of, read_metrics, suffixed
 from ..train.predictions import Evaluation
-from ..train.record import RUN_RECORD, read_run
+from ..train.record import RECORD, RUN_RECORD, read_run
 from ..train.teacher_comparison import StoredViews
 
 __all__ = ['STORED_VIEWS', 'WEIGHTS', 'TrainedRun', 'metric']
@@ -36,7 +36,7 @@ class TrainedRun:
     Attributes:
         folder: Its folder.
         rows: Its metrics by epoch; what an epoch lacks is not in its row.
-        settings: All flags; empty where they are not known.
+        settings: All flags, and what the store decided; empty where they are not known.
         launches: Epoch, commit and environment of each launch of the run; empty where they are not known.
         changed: The flags that are not the defaults; None where they are not known.
         evaluations: The last predictions of each set of weights, see `WEIGHTS`.
@@ -73,8 +73,12 @@ class TrainedRun:
         evaluations = {
             weights: read(f'{suffixed("predictions", weights)}.npz', Evaluation.read) for weights in WEIGHTS}
         record = read(RUN_RECORD, lambda file: read_run(file.parent)) or {}
+        # Flags that a report relies on stay as they were checked.
+        decided = {
+            name: value for name, value in record.get('decided', {}).items() if f'{name}?' not in RECORD['flags']}
+        settings = {name: value for name, value in (record.get('flags', {}) | decided).items() if value is not None}
         return cls(
-            folder, read_metrics(folder), record.get('flags', {}), record.get('launches', []), record.get('changed'),
+            folder, read_metrics(folder), settings, record.get('launches', []), record.get('changed'),
             {weights: evaluation for weights, evaluation in evaluations.items() if evaluation is not None},
             read(STORED_VIEWS, StoredViews.read), problems)
 
@@ -126,12 +130,14 @@ class TrainedRun:
 
     def loss_settings(self) -> dict[str, Any]:
         """The settings that say what its training loss is: losses of others are not the same quantity."""
-        names = ['smoothing', 'logits', *MIXING]
+        names = ['smoothing', *MIXING]
         if self.settings.get('logits'):
             names += ['alpha', 'temperature']
         if any(self.settings.get(name) for name in MIXING):
             names += ['mixup_mode', 'mixup_prob', 'mixup_switch_prob']
-        return {name: self.settings.get(name) or None for name in names}
+        # The same store may lie in two folders.
+        return {'logits': self.settings.get('store_hash') or self.settings.get('logits')} | {
+            name: self.settings.get(name) or None for name in names}
 
     def shown_settings(self) -> tuple[dict[str, str], dict[str, str]]:
         """Settings as they may be shown, folders by their names: those that are not the defaults, and the others."""
