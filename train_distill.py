@@ -264,7 +264,7 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
-        train_set = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
+        train_set = load_split(args.dataset, args.train_split, True, args.streaming, label_column=args.target_key)
         val_set = load_validation(args)
     if args.push_to_hub and show:
         prepare_push(args.push_to_hub, args.hub_private, args.hub_license)

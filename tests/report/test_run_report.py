@@ -1,5 +1,6 @@
 """Reports of real short runs: their figures against brute force, what they survive, and runs side by side."""
 
+import argparse
 import csv
 import json
 import math
@@ -22,6 +23,8 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 from timm_tinyvit import cli
+from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.data.classes import check_labels
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sampler import EpochBatchSampler
@@ -33,7 +36,10 @@ from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import TrainedRun
 from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.train.metrics import suffixed
-from timm_tinyvit.train.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
+from timm_tinyvit.train.evaluate import eval_loader
+from timm_tinyvit.train.predictions import (
+    Evaluation, Predictions, Recorder, confusion, keep_evaluation, samples_to_show, write_arrays,
+)
 from timm_tinyvit.train.teacher_comparison import StoredViews, compare_views
 import train_distill
 from support.flags import DATA, small_data
@@ -546,6 +552,27 @@ def test_what_the_store_decided_is_shown_and_no_difference_where_it_is_the_same(
     assert {name: shown[name] for name in ('img_size', 'topk', 'teacher_dtype')} == {
         'img_size': '32', 'topk': '3', 'teacher_dtype': 'float32'}
     assert plain['scale'] == '0.08 1.0' and plain['codec'] == 'compact' and 'shard_size' not in {**shown, **plain}
+
+
+def test_samples_of_a_folder_are_named_by_their_files(run, tmp_path, fashion, no_plots):
+    for number, row in enumerate(fashion.select(range(12))):
+        file = tmp_path / 'photos' / 'val' / str(row['label'] % 2) / f'photo {number}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row['image'].save(file)
+    rows = load_split(str(tmp_path / 'photos'), None, is_training=False)
+    with pytest.raises(InputError, match=r'sample \d+ \(val/1/photo \d+\.png\) of --val-split has label 1'):
+        check_labels(rows, 'label', 1, '--val-split')
+    config = {'input_size': (3, 32, 32), 'crop_pct': 1., 'crop_mode': 'center', 'interpolation': 'bilinear'}
+    args = argparse.Namespace(input_key=None, target_key=None, validation_batch_size=4, workers=0)
+    loader, recorder = eval_loader(rows, config, args, 0, 1), Recorder()
+    for batch in loader:
+        recorder.add(torch.randn(len(batch['label']), 2), batch['label'])
+    keep_evaluation(run / 'predictions.npz', recorder.gather(), loader, 2, epoch=1)
+    (run / 'predictions_ema.npz').unlink()
+    page = write_run_report(run).read_text()
+    files = [os.path.relpath(row['path'], tmp_path / 'photos') for row in rows.cast_column(
+        'image', datasets.Image(decode=False))['image']]
+    assert all(f'>{file.split("/")[1]} {file}<' in page for file in files) and str(tmp_path / 'photos') not in page
 
 
 def test_settings_name_no_folder(runs, run, no_plots):

@@ -181,12 +181,13 @@ def _pictures(evaluation: Evaluation, samples: np.ndarray) -> list[Picture]:
     predictions, pictures = evaluation.predictions, []
     names = [evaluation.name(number) for number in range(evaluation.num_classes)]
     views = dict(zip(evaluation.shown.tolist(), evaluation.views))
+    files = dict(zip(evaluation.shown.tolist(), evaluation.files))
     for sample in filter(views.__contains__, samples.tolist()):
         label = int(predictions.labels[sample])
         bars = probability_bars(
             zip(predictions.ids[sample].tolist(), predictions.probs[sample].tolist()),
             {label: float(np.exp(predictions.label_log_probs[sample]))}, names)
-        pictures.append(Picture(views[sample], f'{names[label]} #{sample}', bars))
+        pictures.append(Picture(views[sample], f'{names[label]} {files[sample] or f"#{sample}"}', bars))
     return pictures
 
 

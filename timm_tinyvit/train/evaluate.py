@@ -43,7 +43,8 @@ __all__ = ['Evaluator', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_chec
 def load_validation(args: argparse.Namespace) -> datasets.Dataset | None:
     """The validation split; None where a student without classes has none to be compared by."""
     try:
-        return load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+        return load_split(
+            args.val_dataset or args.dataset, args.val_split, is_training=False, label_column=args.target_key)
     except InputError:
         if args.num_classes != 0 or args.val_dataset or args.val_split:
             raise
@@ -238,7 +239,8 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         InputError: There are no such weights, or no labels that fit them.
     """
     with accelerator.main_process_first():
-        dataset = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+        dataset = load_split(
+            args.val_dataset or args.dataset, args.val_split, is_training=False, label_column=args.target_key)
     beside = _images_of(config_beside(args.initial_checkpoint))
     size = tuple(beside['input_size'][-2:]) if 'input_size' in beside else None
     if args.img_size is not None:
@@ -250,7 +252,7 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         config = eval_config(args, model, size, use_test_size=not beside)
         normalize = Normalize(config['mean'], config['std']).to(accelerator.device)
         with accelerator.main_process_first():
-            train_set = load_split(args.dataset, args.train_split, is_training=True)
+            train_set = load_split(args.dataset, args.train_split, is_training=True, label_column=args.target_key)
         found = [extract_features(model, normalize, eval_loader(
             split, config, args, accelerator.process_index, accelerator.num_processes), accelerator)
             for split in (train_set, matched_split(train_set, dataset, args.target_key))]

@@ -308,7 +308,7 @@ def _decided(args: argparse.Namespace, store: StoreReader | None) -> dict[str, A
             'teacher': public_name(manifest.teacher.get('name', '')),
             'teacher_dtype': manifest.teacher.get('dtype'), 'store_hash': manifest.identity})
     told = dict.fromkeys((*STORE_DEFAULTS, *TEACHER_FLAGS))
-    return told | _view_settings(ViewConfig.from_dict(store.manifest.recipe)) | {
+    return told | _view_settings(ViewConfig.from_dict(store.stores[0].manifest.recipe)) | {
         name: parts[0].get(name) if len(parts) == 1 else [part.get(name) for part in parts]
         for name in dict.fromkeys(name for part in parts for name in part)}
 
