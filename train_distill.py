@@ -26,7 +26,7 @@ from torch import nn
 
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.base.console import best_effort, info, print_result, progress, setup_console
-from timm_tinyvit.base.errors import Diverged, InputError, Terminated, reports_input_errors
+from timm_tinyvit.base.errors import Diverged, InputError, reports_input_errors
 from timm_tinyvit.base.launch import (
     StepFlags, all_reduce_sum, catch_stop_signals, create_accelerator, make_deterministic, start_trackers,
     stop_with_launcher,
@@ -42,13 +42,13 @@ from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay
 from timm_tinyvit.hub.push_model import prepare_push, push_finished_run
 from timm_tinyvit.report.plots import plot_metrics
-from timm_tinyvit.report.run import write_run_report
+from timm_tinyvit.report.run import REPORT, write_run_report
 from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, views_to_fill
 from timm_tinyvit.teacher.fill import fill_epochs
 from timm_tinyvit.train.batches import TrainBatches, worker_errors
-from timm_tinyvit.train.checkpoint import TrainState, fixed_settings, is_finite
+from timm_tinyvit.train.checkpoint import TrainState, checkpoints_of, fixed_settings, is_finite
 from timm_tinyvit.train.evaluate import Evaluator, load_validation
 from timm_tinyvit.train.features import FeatureStudent
 from timm_tinyvit.train.metrics import METRICS, epoch_line, write_metrics
@@ -217,7 +217,7 @@ def train_epoch(
             accelerator.log({f'update/{name}': value for name, value in shown.items()}, step=step)
         if is_stopping:
             state.save()
-            raise stop() or Terminated
+            raise state.stopped(stop())
         if args.recovery_interval and (update + 1) % args.recovery_interval == 0 and update + 1 < num_updates:
             check_flags(flags, state, is_last=True)
             state.save()
@@ -240,7 +240,7 @@ def check_flags(flags: StepFlags, state: TrainState, is_last: bool = False) -> b
             # On a CPU the weights are still those before this step; running means may have gone with the batch.
             if not all_reduce_sum(state.accelerator, not is_finite(state.task.trained))[0]:
                 state.save()
-            kept = 'keeps the checkpoint before it' if any(state.folder.glob('checkpoint-*.pt')) else \
+            kept = 'keeps the checkpoint before it' if checkpoints_of(state.folder) else \
                 'has no checkpoint, as the weights are not finite either'
             raise Diverged(
                 f'the loss or the gradient of step {update} in epoch {state.epoch} is not finite; {state.folder} '
@@ -267,7 +267,7 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
 
     # Data. Each rank loads the same rows; the samplers share them out.
     with accelerator.main_process_first():
-        train_set = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
+        train_set = load_split(args.dataset, args.train_split, True, args.streaming, label_column=args.target_key)
         val_set = load_validation(args)
     if args.push_to_hub and show:
         prepare_push(args.push_to_hub, args.hub_private, args.hub_license)
@@ -301,8 +301,8 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
         record_run(args, state, data, val_set, classes)
     info(f'{args.model}: {sum(p.numel() for p in student.parameters()) / 1e6:.1f} M parameters, views '
          f'{data.size[0]}x{data.size[1]}, {data.num_samples:,} images, {data.updates_per_epoch} steps of '
-         f'{data.images_per_update} an epoch, {accelerator.num_processes} process(es) on {accelerator.device.type}, '
-         f'learning from {"labels" if store is None else f"the store {store.path}"}'
+         f'{data.images_per_update} an epoch, learning rate {rates["lr"]:.3g}, {accelerator.num_processes} process(es) '
+         f'on {accelerator.device.type}, learning from {"labels" if store is None else f"the store {store.path}"}'
          f'{" and labels" if store is not None and args.alpha < 1 else ""}')
 
     with catch_stop_signals() as stop, worker_errors(store), reporting(folder, accelerator) as report:
@@ -312,10 +312,10 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
             is_due = (epoch + 1) % args.val_interval == 0 or epoch + 1 == num_epochs
             for weights, model in task.models().items():
                 # Of a sharded model a whole copy, one at a time and gone before the next epoch.
-                metrics = evaluator(task.whole_model(model), weights, epoch, state.best[weights], is_due, stop)
+                metrics = evaluator(task.whole_model(model), weights, epoch, state.best(weights), is_due, stop)
                 if metrics is None:
                     state.save()
-                    raise stop() or Terminated
+                    raise state.stopped(stop())
                 row |= metrics
             state.end_epoch(row)
             if show:
@@ -323,16 +323,17 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
                 plot_metrics(folder / METRICS, folder / 'metrics.png')
             accelerator.log(row, step=state.epoch * data.updates_per_epoch)
             state.save()
-            best = state.best['student']
+            best, _ = state.best('student')
             info(epoch_line(row, best, num_epochs), green=f'best {best:.2f}%' if row.get('eval_top1') == best else '')
             if is_due:
                 report()
             if all_reduce_sum(accelerator, stop() is not None)[0]:
-                raise stop() or Terminated
+                raise state.stopped(stop())
         if store is not None:
             compare_with_teacher(args, task, data, state, classes, stop, is_new=first_epoch < num_epochs)
-    best, what = state.best['student'], 'top-1' if classes.num else 'nearest neighbours'
-    print_result(f'finished: {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else ''), bold='finished:')
+    (best, _), what = state.best('student'), 'top-1' if classes.num else 'nearest neighbours'
+    print_result(f'finished: {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else '') + (
+        f'; see {folder / REPORT}' if (folder / REPORT).is_file() else ''), bold='finished:')
     accelerator.end_training()
     if args.push_to_hub and show:
         push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)

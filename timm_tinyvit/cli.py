@@ -85,7 +85,7 @@ def check(args: argparse.Namespace) -> None:
     from .teacher.check import check_store, check_teacher
     from .teacher.creating import create_teacher
 
-    dataset = load_split(args.dataset, args.train_split, is_training=True)
+    dataset = load_split(args.dataset, args.train_split, is_training=True, label_column=args.target_key)
     store, replay = open_store(args.store, {}, info, args.keep_epochs, args.store_cache)
     teacher = create_teacher(args, create_accelerator().device, store.manifest.features.get('grid'))
     teacher.project(store.open_projection())
@@ -114,7 +114,7 @@ def copy(args: argparse.Namespace) -> None:
             raise InputError('--samples needs --dataset: the copy keeps a hash of its own images; name the data set')
         print_filled(copy_epochs(store, args.output, args.epochs or store.manifest.stored_epochs))
         return
-    dataset = load_split(args.dataset, args.train_split, is_training=True)
+    dataset = load_split(args.dataset, args.train_split, is_training=True, label_column=args.target_key)
     print_filled(
         copy_range(store, args.output, args.samples, dataset, args.epochs, args.input_key, args.target_key)
         if args.samples else copy_keys(store, args.output, dataset, args.epochs, args.input_key, args.key))

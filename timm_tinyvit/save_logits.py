@@ -36,7 +36,7 @@ def fill(args: argparse.Namespace) -> None:
     accelerator = create_accelerator()
     setup_console(accelerator.is_main_process, args.quiet)
     with accelerator.main_process_first():
-        dataset = load_split(args.dataset, args.train_split, is_training=True, streaming=args.streaming)
+        dataset = load_split(args.dataset, args.train_split, True, args.streaming, label_column=args.target_key)
     teacher = create_teacher(args, accelerator.device, grid_of(args.logits, given_settings(args)))
     with accelerator.main_process_first():
         store, replay = create_store(

@@ -173,7 +173,7 @@ def test_quiet_programs_say_their_results(tmp_path, teacher, capsys):
     train_distill.main(train)
     said = capsys.readouterr()
     assert said.out.startswith(f'finished: {tmp_path / "run"}, best top-1') and said.out.count('\n') == 1
-    assert said.err == ''
+    assert said.out.endswith(f'; see {tmp_path / "run" / "report.html"}\n') and said.err == ''
     cli.main(['eval', str(tmp_path / 'run' / 'last'), *SMALL[:2], *SMALL[4:], '--val-split', 'test[:16]'])
     assert capsys.readouterr().out.startswith('loss ')
 

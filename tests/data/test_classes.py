@@ -16,13 +16,17 @@ import pytest
 import timm
 import torch
 
+from support.flags import DATA
+from timm_tinyvit.config.arguments import ArgumentParser
+from timm_tinyvit.config.commands import add_fill_arguments
+from timm_tinyvit.config.training import settings
 from timm_tinyvit.data.classes import (
     check_labels, checkpoint_names, class_numbers, match_classes, match_names, new_labels, renumbered, resolve_classes,
     valid_names,
 )
 from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
-from timm_tinyvit.data.sources import class_names, find_column, load_split, read_labels
+from timm_tinyvit.data.sources import class_names, find_column, hold_out, load_split, read_labels
 from timm_tinyvit.data.streaming import SparseLogitStream
 from timm_tinyvit.data.view_config import ViewConfig
 from timm_tinyvit.data.views import Replay
@@ -195,6 +199,36 @@ def test_labels_in_parquet_of_others_are_their_numbers_or_told(values, expected,
     else:
         with refused("'label'", 'class numbers', expected or '9223372036854775808'):
             check_labels(rows, find_column(rows, None, is_image=False), 9, '--val-split')
+
+
+def test_a_share_of_each_class_is_held_out_the_same_in_every_command(refused):
+    labels = np.repeat([0, 1, 2, 3], [40, 20, 9, 1])
+    held_out = hold_out(labels, 0.2)
+    # 8, 4, 1.8 and 0.2 of them.
+    assert np.bincount(labels[held_out]).tolist() == [8, 4, 2] and (held_out == hold_out(labels, 0.2)).all()
+    assert not np.diff(np.flatnonzero(held_out)[:8]).tolist() == [1] * 7 and hold_out(labels[-1:], 0.9).sum() == 0
+    argv = ['--dataset', DATA, '--train-split', 'train[:200]', '--val-fraction', '0.25']
+    training, filling = settings(argv), ArgumentParser()
+    add_fill_arguments(filling)
+    filled = filling.parse_args([*argv, '--teacher', 'x', '--logits', 'y', '--epochs', '1'])
+    assert filled.train_split == training.train_split == 'train[:200] without 0.25'
+    whole, train, val = (load_split(DATA, split, True, label_column='label') for split in (
+        'train[:200]', training.train_split, training.val_split))
+    assert len(val) == 50 and sorted(train['label'][:] + val['label'][:]) == sorted(whole['label'][:])
+    counts = [np.bincount(rows['label'], minlength=10) for rows in (whole, val)]
+    assert np.abs(counts[0] * 0.25 - counts[1]).max() < 1
+    for others, words in (
+            (['--val-split', 'test'], ('--val-split', 'leave one')), (['--val-fraction', '1'], ('less',))):
+        with refused('--val-fraction', *words):
+            settings([*argv, *others])
+
+
+def test_classes_that_only_validation_has_are_told(capsys):
+    sliced, val = split('abc', [0, 0, 1]), split('abc', [2, 1, 2])
+    resolve_classes(flags(), sliced, val, None)
+    assert "1 classes that no image of --train-split has, as 'c'" in capsys.readouterr().err
+    resolve_classes(flags(), sliced, split('cba', [2, 1]), None)  # 'a' and 'b' by other numbers
+    assert not capsys.readouterr().err
 
 
 # Stores

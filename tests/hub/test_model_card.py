@@ -402,13 +402,13 @@ def test_what_is_missing_in_a_run_is_one_sentence(run, tmp_path, refused, name, 
         run_card(copy, 'best', 'org/student')
 
 
-def test_weights_are_ranked_by_accuracy_and_the_first_of_equals_is_the_best(run, tmp_path):
+def test_weights_are_ranked_by_accuracy_and_the_smaller_loss_is_the_best_of_equals(run, tmp_path):
     copy = copy_of(run, tmp_path)
     (copy / 'metrics.csv').write_text(
         'epoch,images_per_second,data_wait,eval_top1,eval_top5,eval_loss,eval_top1_ema,eval_top5_ema,eval_loss_ema\n'
-        '0,1,0,50,90,1,60,90,1\n1,1,0,70,90,1,70,90,1\n2,1,0,70,90,2,65,90,1\n3,1,0,,,,,,\n')
+        '0,1,0,50,90,1,60,90,1\n1,1,0,70,90,1,70,90,1\n2,1,0,70,90,.9,70,90,1\n3,1,0,,,,,,\n')
     ranked = [(weights.name, weights.epoch, weights.top1) for weights in read_weights(copy)]
-    assert ranked[:2] == [('best', 2, 70.), ('best_ema', 2, 70.)]
+    assert ranked[:2] == [('best', 3, 70.), ('best_ema', 2, 70.)]
     assert set(ranked[2:]) == {('last', 4, None), ('last_ema', 4, None)}
     card = run_card(copy, 'last', 'org/student')
     assert card.data.eval_results is None and 'These weights were not evaluated.' in card.text

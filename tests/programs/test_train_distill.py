@@ -179,7 +179,7 @@ def test_two_processes_fill_the_same_store_and_train_together(distilled, teacher
         '--output', str(tmp_path), '--experiment', 'run', '-b', '8', processes=2)
     said = process.communicate()[0]
     assert process.returncode == 0, said
-    assert '6 steps of 16 an epoch, 2 process(es) on cpu' in said
+    assert '6 steps of 16 an epoch, learning rate 0.001, 2 process(es) on cpu' in said
     assert said.count('finished:') == 1
     one, two = (sorted(file for file in folder.rglob('*') if file.is_file())
                 for folder in (distilled[1], tmp_path / 'logits'))

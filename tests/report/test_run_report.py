@@ -1,5 +1,6 @@
 """Reports of real short runs: their figures against brute force, what they survive, and runs side by side."""
 
+import argparse
 import csv
 import json
 import math
@@ -22,6 +23,8 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 from timm_tinyvit import cli
+from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.data.classes import check_labels
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.opening import open_store
 from timm_tinyvit.data.sampler import EpochBatchSampler
@@ -33,7 +36,10 @@ from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import TrainedRun
 from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.train.metrics import suffixed
-from timm_tinyvit.train.predictions import Evaluation, Predictions, confusion, samples_to_show, write_arrays
+from timm_tinyvit.train.evaluate import eval_loader
+from timm_tinyvit.train.predictions import (
+    Evaluation, Predictions, Recorder, confusion, keep_evaluation, samples_to_show, write_arrays,
+)
 from timm_tinyvit.train.teacher_comparison import StoredViews, compare_views
 import train_distill
 from support.flags import DATA, small_data
@@ -276,7 +282,7 @@ def test_the_command_in_the_report_gives_its_best_accuracy(runs, capsys):
     cli.main([*argv, '-j', '0', '--quiet'])
     said = capsys.readouterr().out
     assert float(re.search(r'top1 ([\d.]+)', said)[1]) == pytest.approx(
-        run.best(suffixed('eval_top1', run.weights))[1], abs=1e-3)
+        run.best(run.weights)[1], abs=1e-3)
 
 
 def rank_trains(environment, argv, out):
@@ -530,6 +536,45 @@ def test_differences_are_those_of_the_figures_that_are_shown(runs, run):
     assert 'minutes of training 3.74 4.07 +0.33' in lines and 'images per second 3.74 4.07 +0.33' in lines
 
 
+def test_what_the_store_decided_is_shown_and_no_difference_where_it_is_the_same(runs, tmp_path, no_plots):
+    """One run gives the flags that the other takes from the store, which lies in another folder for it."""
+    shutil.copytree(runs / 'logits', tmp_path / 'moved')
+    short = [flag if flag != '2' else '1' for flag in SMALL]
+    given, taken = ([*short, '--logits', str(store), '--output', str(tmp_path), '--experiment', name]
+                    for store, name in ((runs / 'logits', 'given'), (tmp_path / 'moved', 'taken')))
+    place = taken.index('--img-size')
+    train_distill.main([*given, '--topk', '3', '--hflip', '0.5', '--scale', '0.08', '1', '--lr', '0.01'])
+    train_distill.main(taken[:place] + taken[place + 2:])
+    text = compare_runs([tmp_path / 'given', tmp_path / 'taken'])
+    rows = text[text.index('setting '):text.index('compared with')].strip().splitlines()
+    assert [line.split() for line in rows] == [['setting', 'given', 'taken'], ['lr', '0.01', '0.03']]
+    shown, plain = TrainedRun.read(tmp_path / 'taken').shown_settings()
+    assert {name: shown[name] for name in ('img_size', 'topk', 'teacher_dtype')} == {
+        'img_size': '32', 'topk': '3', 'teacher_dtype': 'float32'}
+    assert plain['scale'] == '0.08 1.0' and plain['codec'] == 'compact' and 'shard_size' not in {**shown, **plain}
+
+
+def test_samples_of_a_folder_are_named_by_their_files(run, tmp_path, fashion, no_plots):
+    for number, row in enumerate(fashion.select(range(12))):
+        file = tmp_path / 'photos' / 'val' / str(row['label'] % 2) / f'photo {number}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row['image'].save(file)
+    rows = load_split(str(tmp_path / 'photos'), None, is_training=False)
+    with pytest.raises(InputError, match=r'sample \d+ \(val/1/photo \d+\.png\) of --val-split has label 1'):
+        check_labels(rows, 'label', 1, '--val-split')
+    config = {'input_size': (3, 32, 32), 'crop_pct': 1., 'crop_mode': 'center', 'interpolation': 'bilinear'}
+    args = argparse.Namespace(input_key=None, target_key=None, validation_batch_size=4, workers=0)
+    loader, recorder = eval_loader(rows, config, args, 0, 1), Recorder()
+    for batch in loader:
+        recorder.add(torch.randn(len(batch['label']), 2), batch['label'])
+    keep_evaluation(run / 'predictions.npz', recorder.gather(), loader, 2, epoch=1)
+    (run / 'predictions_ema.npz').unlink()
+    page = write_run_report(run).read_text()
+    files = [os.path.relpath(row['path'], tmp_path / 'photos') for row in rows.cast_column(
+        'image', datasets.Image(decode=False))['image']]
+    assert all(f'>{file.split("/")[1]} {file}<' in page for file in files) and str(tmp_path / 'photos') not in page
+
+
 def test_settings_name_no_folder(runs, run, no_plots):
     """Of the same name elsewhere, the difference is still said."""
     places = {'logits': ['/data/alice/logits'], 'dataset': '/data/alice/fashion_mnist', 'teacher': '~/alice/teacher/',
@@ -538,7 +583,9 @@ def test_settings_name_no_folder(runs, run, no_plots):
     text = _compared(run, run.parent / 'c.html') + compare_runs([runs / 'one', run], run.parent / 'd.html')
     text += (run.parent / 'd.html').read_text() + re.sub('(?s)<pre>.*?</pre>', '', write_run_report(run).read_text())
     assert 'alice' not in text and str(runs) not in text
-    assert re.search(r'^logits +logits +logits \(in another folder\)$', text, re.MULTILINE)
+    assert re.search(r'^dataset +fashion_mnist +fashion_mnist \(in another folder\)$', text, re.MULTILINE)
+    # What the store decided is known by the store, not by what the flags said.
+    assert not re.search('^(logits|teacher|topk) ', text, re.MULTILINE)
     assert 'local-dir:model' in text and '>teacher<' in text and '>best<' in text
 
 

@@ -178,6 +178,7 @@ def test_a_run_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(start, tmp_
     last = checkpoints(tmp_path / 'run')[-1]
     state = torch.load(tmp_path / 'run' / last, weights_only=True)
     assert last > before and state['samples'] > 0
+    assert f'from epoch {state["epoch"]}, step {state["samples"] // 8} ({tmp_path / "run" / last})\n' in said
     launch = start(argv, processes)
     wait_for(lambda: 'resuming' in (tmp_path / 'out.txt').read_text(), launch)
     assert f'at epoch {state["epoch"]}, step {state["samples"] // 8}' in (tmp_path / 'out.txt').read_text()
@@ -262,7 +263,8 @@ def test_two_launches_as_on_two_machines_train_together(start, tmp_path):
             if machine.poll() is None:
                 os.killpg(machine.pid, signal.SIGKILL)
     said = [(tmp_path / f'out{rank}.txt').read_text() for rank in range(2)]
-    assert '12 steps of 8 an epoch, 2 process(es) on cpu' in said[0] and 'finished:' in said[0]
+    for words in ('12 steps of 8 an epoch, learning rate ', ', 2 process(es) on cpu', 'finished:'):
+        assert words in said[0]
     assert 'steps of' not in said[1]
     assert_same(weights(tmp_path / 'machine'), weights(tmp_path / 'machines'))
 

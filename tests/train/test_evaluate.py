@@ -9,6 +9,7 @@ import datasets
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 
 import train_distill
@@ -21,6 +22,8 @@ from support.golden_weights import golden
 from support.programs import refusal
 from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.models.tiny_vit import rename_official
+from timm_tinyvit.report.run_folder import TrainedRun
+from timm_tinyvit.train import evaluate
 from timm_tinyvit.train.evaluate import eval_config
 
 COMMON = ['--dataset', DATA, '--val-split', 'test[:32]', '-j', '0', '--quiet', '-b', '8']
@@ -79,6 +82,19 @@ def test_eval_takes_the_model_from_the_folder_of_the_weights(run, capsys, tmp_pa
     with pytest.raises(SystemExit):
         evaluated(capsys, str(tmp_path / 'small'), common=COMMON)
     one_sentence(capsys.readouterr().err.strip(), 'local-dir:', 'tiny_vit_6m', '--model')
+
+
+def test_of_epochs_of_equal_accuracy_that_of_the_smallest_loss_is_the_best(tmp_path, monkeypatch):
+    losses, real = iter([0.9, 0.5, 0.5, 0.7]), evaluate.evaluate
+    monkeypatch.setattr(evaluate, 'evaluate', lambda *args: real(*args) | {'top1': 50., 'loss': next(losses)})
+    train_distill.main([
+        *COMMON, '--train-split', 'train[:16]', '--img-size', '32', '--model', 'test_resnet', '--epochs', '4',
+        '--checkpoint-hist', '4', '--output', str(tmp_path), '--experiment', 'run'])
+    best = load_file(tmp_path / 'run' / 'best' / 'model.safetensors')
+    same = [all(torch.equal(tensor, best[name]) for name, tensor in torch.load(file)['model'].items())
+            for file in sorted((tmp_path / 'run').glob('checkpoint-*.pt'))]
+    assert same == [False, True, False, False]
+    assert TrainedRun.read(tmp_path / 'run').best('student') == (2, 50.)
 
 
 def test_eval_prepares_images_as_timm_does(run, capsys):

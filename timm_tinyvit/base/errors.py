@@ -48,6 +48,8 @@ class Diverged(InputError):
 class Terminated(KeyboardInterrupt):
     """A signal to stop has come; like Ctrl-C it unwinds the stack, so that everything is left in order.
 
+    What it says, if anything, is what the same command goes on from.
+
     Args:
         number: The signal.
     """
@@ -118,7 +120,9 @@ def reports_input_errors(main: Callable[[Sequence[str] | None], None]) -> Callab
             _report(str(error))
             status = 2
         except KeyboardInterrupt as interrupt:
-            print('stopped: the same command goes on from what is on disk', file=sys.stderr, flush=True)
+            place = str(interrupt) or 'what is on disk'
+            print(f'stopped: the same command goes on from {sentence(place, getattr(sys.stderr, "encoding", None))}',
+                  file=sys.stderr, flush=True)
             status = 128 + getattr(interrupt, 'number', signal.SIGINT)
         except BrokenPipeError:
             # Who reads the output, as `head` does, has left. What is buffered must not fail again at the exit.

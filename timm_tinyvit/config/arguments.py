@@ -159,6 +159,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if 'data' in parsed:
             _settle_data(self, parsed)
         _check_limits(parsed)
+        if 'val_fraction' in parsed:
+            _settle_fraction(parsed)
         return self.finish(parsed), []
 
     def error(self, message: str) -> NoReturn:
@@ -176,6 +178,22 @@ def _settle_data(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error('one of the arguments --dataset --data-dir is required')
 
 
+def _settle_fraction(args: argparse.Namespace) -> None:
+    """Name the two parts of the training split, see `data.sources.load_split`."""
+    share = args.val_fraction
+    del args.val_fraction
+    if share is None:
+        return
+    given = [f'--{name.replace("_", "-")}' for name in ('val_split', 'val_dataset') if getattr(args, name, None)]
+    if given:
+        raise InputError(f'--val-fraction makes a validation split of the training split, and {given[0]} names '
+                         f'another; leave one of them out')
+    split = args.train_split or 'train'
+    args.train_split = f'{split} without {share:.6f}'.rstrip('0')
+    if 'val_split' in args:
+        args.val_split = f'{split} held-out {share:.6f}'.rstrip('0')
+
+
 # Smallest and largest values of flags, of whatever program.
 AT_LEAST = dict(
     batch_size=1, grad_accum_steps=1, validation_batch_size=1, epochs=1, views_per_image=1, store_epochs=1,
@@ -185,8 +203,9 @@ AT_LEAST = dict(
     teacher_num_classes=1, task_loss_weight=0, distill_loss_weight=0, feature_grid=0, feature_dim=0, feature_weight=0)
 AT_MOST = dict(alpha=1, drop=1, drop_path=1, crop_pct=1, seed=2**32 - 1, model_ema_decay=1)
 ABOVE = dict(
-    temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0, views_per_second=0)
-BELOW = dict(smoothing=1, views_per_second=float('inf'))
+    temperature=0, crop_pct=0, lr=0, lr_base=0, layer_decay=0, decay_epochs=0, decay_rate=0, views_per_second=0,
+    val_fraction=1e-6)
+BELOW = dict(smoothing=1, views_per_second=float('inf'), val_fraction=1)
 
 
 def _check_limits(args: argparse.Namespace) -> None:
@@ -221,6 +240,9 @@ def add_image_arguments(
 def add_split_arguments(group: argparse._ActionsContainer) -> None:
     """Which split and which columns of a data set."""
     group.add_argument('--train-split', metavar='NAME', help='training split or a slice of it (default: train)')
+    group.add_argument('--val-fraction', type=float, metavar='P',
+                       help='take this share of each class out of the training split, as the validation split; the '
+                            'same samples in every command')
     group.add_argument('--input-key', metavar='NAME', help='image column (default: found by its usual names)')
     group.add_argument('--target-key', metavar='NAME', help='label column (default: found by its usual names)')
 

@@ -6,7 +6,6 @@ are hashed: so that what is in training and validation twice is found, and what 
 
 import hashlib
 import json
-import os
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
@@ -30,7 +29,7 @@ from .classes import class_names, match_classes
 from .decoding import identify, orientation, upright_rgb
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint, iterate_keys
 from .sources import (
-    column, encoded_image, find_column, image_root, load_split, no_labels, read_labels, select_columns,
+    column, encoded_image, find_column, image_root, load_split, no_labels, read_labels, sample_files, select_columns,
 )
 
 __all__ = ['DataCheck', 'check_dataset']
@@ -133,12 +132,8 @@ class _Split:
         rows, called = [int(row) for row in rows], []
         for start in range(0, len(rows), CHUNK_SIZE):
             part = rows[start:start + CHUNK_SIZE]
-            sources = column(select_columns(self.rows, self.image_column)[part], self.image_column).to_pylist()
-            for row, source in zip(part, sources):
-                path = source.get('path') if isinstance(source, dict) else None
-                if path and self.root and os.path.isabs(path):
-                    path = os.path.relpath(path, self.root)
-                where, said = f' ({path})' if path else '', f': {more(row)}' if more else ''
+            for row, file in zip(part, sample_files(self.rows, self.image_column, part)):
+                where, said = f' ({file})' if file else '', f': {more(row)}' if more else ''
                 called.append(f'{self.name} {row}{where}{said}')
         return called
 
@@ -269,10 +264,11 @@ def check_dataset(
     """
     found = DataCheck()
     left_out: list[str] = []
-    train = _Split('train', load_split(name, train_split, True, log=left_out.append), image_column, label_column)
+    rows = load_split(name, train_split, True, False, left_out.append, label_column)
+    train = _Split('train', rows, image_column, label_column)
     splits = [train]
     try:
-        rows = load_split(val_dataset or name, val_split, False, log=left_out.append)
+        rows = load_split(val_dataset or name, val_split, False, False, left_out.append, label_column)
         splits.append(_Split(str(rows.split), rows, image_column, label_column))
     except InputError as error:
         if val_split or val_dataset:

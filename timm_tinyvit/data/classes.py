@@ -8,7 +8,7 @@ import argparse
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import datasets
 import numpy as np
@@ -19,7 +19,7 @@ from ..models.config_file import read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from ..models.loading import config_beside
 from ..store.base import StoreReader
-from .sources import Source, class_names, find_column, no_labels, read_labels
+from .sources import Source, class_names, find_column, no_labels, read_labels, sample_name
 
 __all__ = [
     'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
@@ -108,12 +108,46 @@ def resolve_classes(
     if taught is not None and (mismatch := class_mismatch(val_set, val_key, num)):
         raise InputError(f'{mismatch}, those of its teacher, so that its accuracy cannot be measured; give '
                          f'--val-dataset with the classes of the teacher')
+    is_1k = is_imagenet1k(val_set, val_key)
+    if taught_by is None or taught is not taught_by:
+        # Of a teacher that is about to fill a store, its store will be asked.
+        _tell_unseen(train_set, label_column, numbers, val_set, val_key, num_labels != 0 and not (
+            is_1k and num == NUM_CLASSES_22K))
     names = names or class_names(val_set, val_key, num)
     started_with = checkpoint_names(args.initial_checkpoint)
     if started_with and names and started_with != names and set(started_with) == set(names):
         warning(f'the classifier of {args.initial_checkpoint} has the classes in another order than {source}: its '
                 f'weights start at other classes than they were trained for')
-    return Classes(num, names, num_labels, is_imagenet1k(val_set, val_key)), val_set
+    return Classes(num, names, num_labels, is_1k), val_set
+
+
+def _tell_unseen(
+        train_set: Source,
+        train_key: str | None,
+        numbers: np.ndarray | None,
+        val_set: datasets.Dataset,
+        val_key: str,
+        are_alike: bool,
+) -> None:
+    """Say which classes are validated and have no image to train with, as of data sorted by class that were sliced.
+
+    Args:
+        train_set: The training split.
+        train_key: Its label column.
+        numbers: New numbers of its classes; None where they keep those that they have.
+        val_set: The validation split.
+        val_key: Its label column.
+        are_alike: Whether labels of both are numbers of the same classes.
+    """
+    if train_key is None or not are_alike or isinstance(train_set, datasets.IterableDataset):
+        return
+    seen = read_labels(train_set, train_key)
+    seen = seen if numbers is None else new_labels(seen, numbers)
+    if len(unseen := np.setdiff1d(read_labels(val_set, val_key), seen)):
+        names = class_names(val_set, val_key)
+        example = repr(names[unseen[0]]) if names else f'number {unseen[0]}'
+        warning(f'--val-split has {len(unseen):,} classes that no image of --train-split has, as {example}; where the '
+                f'data are sorted by class, take --val-fraction 0.2 instead of slices')
 
 
 def _without_classes(
@@ -293,19 +327,32 @@ def check_labels(dataset: datasets.Dataset, label_column: str | None, num_classe
         raise InputError(f'the data of {flag} have no labels: {no_labels(dataset)}')
     if not len(dataset):
         raise InputError(f'the data of {flag} are empty; name another split')
-    check_label_values(read_labels(dataset, label_column), num_classes, flag)
+    check_label_values(
+        read_labels(dataset, label_column), num_classes, flag, lambda row: sample_name(dataset, None, row))
 
 
-def check_label_values(labels: np.ndarray, num_classes: int, flag: str) -> None:
+def check_label_values(
+        labels: np.ndarray,
+        num_classes: int,
+        flag: str,
+        name_of: Callable[[int], str] = str,
+) -> None:
     """Refuse labels, integer [N], that the model cannot have.
+
+    Args:
+        labels: The labels.
+        num_classes: Classes of the model.
+        flag: The flag that named the data.
+        name_of: What to call a sample, by its place.
 
     Raises:
         InputError: A label is out of range; the first one is named.
     """
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
-        raise InputError(f'sample {bad[0]} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
-                         f'{num_classes} classes; check --target-key, --num-classes and {flag}')
+        raise InputError(
+            f'sample {name_of(int(bad[0]))} of {flag} has label {labels[bad[0]]} (-1 stands for none), the student has '
+            f'{num_classes} classes; check --target-key, --num-classes and {flag}')
 
 
 def class_mismatch(dataset: datasets.Dataset, label_column: str, num_classes: int) -> str | None:

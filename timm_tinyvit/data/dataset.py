@@ -23,7 +23,9 @@ from ..store.keys import KeyIndex, hash_keys
 from .classes import renumbered
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
 from .pairing import Pairing
-from .sources import column, encoded_image, find_column, find_key_column, image_root, labels_of
+from .sources import (
+    column, encoded_image, find_column, find_key_column, image_root, labels_of, sample_name,
+)
 from .views import Replay, decode_image, preserve_random_state
 
 __all__ = [
@@ -67,6 +69,10 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def name_of(self, row: int) -> str:
+        """What to call a sample in a sentence."""
+        return sample_name(self.dataset, self.image_column, row)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 from urllib.request import url2pathname
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 
 import datasets
 import fsspec
@@ -31,8 +31,8 @@ from .folders import FILE_KINDS, check_saved, load_builder, open_folder
 from .tars import TarSamples
 
 __all__ = [
-    'class_names', 'column', 'encoded_image', 'find_column', 'find_key_column', 'image_root', 'labels_of', 'load_split',
-    'no_labels', 'read_labels', 'select_columns',
+    'class_names', 'column', 'encoded_image', 'find_column', 'find_key_column', 'hold_out', 'image_root', 'labels_of',
+    'load_split', 'no_labels', 'read_labels', 'sample_files', 'sample_name', 'select_columns',
 ]
 
 IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp', 'jpeg')
@@ -40,6 +40,8 @@ LABEL_KEYS = ('label', 'labels', 'cls', 'fine_label', 'target', 'json.label', 'j
 
 # The splits that `train[:10%]+validation` is made of.
 SPLIT_NAMES = re.compile(r'(?:^|\+)\s*(\w[\w.-]*)')
+# A share of a split that `--val-fraction` takes out of it for validation, and the rest of it.
+HELD_OUT = re.compile(r'(?P<split>.+) (?P<part>without|held-out) (?P<share>[01]?\.\d+)')
 # What `datasets` says before it says what is wrong.
 NO_REASON = 'An error occurred while generating the dataset'
 KIND_WORDS = {'string': 'words', 'bool': 'truth values', 'float': 'real numbers', 'list': 'lists', 'null': 'nothing'}
@@ -55,6 +57,7 @@ def load_split(
         is_training: bool,
         streaming: bool = False,
         log: Callable[[str], None] = warning,
+        label_column: str | None = None,
 ) -> Source:
     """Load one split of a data set.
 
@@ -62,11 +65,13 @@ def load_split(
         name: A Hub name, with or without timm's `hfds/` before it; a folder of images in one folder per class, of
             parquet files or of webdataset's tar files; or a folder written by `save_to_disk`. Where a data set has
             several configurations, the name of one after a colon: `ORG/NAME:CONFIGURATION`.
-        split: Name of the split, slices as in `train[:1000]` included; by default `train` in training, and otherwise
-            the first of `validation` and `test` that is there.
+        split: Name of the split, slices as in `train[:1000]` included, or `train held-out 0.2` for a share of each
+            class and `train without 0.2` for the rest; by default `train` in training, and otherwise the first of
+            `validation` and `test` that is there.
         is_training: Which default.
         streaming: Read the files from front to back and keep no copy of them; a split has no slices then.
         log: Takes a line on what is left out.
+        label_column: The label column, by whose classes a share is held out.
 
     Returns:
         A map-style data set, whose `split` is this one, or with `streaming` an iterable one.
@@ -75,6 +80,15 @@ def load_split(
         InputError: There is no such data set or split, a file of it is cut short, or splits cannot be told from
             classes.
     """
+    if found := HELD_OUT.fullmatch(split or ''):
+        if streaming:
+            raise InputError('--val-fraction takes samples from all over the data, which a stream does not give; name '
+                             'a --val-split, or leave --streaming out')
+        rows = load_split(name, found['split'], True, log=log)
+        labels = labels_of(select_columns(rows, label)[:], label) if (
+            label := find_column(rows, label_column, is_image=False)) else np.zeros(len(rows), dtype=np.int64)
+        is_held_out = hold_out(labels, float(found['share']))
+        return rows.select(np.flatnonzero(is_held_out == (found['part'] == 'held-out')))
     where, config = f'the data set {name}', None
     if ':' in name and not Path(name).expanduser().exists():
         name, _, config = name.rpartition(':')
@@ -130,6 +144,27 @@ def load_split(
     # Whatever is derived from the rows keeps where they are at home, below which alone they may name files.
     rows.info.homepage = (local.resolve() if local.is_dir() else Path(HF_HUB_CACHE)).as_uri()
     return rows
+
+
+def hold_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """Which samples are held out for validation, bool [N]: the same share of each class, drawn by a fixed seed.
+
+    Args:
+        labels: int64 [N].
+        share: Of the samples; of a class at least one is left.
+    """
+    drawn = np.random.Generator(np.random.PCG64(0)).random(len(labels))
+    order = np.lexsort((drawn, labels))
+    counts = np.unique(labels, return_counts=True)[1]
+    # In whole numbers that add up as the share of all: the largest remainders are rounded up.
+    wanted = np.minimum(np.floor(share * counts).astype(np.int64), counts - 1)
+    lacking = round(share * len(labels)) - wanted.sum()
+    by_remainder = np.argsort(wanted - share * counts, kind='stable')
+    wanted[[place for place in by_remainder if wanted[place] + 1 < counts[place]][:max(lacking, 0)]] += 1
+    ranks = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # within the class
+    is_held_out = np.empty(len(labels), dtype=bool)
+    is_held_out[order] = ranks < np.repeat(wanted, counts)
+    return is_held_out
 
 
 def _reason(error: BaseException) -> str:
@@ -320,6 +355,30 @@ def _remedy(name: str, feature: Any) -> str:
 def read_labels(dataset: datasets.Dataset, label_column: str) -> np.ndarray:
     """All labels of a data set, int64 [N]; -1 where there is none."""
     return labels_of(select_columns(dataset, label_column)[:], label_column)
+
+
+def sample_files(dataset: datasets.Dataset, image_column: str, rows: Sequence[int]) -> list[str]:
+    """The file of the image of each of these rows, as seen from the folder of the data; empty where there is none."""
+    root, files = image_root(dataset), []
+    for source in column(select_columns(dataset, image_column)[list(map(int, rows))], image_column).to_pylist():
+        path = source.get('path') if isinstance(source, dict) else None
+        files.append(os.path.relpath(path, root) if path and root and os.path.isabs(path) else path or '')
+    return files
+
+
+def sample_name(dataset: datasets.Dataset, image_column: str | None, row: int) -> str:
+    """What to call a row in a sentence: its number, and its file where it has one.
+
+    Args:
+        dataset: The data set.
+        image_column: Its image column; None for the one under a usual name, if any.
+        row: The row.
+    """
+    try:
+        file, = sample_files(dataset, find_column(dataset, image_column, is_image=True), [row])
+    except InputError:
+        file = ''
+    return f'{row} ({file})' if file else str(row)
 
 
 def image_root(dataset: Source) -> str | None:

@@ -27,7 +27,7 @@ from ..base.escaping import Markdown, code_block, code_span, for_markdown, print
 from ..base.text import counted, readable_bytes
 from ..base.yaml_reader import HEAD, card_head
 from ..models.config_file import CONFIG, image_config, read_config
-from ..train.metrics import METRICS, accuracy_of, read_metrics, suffixed
+from ..train.metrics import METRICS, accuracy_of, rank_of, read_metrics, suffixed
 from ..train.record import read_run
 
 __all__ = [
@@ -170,7 +170,7 @@ def read_weights(run: Path) -> list[Weights]:
         columns = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss', 'knn')}
         evaluated = [row for row in rows if accuracy_of(row, weights) >= 0]
         # Like the run, the first of equals.
-        best = max(evaluated, key=lambda row, weights=weights: accuracy_of(row, weights), default=None)
+        best = max(evaluated, key=lambda row, weights=weights: rank_of(row, weights), default=None)
         for name, row in ((suffixed('best', weights), best), (suffixed('last', weights), rows[-1])):
             if row is not None and (run / name / 'config.json').is_file():
                 values = {name: row[column] for name, column in columns.items() if column in row}

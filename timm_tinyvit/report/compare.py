@@ -133,7 +133,7 @@ def _figures(
     for run in runs.values():
         values = {}
         for weights, words in (('student', ''), ('ema', ', averaged')):
-            best = run.best(suffixed('eval_top1', weights))
+            best = run.best(weights)
             values[f'best top-1{words} (selected on this validation set)'] = best and best[1]
             for name, text in (('top1', 'last top-1'), ('top5', 'last top-5'), ('loss', 'last NLL')):
                 if name == 'top5' and not run.has_top5:
@@ -198,7 +198,9 @@ def _settings(runs: dict[str, TrainedRun]) -> list[list[str]]:
     for name in dict.fromkeys(name for settings in shown for name in settings if name not in PLACES):
         row = [settings.get(name, '-') or '-' for settings in shown]
         for place, run in enumerate(others, 1):
-            if row[place] == row[0] and run.settings.get(name) != first.settings.get(name):
+            if name == 'logits' and run.settings.get('store_hash', 0) == first.settings.get('store_hash', 1):
+                row[place] = row[0]  # the same store, wherever it lies
+            elif row[place] == row[0] and run.settings.get(name) != first.settings.get(name):
                 row[place] += ' (in another folder)'
         if len(set(row)) > 1:
             rows.append([name, *row])

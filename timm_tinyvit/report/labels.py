@@ -93,7 +93,7 @@ def labelled_views(
     """
     if not dataset:
         return None
-    images = load_split(dataset, train_split, is_training=True)
+    images = load_split(dataset, train_split, is_training=True, label_column=target_key)
     replay = Replay(ViewConfig.from_dict(store.manifest.recipe), store.manifest.seed)
     views = SparseLogitDataset(images, replay, store, input_key, target_key, key_column)
     labels, names = np.full(store.manifest.num_samples, -1), None

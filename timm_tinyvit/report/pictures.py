@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..base.escaping import MAX_NAME, printable, without_user
+from ..base.escaping import MAX_NAME, printable, shown, without_user
 from ..base.text import percent, short_percent
 from ..data.dataset import decode_source
-from ..data.sources import column, labels_of
+from ..data.sources import column, labels_of, sample_files
 from ..train.predictions import round_robin
 from .features import FeatureStatistics
 from .labels import LabelledViews
@@ -43,7 +43,7 @@ class ShownSample:
     """A sample of the data set with some of its views.
 
     Attributes:
-        name: Its position, or its key.
+        name: Its position with its file, if any, or its key.
         label: Name of its class, empty without a label.
         note: What it was chosen for.
         pictures: The whole image before any augmentation, and some of its views with what the teacher predicted.
@@ -233,7 +233,8 @@ def _sample(data: LabelledViews, position: int, note: str) -> ShownSample:
     image.thumbnail((max(views.replay.config.input_size),) * 2)
     label, names = int(labels_of(table, views.label_column)[0]), data.label_names
     label = names[label] if names and label >= 0 else ''
-    name = f'sample {position}'
+    file, = sample_files(views.dataset, views.image_column, [position])
+    name = f'sample {position}' + (f' ({shown(file)})' if file else '')
     if views.key_column:
         name = f'{views.key_column} {column(table, views.key_column)[0].as_py()}'
     whole = Picture(np.asarray(image).transpose(2, 0, 1), label or 'the image', alt=f'{name}, the whole image')

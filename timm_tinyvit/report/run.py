@@ -74,7 +74,7 @@ def _add_result(page: Page, run: TrainedRun) -> None:
     facts = {}
     for weights, words in (('student', ''), ('ema', ' of the averaged weights')):
         names = {name: suffixed(f'eval_{name}', weights) for name in ('top1', 'top5', 'loss')}
-        best = run.best(names['top1'])
+        best = run.best(weights)
         if best:
             # The epoch was selected on this split, so that the figure flatters.
             facts[f'best top-1{words}'] = f'{best[1]:.2f}% in epoch {best[0]} (selected on this validation set)'
@@ -182,12 +182,13 @@ def _pictures(evaluation: Evaluation, samples: np.ndarray) -> list[Picture]:
     predictions, pictures = evaluation.predictions, []
     names = [evaluation.name(number) for number in range(evaluation.num_classes)]
     views = dict(zip(evaluation.shown.tolist(), evaluation.views))
+    files = dict(zip(evaluation.shown.tolist(), evaluation.files))
     for sample in filter(views.__contains__, samples.tolist()):
         label = int(predictions.labels[sample])
         bars = probability_bars(
             zip(predictions.ids[sample].tolist(), predictions.probs[sample].tolist()),
             {label: float(np.exp(predictions.label_log_probs[sample]))}, names)
-        pictures.append(Picture(views[sample], f'{names[label]} #{sample}', bars))
+        pictures.append(Picture(views[sample], f'{names[label]} {files[sample] or f"#{sample}"}', bars))
     return pictures
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from ..base.errors import InputError
 from ..base.escaping import shown, without_user
-from ..train.metrics import read_metrics, suffixed
+from ..train.metrics import rank_of, read_metrics, suffixed
 from ..train.predictions import Evaluation
-from ..train.record import RUN_RECORD, read_run
+from ..train.record import RECORD, RUN_RECORD, read_run
 from ..train.teacher_comparison import STORED_FEATURES, STORED_VIEWS, StoredFeatures, StoredViews
 
 __all__ = ['WEIGHTS', 'TrainedRun', 'metric']
@@ -35,7 +35,7 @@ class TrainedRun:
     Attributes:
         folder: Its folder.
         rows: Its metrics by epoch; what an epoch lacks is not in its row.
-        settings: All flags; empty where they are not known.
+        settings: All flags, and what the store decided; empty where they are not known.
         launches: Epoch, commit and environment of each launch of the run; empty where they are not known.
         changed: The flags that are not the defaults; None where they are not known.
         evaluations: The last predictions of each set of weights, see `WEIGHTS`.
@@ -74,8 +74,12 @@ class TrainedRun:
         evaluations = {
             weights: read(f'{suffixed("predictions", weights)}.npz', Evaluation.read) for weights in WEIGHTS}
         record = read(RUN_RECORD, lambda file: read_run(file.parent)) or {}
+        # Flags that a report relies on stay as they were checked.
+        decided = {
+            name: value for name, value in record.get('decided', {}).items() if f'{name}?' not in RECORD['flags']}
+        settings = {name: value for name, value in (record.get('flags', {}) | decided).items() if value is not None}
         return cls(
-            folder, read_metrics(folder), record.get('flags', {}), record.get('launches', []), record.get('changed'),
+            folder, read_metrics(folder), settings, record.get('launches', []), record.get('changed'),
             {weights: evaluation for weights, evaluation in evaluations.items() if evaluation is not None},
             read(STORED_VIEWS, StoredViews.read), read(STORED_FEATURES, StoredFeatures.read), problems)
 
@@ -93,9 +97,12 @@ class TrainedRun:
         """(epoch from 1, value) of a metric, where it has a finite value."""
         return metric(self.rows, name)
 
-    def best(self, name: str) -> tuple[int, float] | None:
-        """The epoch, from 1, of the largest value of a metric, and it; the first of several."""
-        return max(self.column(name), key=lambda pair: pair[1], default=None)
+    def best(self, weights: str) -> tuple[int, float] | None:
+        """The epoch, from 1, that the run calls its best, see `rank_of`, and its top-1; None without an evaluation."""
+        name = suffixed('eval_top1', weights)
+        evaluated = [row for row in self.rows if name in row]
+        best = max(evaluated, key=lambda row: rank_of(row, weights), default=None)
+        return best and (round(best['epoch']) + 1, best[name])
 
     def last(self, name: str) -> float | None:
         """The last value of a metric."""
@@ -124,12 +131,14 @@ class TrainedRun:
 
     def loss_settings(self) -> dict[str, Any]:
         """The settings that say what its training loss is: losses of others are not the same quantity."""
-        names = ['smoothing', 'logits', *MIXING]
+        names = ['smoothing', *MIXING]
         if self.settings.get('logits'):
             names += ['alpha', 'temperature']
         if any(self.settings.get(name) for name in MIXING):
             names += ['mixup_mode', 'mixup_prob', 'mixup_switch_prob']
-        return {name: self.settings.get(name) or None for name in names}
+        # The same store may lie in two folders.
+        return {'logits': self.settings.get('store_hash') or self.settings.get('logits')} | {
+            name: self.settings.get(name) or None for name in names}
 
     def shown_settings(self) -> tuple[dict[str, str], dict[str, str]]:
         """Settings as they may be shown, folders by their names: those that are not the defaults, and the others."""

@@ -168,7 +168,7 @@ def store_statistics(
         epochs: Sequence[int] | None = None,
         max_samples: int = MAX_SAMPLES,
         max_epochs: int = MAX_EPOCHS,
-        advance: Callable[[int], None] = lambda views: None,
+        advance: Callable[[int, int], None] = lambda views, total: None,
 ) -> StoreStatistics | None:
     """The statistics of the same samples, evenly spaced, in epochs that are evenly spaced.
 
@@ -179,7 +179,7 @@ def store_statistics(
         epochs: The epochs to choose from; all by default.
         max_samples: Samples to read, at most.
         max_epochs: Epochs to read, at most.
-        advance: Is told of views that were read.
+        advance: Is told of views that were read, and how many are read in all.
 
     Returns:
         The statistics, or None where no shard of these epochs and rows is filled.
@@ -210,8 +210,9 @@ def store_statistics(
     kept_probs = np.zeros(kept_ids.shape, dtype=np.float32)
     kept_shares = np.full(kept_ids.shape[:2], np.nan, dtype=np.float32)
 
-    for place, epoch in enumerate(chosen):
-        columns = np.flatnonzero(np.isin(rows // manifest.shard_size, filled[epoch]))
+    columns_of = [np.flatnonzero(np.isin(rows // manifest.shard_size, filled[epoch])) for epoch in chosen]
+    num_views = sum(map(len, columns_of))
+    for place, (epoch, columns) in enumerate(zip(chosen, columns_of)):
         sums = np.zeros(len(sizes))
         for part in _parts(columns, max(1, min(READ_SAMPLES, READ_ENTRIES // k))):
             targets = store.codec.decode(read_records(store, np.full(len(part), epoch), rows[part]))
@@ -235,7 +236,7 @@ def store_statistics(
             kept_ids[place, slots] = targets.ids[held]
             kept_probs[place, slots] = probs[held]
             kept_shares[place, slots] = share[held]
-            advance(len(part))
+            advance(len(part), num_views)
         mass[place] = sums / max(len(columns), 1) if len(columns) else np.nan
     return StoreStatistics(
         chosen, rows, np.full(len(rows), -1) if labels is None else labels[rows], is_mixed, top, confidence, entropy,

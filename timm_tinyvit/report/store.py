@@ -102,12 +102,15 @@ def report_store(
         notes.append('teacher accuracy and pictures of the views need the images; give --dataset')
     elif data.teacher_labels is None:
         notes.append(f'teacher accuracy unknown: {data.mismatch or "the data set has no labels"}')
-    max_samples = max_samples or MAX_SAMPLES
-    num_samples = min(max_samples, store.manifest.num_samples if data is None else len(data.rows))
-    with progress(total=num_samples * min(max_epochs, len(epochs)), desc='report', unit='view', leave=False) as bar:
+    with progress(total=0, desc='report', unit='view', leave=False) as bar:
+
+        def advance(views: int, total: int) -> None:
+            bar.total = total
+            bar.update(views)
+
         statistics = store_statistics(
-            store, data and data.teacher_labels, data and np.sort(data.rows), epochs, max_samples, max_epochs,
-            bar.update)
+            store, data and data.teacher_labels, data and np.sort(data.rows), epochs, max_samples or MAX_SAMPLES,
+            max_epochs, advance)
     if statistics is None:
         notes.append('the store is empty: no shard has been filled yet')
     text = (json.dumps(plain_report(store, statistics, notes), indent=2) if as_json else

@@ -101,6 +101,7 @@ def fill_shard(
         shard: int,
         batches: Iterable[dict[str, torch.Tensor]],
         count: Callable[[int], None] = lambda views: None,
+        name_of: Callable[[int], str] = str,
 ) -> None:
     """Write one shard.
 
@@ -112,6 +113,7 @@ def fill_shard(
         batches: All of its views in order: `view` uint8 [B, 3, H, W], `index` int64 [B], and `digest` int64 [B] where
             the images are to be remembered.
         count: Is told the views of each batch that the teacher has looked at.
+        name_of: What to call a row of the store.
 
     Raises:
         InputError: The teacher says NaN, the disk is full, or an image is not the one of the epochs before.
@@ -126,11 +128,11 @@ def fill_shard(
         digests += [batch['digest']] if 'digest' in batch else []
         count(len(batch['view']))
     if digests:
-        _remember_images(store, shard, torch.cat(digests).numpy())
+        _remember_images(store, shard, torch.cat(digests).numpy(), name_of)
     store.write_shard(epoch, shard, np.concatenate(records))
 
 
-def _remember_images(store: LogitStore, shard: int, digests: np.ndarray) -> None:
+def _remember_images(store: LogitStore, shard: int, digests: np.ndarray, name_of: Callable[[int], str]) -> None:
     """Write the digests of a shard's images, int64 [rows], or compare them with those of the epochs before.
 
     Raises:
@@ -142,8 +144,8 @@ def _remember_images(store: LogitStore, shard: int, digests: np.ndarray) -> None
     elif len(other := np.flatnonzero(digests != before)):
         raise InputError(
             f'{len(other)} images of shard {shard} are not those that the store {store.path} was filled from so far, '
-            f'the first is sample {shard * store.manifest.shard_size + other[0]}; timm-tinyvit data check '
-            f'DATASET --logits {store.path} names them all; bring them back, or make a new store')
+            f'the first is sample {name_of(shard * store.manifest.shard_size + int(other[0]))}; timm-tinyvit data '
+            f'check DATASET --logits {store.path} names them all; bring them back, or make a new store')
 
 
 def choose_shards(manifest: Manifest, shards: range | None, path: str | Path) -> range:
@@ -207,12 +209,13 @@ def fill_epochs(
         loader = DataLoader(
             data, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=init_worker,
             persistent_workers=num_workers > 0, pin_memory=teacher.device.type == 'cuda')
+        name_of = str if isinstance(data, StreamedRows) else data.name_of
         while batches.unfinished:
             stream = iter(loader)
             for batch in stream:
                 epoch, shard = batches.leased.popleft()
                 others = islice(stream, batches.num_batches(shard) - 1)
-                fill_shard(store, teacher, epoch, shard, chain([batch], others), progress.add)
+                fill_shard(store, teacher, epoch, shard, chain([batch], others), progress.add, name_of)
                 progress.finish()
                 leases.release(store.shard_path(epoch, shard))
                 num_views += manifest.shard_rows(shard)

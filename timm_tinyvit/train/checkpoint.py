@@ -23,12 +23,12 @@ from torch import nn
 
 from ..base.checksum import check_checksum, footer
 from ..base.console import info, warning
-from ..base.errors import InputError
+from ..base.errors import InputError, Terminated
 from ..base.files import write_atomic
 from ..data.fingerprint import dataset_fingerprint
 from ..store.base import StoreReader
 from ..store.remote import check_content, content_of
-from .metrics import accuracy_of
+from .metrics import rank_of
 from .sharding import load_whole_state, local, whole_state
 from .task import SparseLogitTask
 
@@ -45,7 +45,7 @@ FREE_FLAGS = {
 
 # What every checkpoint holds.
 ALL_ENTRIES = (
-    'epoch', 'samples', 'best', 'history', 'sums', 'random', 'world_size', 'workers', 'images_per_update', 'is_sharded',
+    'epoch', 'samples', 'history', 'sums', 'random', 'world_size', 'workers', 'images_per_update', 'is_sharded',
     'model', 'optimizer', 'scheduler', 'scaler', 'settings', 'store')
 
 # What makes up an update on one number of processes, and may be made up otherwise on another.
@@ -82,7 +82,6 @@ class TrainState:
     Attributes:
         epoch: Epochs that are finished.
         update: Updates of the epoch after them.
-        best: Best accuracy so far, see `accuracy_of`, of each set of weights; -1 before the first evaluation.
         history: Metrics of the finished epochs.
         sums: Sums over the updates of this epoch: the task's losses and the gradient norm, [4] or [6].
     """
@@ -103,7 +102,6 @@ class TrainState:
         self.accelerator = accelerator
         self.check_owner = check_owner
         self.epoch = self.update = 0
-        self.best: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
         self._checkpoint = self._find()
 
@@ -141,7 +139,6 @@ class TrainState:
         self.task, self.optimizer, self.scheduler = task, optimizer, scheduler
         self.images_per_update = images_per_update
         self.sums = torch.zeros(len(task.losses) + 1, device=self.accelerator.device)
-        self.best = dict.fromkeys(task.models(), -1.)
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is None:
             # Another seed per rank, so that DropPath masks differ.
@@ -160,7 +157,7 @@ class TrainState:
         load_whole_state(self.optimizer, checkpoint['optimizer'])
         if self.accelerator.scaler is not None and checkpoint['scaler'] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint['scaler'])
-        self.epoch, self.best, self.history = checkpoint['epoch'], checkpoint['best'], checkpoint['history']
+        self.epoch, self.history = checkpoint['epoch'], checkpoint['history']
         self.update = checkpoint['samples'] // images_per_update
         is_finished = self.epoch == self.args.epochs + self.args.cooldown_epochs
         info(f'{self.folder} is finished: nothing is left to train' if is_finished else
@@ -191,6 +188,12 @@ class TrainState:
         self.sums += torch.cat([losses, norm.nan_to_num(0., 0., 0.).reshape(1)])
         self.update += 1
 
+    def stopped(self, by: KeyboardInterrupt | None) -> KeyboardInterrupt:
+        """What to raise after `save` where a signal has come, to this process or, with None, to another one."""
+        by = by or Terminated()
+        by.args = (f'epoch {self.epoch}, step {self.update} ({checkpoints_of(self.folder)[-1]})',)
+        return by
+
     def means(self) -> dict[str, float]:
         """Means over the updates of this epoch and all processes."""
         means = self.accelerator.reduce(self.sums / self.update, 'mean').tolist()
@@ -198,20 +201,22 @@ class TrainState:
 
     def end_epoch(self, row: dict[str, float]) -> None:
         """Count an epoch with these metrics."""
-        for name in self.best:
-            self.best[name] = max(self.best[name], accuracy_of(row, name))
         self.history.append(row)
         self.epoch, self.update = self.epoch + 1, 0
         self.sums.zero_()
+
+    def best(self, weights: str) -> tuple[float, float]:
+        """The best of the epochs so far by `rank_of`, of a set of weights; accuracy -1 before the first evaluation."""
+        return max((rank_of(row, weights) for row in self.history), default=(-1., 0.))
 
     def save(self) -> None:
         """Write a checkpoint of where the training is."""
         accelerator = self.accelerator
         randoms, sums = gather_object([random_state(accelerator.device)]), gather_object([self.sums.cpu()])
         checkpoint = {
-            'epoch': self.epoch, 'samples': self.update * self.images_per_update, 'best': self.best,
-            'history': self.history, 'sums': sums, 'random': randoms, 'world_size': accelerator.num_processes,
-            'workers': self.args.workers, 'images_per_update': self.images_per_update,
+            'epoch': self.epoch, 'samples': self.update * self.images_per_update, 'history': self.history,
+            'sums': sums, 'random': randoms, 'world_size': accelerator.num_processes, 'workers': self.args.workers,
+            'images_per_update': self.images_per_update,
             **{name: whole_state(module) for name, module in self.task.weights().items()},
             'is_sharded': accelerator.is_fsdp2, 'optimizer': whole_state(self.optimizer),
             'scheduler': self.scheduler.state_dict(), 'settings': self.settings,
@@ -294,9 +299,14 @@ def save_checkpoint(
     torch.save(state, buffer)
     file = folder / f'checkpoint-{state["epoch"]:06d}-{state["samples"]:012d}.pt'
     write_atomic(file, [buffer.getbuffer(), footer(buffer.getbuffer())], lambda temporary: check_owner())
-    for old in sorted(folder.glob('checkpoint-*.pt'))[:-keep]:
+    for old in checkpoints_of(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return file
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the last one last."""
+    return sorted(folder.glob('checkpoint-*.pt'))
 
 
 def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> dict[str, Any] | None:
@@ -310,7 +320,7 @@ def last_checkpoint(folder: Path, settings: dict[str, Any], world_size: int) -> 
     Raises:
         InputError: It cannot be read, or belongs to other settings.
     """
-    files = sorted(folder.glob('checkpoint-*.pt'))
+    files = checkpoints_of(folder)
     if not files:
         return None
     remedy = 'delete it to go on from the one before'

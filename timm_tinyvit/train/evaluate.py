@@ -29,7 +29,7 @@ from ..models.config_file import image_config, read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, logits_22k_to_1k
 from ..models.loading import Normalize, config_beside
 from ..models.saving import export_model
-from .metrics import suffixed
+from .metrics import rank_of, suffixed
 from .predictions import Recorder, keep_evaluation
 from .probe import PROBES, extract_features, knn_accuracy
 from .student import create_student
@@ -43,7 +43,8 @@ __all__ = ['Evaluator', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_chec
 def load_validation(args: argparse.Namespace) -> datasets.Dataset | None:
     """The validation split; None where a student without classes has none to be compared by."""
     try:
-        return load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+        return load_split(
+            args.val_dataset or args.dataset, args.val_split, is_training=False, label_column=args.target_key)
     except InputError:
         if args.num_classes != 0 or args.val_dataset or args.val_split:
             raise
@@ -137,7 +138,7 @@ class Evaluator:
             model: nn.Module,
             weights: str,
             epoch: int,
-            best: float,
+            best: tuple[float, float],
             is_due: bool = True,
             stopped: Callable[[], Any] = bool,
     ) -> dict[str, float] | None:
@@ -147,7 +148,7 @@ class Evaluator:
             model: The bare model, whole.
             weights: Whose weights it has: `student` or `ema`.
             epoch: Epoch of the training, from 0.
-            best: Top-1 accuracy in percent above which it is exported as the best one.
+            best: The `rank_of` earlier epochs above which it is exported as the best one.
             is_due: Whether to evaluate it; else it is exported alone.
             stopped: Whether to break off.
 
@@ -174,10 +175,11 @@ class Evaluator:
                     keep_evaluation(
                         self.folder / f'{suffixed("predictions", weights)}.npz', predictions, self.loader,
                         recorder.num_classes, epoch)
+        row = {suffixed(f'eval_{name}', weights): value for name, value in metrics.items()}
         if show:
-            for name in ['last'] + ['best'] * (metrics.get('top1', metrics.get('knn', -1.)) > best):
+            for name in ['last'] + ['best'] * (rank_of(row, weights) > best):
                 export_model(self.folder / suffixed(name, weights), model, self.classes.names, self.config)
-        return {suffixed(f'eval_{name}', weights): value for name, value in metrics.items()}
+        return row
 
 
 @torch.inference_mode()
@@ -237,7 +239,8 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         InputError: There are no such weights, or no labels that fit them.
     """
     with accelerator.main_process_first():
-        dataset = load_split(args.val_dataset or args.dataset, args.val_split, is_training=False)
+        dataset = load_split(
+            args.val_dataset or args.dataset, args.val_split, is_training=False, label_column=args.target_key)
     beside = _images_of(config_beside(args.initial_checkpoint))
     size = tuple(beside['input_size'][-2:]) if 'input_size' in beside else None
     if args.img_size is not None:
@@ -249,7 +252,7 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         config = eval_config(args, model, size, use_test_size=not beside)
         normalize = Normalize(config['mean'], config['std']).to(accelerator.device)
         with accelerator.main_process_first():
-            train_set = load_split(args.dataset, args.train_split, is_training=True)
+            train_set = load_split(args.dataset, args.train_split, is_training=True, label_column=args.target_key)
         found = [extract_features(model, normalize, eval_loader(
             split, config, args, accelerator.process_index, accelerator.num_processes), accelerator)
             for split in (train_set, matched_split(train_set, dataset, args.target_key))]

@@ -9,7 +9,7 @@ from ..base.errors import InputError
 from ..base.files import read_bounded, write_atomic
 from ..base.types import FINITE, Number
 
-__all__ = ['METRICS', 'accuracy_of', 'epoch_line', 'read_metrics', 'suffixed', 'write_metrics']
+__all__ = ['METRICS', 'accuracy_of', 'epoch_line', 'rank_of', 'read_metrics', 'suffixed', 'write_metrics']
 
 METRICS = 'metrics.csv'
 MAX_BYTES = 1 << 26
@@ -27,6 +27,12 @@ def suffixed(name: str, weights: str) -> str:
 def accuracy_of(row: dict[str, float], weights: str) -> float:
     """Accuracy in percent by which weights are chosen: top-1, or of the nearest neighbours; -1 where there is none."""
     return row.get(suffixed('eval_top1', weights), row.get(suffixed('eval_knn', weights), -1.))
+
+
+def rank_of(row: dict[str, float], weights: str) -> tuple[float, float]:
+    """What is largest of the best weights: their accuracy, and of equal ones the validation loss, negated."""
+    loss = row.get(suffixed('eval_loss', weights), 0.)
+    return accuracy_of(row, weights), -loss if math.isfinite(loss) else -math.inf
 
 
 def write_metrics(run: Path, history: list[dict[str, float]]) -> None:

@@ -20,10 +20,11 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
 from ..base.errors import InputError
+from ..base.escaping import shown as shown_text
 from ..base.files import read_bounded, write_atomic
 from ..base.types import COUNT, Number, mismatch, read_json
 from ..data.fingerprint import dataset_fingerprint
-from ..data.sources import class_names
+from ..data.sources import class_names, sample_files
 from .calibration import Reliability, calibration
 
 __all__ = [
@@ -37,7 +38,8 @@ MAX_SIDE = 128
 # Of files that are read: what no evaluation has more of.
 MAX_ARRAY_BYTES, MAX_CLASSES, MAX_STORED_SIDE = 1 << 30, 1 << 20, 4096
 ABOUT = {
-    'epoch': COUNT, 'num_classes': Number(1, MAX_CLASSES, is_whole=True), 'split': dict, 'names': ([str], None)}
+    'epoch': COUNT, 'num_classes': Number(1, MAX_CLASSES, is_whole=True), 'split': dict, 'names': ([str], None),
+    'files?': [str]}
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class Evaluation:
         names: Names of the classes, where the data know them.
         shown: Samples with a picture [M].
         views: Their pictures as the model saw them, or smaller, uint8 [M, 3, H, W].
+        files: Their files [M], empty where there is none.
     """
     predictions: Predictions
     epoch: int
@@ -171,6 +174,7 @@ class Evaluation:
     names: list[str] | None
     shown: np.ndarray
     views: np.ndarray
+    files: list[str]
 
     def name(self, label: int) -> str:
         """What a class is called."""
@@ -186,13 +190,15 @@ class Evaluation:
         """
         about, arrays = read_arrays(path, ABOUT, *Predictions.__dataclass_fields__, 'shown', 'views')
         shown, views = arrays.pop('shown'), arrays.pop('views')
+        files = about.get('files', [''] * len(shown)) if shown.ndim else []
         predictions, num_classes = Predictions(**arrays), about['num_classes']
         if not (predictions.is_sound(num_classes, has_labels=True) and len(predictions)
                 and shown.ndim == 1 and shown.dtype.kind == 'i' and ((shown >= 0) & (shown < len(predictions))).all()
                 and views.dtype == np.uint8 and views.ndim == 4 and views.shape[:2] == (len(shown), 3)
-                and 0 < min(views.shape[2:]) and max(views.shape[1:]) <= MAX_STORED_SIDE):
+                and 0 < min(views.shape[2:]) and max(views.shape[1:]) <= MAX_STORED_SIDE
+                and len(files) == len(shown)):
             raise damaged(path, 'its arrays do not fit each other')
-        return cls(predictions, about['epoch'], num_classes, about['split'], about['names'], shown, views)
+        return cls(predictions, about['epoch'], num_classes, about['split'], about['names'], shown, views, files)
 
 
 def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, num_classes: int, epoch: int) -> None:
@@ -218,7 +224,8 @@ def keep_evaluation(path: Path, predictions: Predictions, loader: DataLoader, nu
     about = {
         'epoch': epoch, 'num_classes': num_classes,
         'names': class_names(data.dataset, data.label_column, num_classes),
-        'split': dataset_fingerprint(data.dataset, data.image_column, data.label_column)}
+        'split': dataset_fingerprint(data.dataset, data.image_column, data.label_column),
+        'files': list(map(shown_text, sample_files(data.dataset, data.image_column, shown)))}
     write_arrays(path, about, shown=shown, views=views.numpy(), **vars(predictions))
 
 

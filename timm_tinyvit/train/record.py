@@ -1,8 +1,9 @@
 """The record of a run, `run.json`: its flags, code, machines, data and teachers, launch by launch.
 
 Data and stores move, packages are updated and checkouts go on; whoever describes the run later, as a model card does,
-finds it here as it was. Under `flags` are the flags as they were given, as a recipe for `--config`; what is shown to
-others, all the rest, names no folder, host or user: of a path only the last part is kept.
+finds it here as it was. Under `flags` are the flags as they were given, as a recipe for `--config`; under `decided`
+what became of those on views and store. What is shown to others, all but the flags, names no folder, host or user: of a
+path only the last part is kept.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from ..base.launch import device_name
 from ..base.leases import Leases
 from ..base.machine import source_commit
 from ..base.types import COUNT, Number, mismatch, read_json
-from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings
+from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings, view_arguments
 from ..config.training import LAUNCH_DEFAULTS, settings
 from ..data.classes import Classes
 from ..data.view_config import ViewConfig
@@ -57,7 +58,7 @@ RECORD = {
     'version': COUNT,
     # Those that a report reads.
     'flags': {'epochs?': COUNT, 'cooldown_epochs?': COUNT, 'logits?': [str], 'dataset?': str, 'model?': str},
-    'changed': [str],
+    'decided?': {}, 'changed': [str],
     'recipe': {'model': str, 'alpha?': Number(0, 1), 'input_key?': str, 'target_key?': str},
     'train': DATA,
     'val': {**DATA, 'flags': [str], 'imagenet1k_of_22k': bool},
@@ -73,6 +74,8 @@ RECORD = {
 }
 # Of the last launch, for a card.
 ENVIRONMENT = {'processes': POSITIVE, 'device': str, 'timm_tinyvit': str, 'timm': str, 'torch': str}
+# Flags on how a store is filled, once it is.
+TEACHER_FLAGS = ('teacher_checkpoint', 'teacher_num_classes', 'teacher_amp_dtype', 'teacher_compile', 'store_epochs')
 # Flags that are no part of a recipe: it would not find what they name on another machine.
 NO_RECIPE = ('initial_checkpoint',)
 
@@ -143,6 +146,7 @@ def record_run(
     folder, accelerator, student = state.folder, state.accelerator, state.task.student
     # What accelerate is configured to is no default: elsewhere it may not be.
     defaults = vars(settings(['--dataset', args.dataset])) | LAUNCH_DEFAULTS
+    decided, plain = _decided(args, state.store), STORE_DEFAULTS | _view_settings(ViewConfig())
     changed = [name for name, value in vars(args).items() if value != defaults[name]]
     recipe = {name: value for name, value in state.settings.items()
               if name == 'model' or name in changed and name not in NO_RECIPE}
@@ -164,7 +168,8 @@ def record_run(
         'version': VERSION,
         'flags': {
             name: value for name, value in vars(args).items() if name != 'config' and value not in (None, [], {})},
-        'changed': changed,
+        'decided': decided,
+        'changed': [*changed, *(name for name, value in decided.items() if value not in (None, plain.get(name)))],
         'recipe': recipe,
         'train': {**_describe_data(args.dataset, args.train_split or 'train'), 'images': data.num_samples},
         'val': {
@@ -288,6 +293,32 @@ def _evaluation_flags(args: argparse.Namespace) -> list[str]:
     """What else an evaluation needs to give the same figure."""
     given = {'--input-key': args.input_key, '--target-key': args.target_key, '--amp-dtype': args.amp_dtype}
     return [part for flag, value in given.items() if value for part in (flag, value)]
+
+
+def _decided(args: argparse.Namespace, store: StoreReader | None) -> dict[str, Any]:
+    """Settings of views and stores as they turned out, whoever decided them; None for what others of them tell."""
+    if store is None:
+        return _view_settings(ViewConfig(**view_arguments(args))) | {
+            'store_seed': args.store_seed or STORE_DEFAULTS['store_seed']}
+    parts = []
+    for manifest in (part.manifest for part in store.stores):
+        names = ('targets', 'feature_grid', 'feature_dim') if manifest.features else ('topk',)
+        there = store_settings(manifest)
+        parts.append({name: there[name] for name in (*names, 'codec', 'store_seed')} | {
+            'teacher': public_name(manifest.teacher.get('name', '')),
+            'teacher_dtype': manifest.teacher.get('dtype'), 'store_hash': manifest.identity})
+    told = dict.fromkeys((*STORE_DEFAULTS, *TEACHER_FLAGS))
+    return told | _view_settings(ViewConfig.from_dict(store.stores[0].manifest.recipe)) | {
+        name: parts[0].get(name) if len(parts) == 1 else [part.get(name) for part in parts]
+        for name in dict.fromkeys(name for part in parts for name in part)}
+
+
+def _view_settings(views: ViewConfig) -> dict[str, Any]:
+    """A view config by its flags."""
+    entries = views.to_dict()
+    height, width = entries['input_size'][1:]
+    return {'img_size': height if height == width else [height, width]} | {
+        flag: entries[entry] for flag, entry in VIEW_FLAGS.items()}
 
 
 def _describe_store(location: str, store: StoreReader, teacher_checkpoint: str | None) -> dict[str, Any]:

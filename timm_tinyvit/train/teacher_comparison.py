@@ -172,7 +172,9 @@ def compare_with_teacher(
         return
     weights = max(task.models(), key=lambda name: accuracy_of(state.history[-1], name))
     model, epoch = task.whole_model(task.models()[weights]), state.epoch - 1
-    about = dict(weights=weights, views_per_image=args.views_per_image, stopped=lambda: bool(stop()))
+    about = dict(
+        weights=weights, views_per_image=args.views_per_image, stopped=lambda: bool(stop()),
+        num_batches=len(data.sampler))
     for name in wanted:
         batches = data.epoch(epoch, stop=stop)
         if state.accelerator.is_main_process:
@@ -197,6 +199,7 @@ def compare_views(
         stopped: Callable[[], bool] = bool,
         weights: str = 'student',
         views_per_image: int = 1,
+        num_batches: int | None = None,
 ) -> StoredViews | None:
     """Run a student on up to 1,000 views of the store, or as many as it can in a minute; in one process.
 
@@ -211,6 +214,7 @@ def compare_views(
         stopped: Whether to break off.
         weights: Which weights the student has, see `StoredViews`.
         views_per_image: Views of an image in a batch, each of an epoch of its own.
+        num_batches: How many batches there are, for the bar.
 
     Returns:
         None where it was broken off.
@@ -221,6 +225,7 @@ def compare_views(
     bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
     for batch in batches:
         labels = batch['label'].to(device)
+        bar.total = _views_to_compare(len(labels), num_batches)
         if 'label2' in batch:
             # A mixed view has no one label.
             labels = labels.masked_fill(labels != batch['label2'].to(device), -1)
@@ -260,6 +265,7 @@ def compare_features(
         stopped: Callable[[], bool] = bool,
         weights: str = 'student',
         views_per_image: int = 1,
+        num_batches: int | None = None,
         grid: int = 0,
 ) -> StoredFeatures | None:
     """As `compare_views`, by the own features of the student: those that are exported, before the projector.
@@ -276,6 +282,7 @@ def compare_features(
     bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
     for batch in batches:
         views = normalize(batch['view'].to(accelerator.device))
+        bar.total = _views_to_compare(len(views), num_batches)
         with accelerator.autocast():
             features = model.forward_features(views)
             own = feature_vectors(model, features, tuple(views.shape[-2:]), grid)
@@ -300,6 +307,11 @@ def compare_features(
     shared = (near['teacher'][:, :, None] == near['student'][:, None]).any(dim=2).float().mean(dim=1)
     return StoredFeatures(
         shared.cpu().numpy(), num_nearest, epoch, _stored_epochs(store, epoch, views_per_image), weights)
+
+
+def _views_to_compare(batch_size: int, num_batches: int | None) -> int:
+    """Those of whole batches, and no more than there are."""
+    return batch_size * min(-(-NUM_VIEWS // batch_size), num_batches or NUM_VIEWS)
 
 
 def _stored_epochs(store: StoreReader, epoch: int, views_per_image: int) -> list[int]:
