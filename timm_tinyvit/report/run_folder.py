@@ -50,7 +50,7 @@ class TrainedRun:
     changed: list[str] | None
     evaluations: dict[str, Evaluation]
     stored_views: StoredViews | None
-    stored_features: StoredFeatures | None
+    stored_features: StoredFeatures | None = None
     problems: list[str] = field(default_factory=list)
 
     @classmethod
