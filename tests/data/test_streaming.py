@@ -48,7 +48,7 @@ def write_tars(rows, folder, label_format, split='train', files=3):
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
     """At the end of shuffled parquet files datasets sleeps for five seconds, for the sake of an exit right after."""
-    monkeypatch.setattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0)
+    monkeypatch.setattr(datasets.config, 'SLEEP_TIME_ON_THREADS_SHUTDOWN', 0, raising=False)
 
 
 @pytest.fixture(scope='module')

@@ -28,13 +28,16 @@ VIT = [*FLAGS, *SMALL_VIT, '--model-ema']
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory, teacher):
-    """A TinyViT of another size than its own, distilled, and a student of another family."""
+    """A TinyViT of another size than its own, distilled, a student of another family, and one without classes."""
     output = tmp_path_factory.mktemp('runs')
     train_distill.main([
         *FLAGS, '--img-size', '64', '--model', 'tiny_vit_5m_224', '--teacher', teacher, '--logits',
         str(output / 'logits'), '--topk', '3', '--shard-size', '32', '--output', str(output), '--experiment', 'tiny'])
     train_distill.main([*VIT, '--output', str(output), '--experiment', 'vit'])
-    for name in ('tiny', 'vit'):
+    train_distill.main([
+        *FLAGS, '--model', 'test_resnet', '--num-classes', '0', '--teacher', teacher, '--logits',
+        str(output / 'features'), '--targets', 'features', '--output', str(output), '--experiment', 'backbone'])
+    for name in ('tiny', 'vit', 'backbone'):
         publish.model_files(output / name, REPO)  # measures the speed, once
     return output
 
@@ -88,7 +91,7 @@ def test_what_others_put_in_the_repo_stays_and_what_a_push_no_longer_has_goes(hu
     assert 'metrics.png' not in files[CARD].decode()
 
 
-@pytest.mark.parametrize('name, size', [('tiny', 64), ('vit', 32)])
+@pytest.mark.parametrize('name, size', [('tiny', 64), ('vit', 32), ('backbone', 32)])
 def test_a_pushed_model_is_pulled_with_its_tensors_logits_labels_and_preprocessing(
         hub, hub_children, runs, tmp_path, name, size):
     push(hub, hub_children, runs / name, tmp_path / 'pusher', '--which', 'last')
@@ -99,13 +102,29 @@ def test_a_pushed_model_is_pulled_with_its_tensors_logits_labels_and_preprocessi
             plain_timm.pull, hub.environment(tmp_path / package, token=None), imported, folder=tmp_path)
         said, tensors = json.loads(pulled.stdout), load_file(tmp_path / 'pulled.safetensors')
         assert said['module'].partition('.')[0] == package
-        images, logits = tensors.pop('images'), tensors.pop('logits')
+        images, logits, last = (tensors.pop(key) for key in ('images', 'logits', 'map'))
         assert set(tensors) == set(expected)
         assert all(torch.equal(tensors[key], expected[key]) for key in expected)
         with torch.no_grad():
             assert (model(images) - logits).abs().max() <= 1e-4
+            maps = model.forward_intermediates(images, indices=1, output_fmt='NCHW', intermediates_only=True)
+            assert (maps[-1] - last).abs().max() <= 1e-4 * last.abs().max()
         assert said['data'] == json.loads(json.dumps(data)) and said['data']['input_size'] == [3, size, size]
-        assert said['names'][0] == 'T-shirt/top' and len(said['names']) == 10
+        assert (said['names'] is None) == (model.num_classes == 0) == (name == 'backbone')
+        assert name == 'backbone' or said['names'][0] == 'T-shirt/top' and len(said['names']) == 10
+    card = hub.files(REPO)[CARD].decode()
+    assert ('cosine of' in card) == ('without a classifier' in card) == (name == 'backbone')
+
+
+def test_a_backbone_that_nothing_evaluated_has_a_card(runs, tmp_path):
+    folder = shutil.copytree(runs / 'backbone', tmp_path / 'run')
+    record = json.loads((folder / 'run.json').read_text())
+    record['val']['images'] = 0  # as of a data set without another split
+    (folder / 'run.json').write_text(json.dumps(record))
+    metrics = (folder / 'metrics.csv').read_text()
+    (folder / 'metrics.csv').write_text(metrics.replace('eval_knn', 'other'))
+    card = publish.model_files(folder, REPO, 'last')[CARD].decode()
+    assert 'These weights were not evaluated.' in card and '--probe knn' in card
 
 
 def test_the_card_of_a_pushed_model_does_what_it_says(hub, hub_children, runs, tmp_path):

@@ -4,7 +4,7 @@ huggingface_hub reads its environment when it is imported, so the parent has eve
 is the tests' side, this file run as a program the parent's.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -23,8 +23,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
+# huggingface_hub 2 comes with an httpx of its own.
+HTTPX = '2' if importlib.util.find_spec('httpx2') else ''
 SLOW_MODULES = ('torch', 'torch._dynamo', 'torchvision.transforms', 'numpy', 'pandas', 'pyarrow.parquet', 'PIL.Image',
-                'yaml', 'httpx2', 'httpcore2', 'filelock', 'safetensors.torch', 'tqdm.auto')
+                'yaml', f'httpx{HTTPX}', f'httpcore{HTTPX}', 'filelock', 'safetensors.torch', 'tqdm.auto')
 
 
 @dataclass

@@ -26,7 +26,8 @@ def save_logits(folder: str, images: str, logits: str) -> None:
 def pull(package: str) -> None:
     """Load a model from the Hub with timm, or after an import of timm_tinyvit.
 
-    Writes its tensors, images and their logits to `pulled.safetensors`, and prints what it says of itself.
+    Writes its tensors, images, their logits and, with `features_only`, their last map to `pulled.safetensors`, and
+    prints what it says of itself.
     """
     block() if package == 'timm' else importlib.import_module(package)
     model = timm.create_model('hf-hub:org/student', pretrained=True).eval()
@@ -34,8 +35,10 @@ def pull(package: str) -> None:
     images = torch.linspace(-1, 1, 2 * data['input_size'][1] ** 2 * 3).view(2, *data['input_size'])
     with torch.inference_mode():
         logits = model(images)
-    save_file({**model.state_dict(), 'images': images, 'logits': logits}, 'pulled.safetensors')
-    print(json.dumps(dict(module=type(model).__module__, data=data, names=model.pretrained_cfg['label_names'])))
+        backbone = timm.create_model('hf-hub:org/student', pretrained=True, num_classes=0, features_only=True).eval()
+        last = backbone(images)[-1].contiguous()
+    save_file({**model.state_dict(), 'images': images, 'logits': logits, 'map': last}, 'pulled.safetensors')
+    print(json.dumps(dict(module=type(model).__module__, data=data, names=model.pretrained_cfg.get('label_names'))))
 
 
 def run_example(code: str) -> None:

@@ -106,7 +106,9 @@ def test_a_student_learns_features_and_leaves_a_plain_model(stores, tmp_path, lo
     assert {key for key in state if key.startswith('projector')} == layers
     assert_same(state['model'], weights(run))
     # The neighbours of a third of the views, by the exported student and by the stored vectors.
-    found = TrainedRun.read(run).stored_features
+    of_folder = TrainedRun.read(run)
+    found = of_folder.stored_features
+    assert not of_folder.problems and of_folder.settings['logits']
     grid, size = ('grid' in logits) * 2, (64, 64)
     store, replay = open_store(stores / logits[-1 if grid else 0], {}, print)
     data = SparseLogitDataset(load_split(DATA, 'train[:96]', is_training=True), replay, store)

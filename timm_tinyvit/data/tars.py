@@ -87,12 +87,21 @@ class _Members(ArchiveIterable):
 
     @staticmethod
     def _iter_tar(file: BinaryIO) -> Iterator[tuple[str, Any]]:
+        key, endings = None, set()
         with tarfile.open(fileobj=file, mode='r|*') as archive:
             for member in archive:
                 if member.islnk() or member.issym():
                     raise ValueError(f'its member {member.name} is a link to {member.linkname}; archive the files '
                                      f'themselves, as by tar --dereference --hard-dereference')
-                if member.isreg() and not os.path.basename(member.name).startswith(('.', '__')):
+                folder, name = os.path.split(member.name)
+                if member.isreg() and not name.startswith(('.', '__')):
+                    stem, _, ending = name.partition('.')
+                    if (folder, stem) != key:
+                        key, endings = (folder, stem), set()
+                    if ending.lower() in endings:
+                        # `datasets` before version 5.2 takes the second.
+                        raise ValueError(f'Duplicate member {member.name} of a sample')
+                    endings.add(ending.lower())
                     yield member.name, archive.extractfile(member)
                 archive.members = []
             # A whole archive ends with blocks of zeros; one that is cut at a header ends for tarfile, too.
