@@ -2,6 +2,7 @@
 
     python benchmarks/epoch_cost.py --dataset FOLDER
     python benchmarks/epoch_cost.py --dataset FOLDER --turns 8 --teachers convnext_large --amp
+    python benchmarks/epoch_cost.py --dataset FOLDER --teachers vit_base_patch16_224 --targets features
     python benchmarks/epoch_cost.py --dataset FOLDER --script --epochs 8 --train-split train[:256]
     python benchmarks/epoch_cost.py --dataset imagenet-1k --device cuda --batch-size 256 --amp --workers 16 --steps 20
 
@@ -12,12 +13,15 @@ control    the same once more, with `--control`: how far the figures can be trus
 store      the sparse loss to records of a store, read and checked in the loader, decoded on the device
 online     timm's `LogitDistillationTask` with a teacher that looks at every batch, for each of `--teachers`
 
+With `--targets features` the store holds the pooled vectors of the one teacher, as int8; the student learns them with
+its logits computed and not used, as in timm's `FeatureDistillationTask`, which is the peer then.
+
 Each has a loader of its own with persistent workers, as in the trainer. They take turns of `--steps` steps, in the
 opposite order every other time, and a ratio is the median over the turns, with the 95% interval of this median. Time is
-that of the processor, in the trainer and in the loader's workers; on an accelerator the trainer's is that of the clock,
-and the loader's does not count. What a worker or a run spends once is printed apart, and so is what distillation does
-and labels do not, timed alone. The store is made for the occasion from random logits, and the models' weights are
-random: neither changes the cost.
+that of the processor, in the trainer and in the loader's workers, with that of the clock beside it; on an accelerator
+the trainer's is that of the clock, and the loader's does not count. What a worker or a run spends once is printed
+apart, and so is what distillation does and labels do not, timed alone. The store is made for the occasion from random
+logits or vectors, and the models' weights are random: neither changes the cost.
 
 With `--script`, train_distill.py itself runs without and with `--logits`, both in turns of a few seconds of the clock.
 A ratio is that of the processor time of two epochs with the same views; the first and the last epoch do not count.
@@ -45,7 +49,7 @@ import torch
 import torch.nn.functional as F
 from program_turns import epoch_seconds
 from timm.optim import create_optimizer_v2
-from timm.task import LogitDistillationTask
+from timm.task import FeatureDistillationTask, LogitDistillationTask
 from torch import nn
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -60,8 +64,10 @@ from timm_tinyvit.data.views import Replay, library_versions
 from timm_tinyvit.models.loading import Normalize, set_image_size
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.manifest import Manifest
-from timm_tinyvit.targets.codecs import create_codec
+from timm_tinyvit.targets.codecs import create_codec, create_feature_codec
+from timm_tinyvit.targets.features import FeatureTargets, feature_loss
 from timm_tinyvit.targets.sparse import SparseTargets, sparse_soft_target_cross_entropy
+from timm_tinyvit.train.features import FeatureStudent
 
 SCRIPT = Path(__file__).resolve().parents[1] / 'train_distill.py'
 RAND_AUGMENT, ERASING = 'rand-m9-mstd0.5-inc1', 0.25
@@ -75,6 +81,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--val-split', default='validation[:16]', metavar='NAME', help='evaluated by --script at last')
     parser.add_argument('--model', default='tiny_vit_5m_224', metavar='NAME', help='the student')
     parser.add_argument('--teachers', nargs='*', default=['resnet50', 'convnext_large'], metavar='NAME')
+    parser.add_argument('--targets', choices=('classes', 'features'), default='classes', help='what the store holds')
     parser.add_argument('--img-size', type=int, default=224)
     parser.add_argument('--classes', type=int, default=1000)
     parser.add_argument('--k', type=int, default=10)
@@ -93,21 +100,30 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if min(args.workers, args.batch_size, args.steps, args.turns) < 1 or args.epochs < 3:
         parser.error('--workers, --batch-size, --steps and --turns are 1 at least, --epochs 3')
+    if args.targets == 'features' and (len(args.teachers) != 1 or args.script):
+        parser.error('--targets features needs one of --teachers, whose vectors it stores, and no --script')
     return args
 
 
 def make_store(folder: Path, dataset: datasets.Dataset, args: argparse.Namespace) -> tuple[LogitStore, Replay]:
-    """A store of random logits for these images."""
+    """A store of random logits, or features, for these images."""
     replay = Replay(ViewConfig(
         input_size=(3, args.img_size, args.img_size), auto_augment=RAND_AUGMENT, re_prob=ERASING), seed=0)
-    codec = create_codec('compact', args.classes, args.k)
+    random = torch.Generator().manual_seed(0)
+    if args.targets == 'features':
+        dim = timm.create_model(args.teachers[0], num_classes=0).num_features
+        codec, kind = create_feature_codec('int8', dim), dict(num_classes=0, k=0, features=dict(
+            dim=dim, grid=0, projection='', variance=1.))
+        targets = FeatureTargets(torch.randn(1024, 1, dim, generator=random))
+    else:
+        codec, kind = create_codec('compact', args.classes, args.k), dict(num_classes=args.classes, k=args.k)
+        targets = SparseTargets.from_logits(3 * torch.randn(1024, args.classes, generator=random), args.k)
     store = LogitStore.create(folder, Manifest(
-        num_samples=len(dataset), num_classes=args.classes, k=args.k, record_width=codec.width, epochs=args.epochs,
-        seed=0, shard_size=SHARD_SIZE, codec=codec.name, recipe=replay.config.to_dict(), versions=library_versions(),
+        num_samples=len(dataset), **kind, record_width=codec.width, epochs=args.epochs, seed=0,
+        shard_size=SHARD_SIZE, codec=codec.name, recipe=replay.config.to_dict(), versions=library_versions(),
         probe=replay.probe(), dataset=dataset_fingerprint(dataset), teacher=dict(
             name='random', weights='', dtype='float32', device='cpu', batch_size=1, input_size=[3, 224, 224])))
-    logits = 3 * torch.randn(1024, args.classes, generator=torch.Generator().manual_seed(0))
-    records = codec.encode(SparseTargets.from_logits(logits, args.k))
+    records = codec.encode(targets)
     for epoch, shard in store.missing(store.manifest.stored_epochs):
         store.write_shard(epoch, shard, records[np.arange(store.manifest.shard_rows(shard)) % len(records)])
     return store, replay
@@ -158,13 +174,22 @@ class Bench:
         self.student.to(self.device)
         config = self.student.pretrained_cfg
         self.normalize = Normalize(config['mean'], config['std']).to(self.device)
-        self.optimizer = create_optimizer_v2(self.student, 'adamw', lr=1e-4, weight_decay=0.05)
         self.losses = {'labels': self.from_labels, 'control': self.from_labels, 'store': self.from_store}
+        trained, Task = [self.student], LogitDistillationTask
+        if features := store.manifest.features:
+            size, Task = (args.img_size, args.img_size), FeatureDistillationTask
+            self.feature_student = FeatureStudent(self.student.cpu(), features['dim'], 0, size).to(self.device)
+            self.losses['store'] = self.from_features
+            trained.append(self.feature_student.projection)
         for name in args.teachers:
             teacher = timm.create_model(name, num_classes=args.classes).to(self.device).eval()
-            self.losses[f'online {name}'] = self.online(LogitDistillationTask(
+            task = Task(
                 self.student, teacher, nn.CrossEntropyLoss(), distill_loss_weight=1., task_loss_weight=0.,
-                device=self.device, verbose=False))
+                device=self.device, verbose=False)
+            trained += [task.trainable_module.projection] if features else []
+            self.losses[f'online {name}'] = self.online(task)
+        # What a loss does not reach has no gradient, and is left as it is.
+        self.optimizer = create_optimizer_v2(nn.ModuleList(trained), 'adamw', lr=1e-4, weight_decay=0.05)
         self.feeds = {name: Feed(self.data['store' if name == 'store' else 'labels'], args) for name in self.losses}
         self.batches = {name: iter(feed) for name, feed in self.feeds.items()}
 
@@ -175,6 +200,10 @@ class Bench:
         targets = self.store.codec.decode(batch['record'].to(self.device, non_blocking=True))
         return sparse_soft_target_cross_entropy(self.student(views), targets)
 
+    def from_features(self, views: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
+        targets = self.store.codec.decode(batch['record'].to(self.device, non_blocking=True))
+        return feature_loss(self.feature_student(views)[1], targets, 'mse')
+
     def online(self, task: nn.Module) -> Callable:
         return lambda views, batch: task(views, batch['label'].to(self.device, non_blocking=True))['loss']
 
@@ -184,9 +213,9 @@ class Bench:
         torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
-    def turn(self, name: str) -> tuple[float, float]:
-        """Seconds of a step in the trainer, and in the loader."""
-        start, loading = self.clock(), 0.
+    def turn(self, name: str) -> tuple[float, float, float]:
+        """Seconds of a step in the trainer, in the loader, and by the clock."""
+        begin, start, loading = time.perf_counter(), self.clock(), 0.
         for _ in range(self.args.steps):
             batch, spent = next(self.batches[name])
             loading += spent
@@ -196,10 +225,11 @@ class Bench:
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        return (self.clock() - start) / self.args.steps, loading / self.args.steps
+        spent = self.clock() - start, loading, time.perf_counter() - begin
+        return tuple(seconds / self.args.steps for seconds in spent)
 
     def turns(self, names: Sequence[str], number: int) -> dict[str, np.ndarray]:
-        """Seconds of a step in trainer and loader, float [number, 2], of each; one more turn before warms up."""
+        """Seconds of a step as of `turn`, float [number, 3], of each; one more turn before warms up."""
         found = {name: [] for name in names}
         for turn in range(number + 1):
             for name in names[::1 if turn % 2 else -1]:
@@ -214,12 +244,15 @@ class Bench:
         there = records.to(self.device)
         targets = self.store.codec.decode(there)
         logits = torch.randn(size, self.args.classes, device=self.device, requires_grad=True)
+        vectors = torch.zeros(size, 1, self.store.manifest.features.get('dim', 1), device=self.device).requires_grad_()
         labels = torch.zeros(size, dtype=torch.int64, device=self.device)
         return {
             'read and check': lambda: read_records(self.store, epochs, rows),
             'collate': lambda: torch.stack(list(records)),
             'decode': lambda: self.store.codec.decode(there),
-            'sparse loss': lambda: torch.autograd.grad(sparse_soft_target_cross_entropy(logits, targets), logits),
+            **({'feature loss': lambda: torch.autograd.grad(feature_loss(vectors, targets, 'mse'), vectors)}
+               if self.args.targets == 'features' else
+               {'sparse loss': lambda: torch.autograd.grad(sparse_soft_target_cross_entropy(logits, targets), logits)}),
             'cross-entropy': lambda: torch.autograd.grad(F.cross_entropy(logits.float(), labels), logits),
         }
 
@@ -252,7 +285,8 @@ def of_turns(bench: Bench, args: argparse.Namespace, folder: Path) -> dict[str, 
     columns = slice(0, 2 if bench.device.type == 'cpu' else 1)
 
     def times(name: str, peer: str, found: dict[str, np.ndarray]) -> dict[str, float]:
-        return ratio(found[name][:, columns].sum(1), found[peer][:, columns].sum(1))
+        return ratio(found[name][:, columns].sum(1), found[peer][:, columns].sum(1)) | {
+            'clock': float(np.median(found[name][:, 2] / found[peer][:, 2]))}
 
     step = np.median(spent['labels'][:, columns].sum(1))
     extras = timed(bench.parts(), 200, bench.clock)
@@ -264,7 +298,7 @@ def of_turns(bench: Bench, args: argparse.Namespace, folder: Path) -> dict[str, 
         'probe': bench.data['store'].replay.probe}, 15, time.process_time)
     mapping = once['shard'] - once['open']
     return dict(
-        seconds={name: dict(zip(('trainer', 'loader'), np.median(values, axis=0).tolist()))
+        seconds={name: dict(zip(('trainer', 'loader', 'clock'), np.median(values, axis=0).tolist()))
                  for name, values in {**beside, **spent}.items()},
         times_labels={name: times(name, 'labels', spent) for name in spent if name != 'labels'},
         times_store={name: times(name, 'store', beside) for name in online},
@@ -295,13 +329,17 @@ def of_script(store: LogitStore, args: argparse.Namespace, folder: Path) -> dict
 def report(figure: dict[str, Any]) -> str:
     """The figures as text."""
     lines = ['{machine}, {threads} CPU threads, load {load:.1f}, torch {torch}; {model}, {img_size} pixels, batches of '
-             '{batch_size}, {classes:,} classes, k = {k}{0}'.format(', bfloat16' if figure['amp'] else '', **figure)]
+             '{batch_size}, {classes:,} classes, {0}{1}'.format(
+                 'k = {k}'.format(**figure) if figure['targets'] == 'classes' else 'stored features',
+                 ', bfloat16' if figure['amp'] else '', **figure)]
     for name, value in (figure.get('seconds') or figure['seconds_of_epoch']).items():
         line = f'{name:22} {value:8.2f} s an epoch' if figure['script'] else \
-            f'{name:22} {value["trainer"]:7.3f} s a step in the trainer, {value["loader"]:.3f} s in the loader'
+            f'{name:22} {value["trainer"]:7.3f} s a step in the trainer, {value["loader"]:.3f} s in the loader, ' \
+            f'{value["clock"]:.3f} s by the clock'
         for peer in ('labels', 'store'):
             if found := figure.get(f'times_{peer}', {}).get(name):
                 line += ', {times:.3f} times {0} ({low:.3f} to {high:.3f}, {pairs} pairs)'.format(peer, **found)
+                line += f', {found["clock"]:.3f} by the clock' if 'clock' in found else ''
         lines.append(line)
     if not figure['script']:
         parts = ', '.join(f'{name} {value:.2f}' for name, value in figure['milliseconds_of_batch'].items())
@@ -328,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = of_script(store, args, folder) if args.script else \
             of_turns(Bench(dataset, store, replay, args), args, folder)
     settings = {name: getattr(args, name) for name in (
-        'threads', 'model', 'img_size', 'batch_size', 'classes', 'k', 'workers', 'amp', 'script')}
+        'threads', 'model', 'img_size', 'batch_size', 'classes', 'k', 'targets', 'workers', 'amp', 'script')}
     figure = dict(
         benchmark='epoch_cost', machine=machine, load=os.getloadavg()[0], torch=torch.__version__,
         timm=timm.__version__, **settings, **found)
