@@ -248,8 +248,8 @@ def check_flags(flags: StepFlags, state: TrainState, is_last: bool = False) -> b
     return is_stopping
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train as the flags say."""
+def train(args: argparse.Namespace) -> Path:
+    """Train as the flags say, and return the folder of the run."""
     stop_with_launcher()
     if args.deterministic:
         make_deterministic()
@@ -259,6 +259,7 @@ def train(args: argparse.Namespace) -> None:
     check_launch(args, accelerator)
     with own_run_folder(folder, accelerator.is_main_process) as check_owner:
         train_in(folder, args, accelerator, check_owner)
+    return folder
 
 
 def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, check_owner: Callable[[], None]) -> None:

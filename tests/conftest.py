@@ -33,7 +33,8 @@ from timm_tinyvit.models.saving import export_model
 LAUNCHING = {'warm_processes', 'hub_children', 'start', 'hub'}
 LAUNCHING_FILES = {
     'test_cli', 'test_convert', 'test_docs', 'test_evidence', 'test_export', 'test_feature_students', 'test_fill',
-    'test_gpu', 'test_package', 'test_recipes', 'test_sharding', 'test_sparse_triton', 'test_train_distill'}
+    'test_distilling', 'test_gpu', 'test_loops', 'test_package', 'test_recipes', 'test_sharding', 'test_sparse_triton',
+    'test_train_distill'}
 
 
 def pytest_collection_modifyitems(items):

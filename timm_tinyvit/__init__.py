@@ -15,6 +15,7 @@ _PUBLIC = {
     'EpochBatchSampler': 'data.sampler', 'LogitStore': 'store.local', 'Replay': 'data.views',
     'SparseLogitDataset': 'data.dataset', 'SparseLogitTask': 'train.task', 'SparseTargets': 'targets.sparse',
     'TinyVit': 'models.tiny_vit', 'ViewConfig': 'data.view_config', 'collate': 'data.dataset',
+    'create_loader': 'data.loader', 'distill': 'distilling', 'evaluate': 'train.evaluate', 'fill_store': 'teacher.api',
     'load_split': 'data.sources', 'open_store': 'data.opening', 'sparse_soft_target_cross_entropy': 'targets.sparse',
 }
 __all__ = ['__version__', 'register_models', *_PUBLIC]

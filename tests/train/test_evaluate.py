@@ -85,8 +85,8 @@ def test_eval_takes_the_model_from_the_folder_of_the_weights(run, capsys, tmp_pa
 
 
 def test_of_epochs_of_equal_accuracy_that_of_the_smallest_loss_is_the_best(tmp_path, monkeypatch):
-    losses, real = iter([0.9, 0.5, 0.5, 0.7]), evaluate.evaluate
-    monkeypatch.setattr(evaluate, 'evaluate', lambda *args: real(*args) | {'top1': 50., 'loss': next(losses)})
+    losses, real = iter([0.9, 0.5, 0.5, 0.7]), evaluate.accuracy
+    monkeypatch.setattr(evaluate, 'accuracy', lambda *args: real(*args) | {'top1': 50., 'loss': next(losses)})
     train_distill.main([
         *COMMON, '--train-split', 'train[:16]', '--img-size', '32', '--model', 'test_resnet', '--epochs', '4',
         '--checkpoint-hist', '4', '--output', str(tmp_path), '--experiment', 'run'])

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs,
@@ -26,8 +27,8 @@ from .console import warning
 from .errors import STOP_SIGNALS, InputError, stop_by, stop_signals_to
 
 __all__ = [
-    'StepFlags', 'all_reduce_sum', 'catch_stop_signals', 'create_accelerator', 'device_name', 'init_worker',
-    'make_deterministic', 'start_trackers', 'stop_with_launcher',
+    'StepFlags', 'all_reduce_sum', 'caller_settings', 'catch_stop_signals', 'create_accelerator', 'device_name',
+    'init_worker', 'make_deterministic', 'start_trackers', 'stop_with_launcher',
 ]
 
 # A launcher kills half a minute after it has asked to stop.
@@ -99,6 +100,17 @@ def create_accelerator(
     if 'ACCELERATE_MIXED_PRECISION' in os.environ:
         _warn_of_launcher(accelerator)
     return accelerator
+
+
+@contextmanager
+def caller_settings() -> Iterator[None]:
+    """Inside, an accelerator may be created; what it settled does not stay for those that a caller creates later."""
+    had_settings = bool(AcceleratorState._shared_state)
+    try:
+        yield
+    finally:
+        if not had_settings:
+            AcceleratorState._reset_state()
 
 
 def _warn_of_launcher(accelerator: Accelerator) -> None:

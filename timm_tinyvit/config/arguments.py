@@ -12,7 +12,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from ..base.errors import InputError
 from ..base.yaml_reader import MAX_BYTES, read_yaml
@@ -32,7 +32,7 @@ __all__ = [
     'add_image_size', 'add_keep_arguments', 'add_push_arguments', 'add_quiet', 'add_split_arguments',
     'add_store_arguments',
     'add_teacher_arguments', 'add_view_arguments', 'add_workers', 'amp_dtype', 'check_push_arguments',
-    'check_store_flags', 'folder', 'given_settings', 'new_store_arguments', 'parse_range', 'recipe_names',
+    'check_store_flags', 'flags_of', 'folder', 'given_settings', 'new_store_arguments', 'parse_range', 'recipe_names',
     'store_settings', 'view_arguments',
 ]
 
@@ -437,25 +437,45 @@ def _recipe_flags(
     if not isinstance(recipe, dict):
         raise InputError(f'the recipe {config} has flags that are a {type(recipe).__name__}; expected lines like '
                          f'`lr: 0.001`')
+    # --config takes one value: what follows is none of the recipe's.
+    return [*flags_of(parser, recipe, f'the recipe {config} has', other_flags), '--config', config]
+
+
+def flags_of(
+        parser: ArgumentParser,
+        values: Mapping[str, Any],
+        who: str,
+        other_flags: Callable[[], Collection[str]] = tuple,
+) -> list[str]:
+    """Values by the names of flags, as they would stand on the command line.
+
+    Args:
+        parser: Knows the flags.
+        values: The values: true or false of a switch, lists, dicts of pairs; None leaves a flag out.
+        who: Who has them, as in `the recipe NAME has`, for the sentence on an error.
+        other_flags: Flags of other programs, which are passed over.
+
+    Raises:
+        InputError: There is no such flag, or a switch is neither on nor off.
+    """
     flags = []
-    for key, value in recipe.items():
+    for key, value in values.items():
         flag = '--' + str(key).replace('_', '-')
         action = parser._option_string_actions.get(flag)
         if action is None and flag in other_flags():
             continue
         if action is None or flag == '--config':
             refused = refusal(parser.refused, flag)
-            raise InputError(f'the recipe {config} has {key!r}: {refused}' if refused else
-                             f'the recipe {config} has an unknown key {key!r}{_nearest(parser, flag)}')
+            raise InputError(f'{who} {key!r}: {refused}' if refused else
+                             f'{who} an unknown key {key!r}{_nearest(parser, flag)}')
         if action.nargs == 0:
             if not isinstance(value, bool):
-                raise InputError(f'the recipe {config} has {key}: {value!r}; expected true or false')
+                raise InputError(f'{who} {key}: {value!r}; expected true or false')
             flags += [flag] if value else []
         elif value is not None and value != []:
             pairs = [f'{name}={item}' for name, item in value.items()] if isinstance(value, dict) else None
-            flags += [flag, *map(str, pairs or (value if isinstance(value, list) else [value]))]
-    # --config takes one value: what follows is none of the recipe's.
-    return [*flags, '--config', config]
+            flags += [flag, *map(str, pairs or (value if isinstance(value, list | tuple) else [value]))]
+    return flags
 
 
 def parse_range(text: str) -> range:

@@ -22,6 +22,7 @@ from ..store.digests import image_digest
 from ..store.keys import KeyIndex, hash_keys
 from .classes import renumbered
 from .fingerprint import check_fingerprint, check_keys, dataset_fingerprint
+from .opening import replay_of
 from .pairing import Pairing
 from .sources import (
     column, encoded_image, find_column, find_key_column, image_root, labels_of, sample_name,
@@ -135,7 +136,7 @@ class SparseLogitDataset(ImageDataset):
 
     Args:
         dataset: A map-style Hugging Face data set with an image column.
-        replay: Makes the views.
+        replay: Makes the views; by default as the store says.
         store: Where the records come from; None to fill a store, or to train on labels alone.
         image_column: The image column.
         label_column: The label column.
@@ -147,14 +148,14 @@ class SparseLogitDataset(ImageDataset):
         pairing: Who is mixed with whom, where the view config mixes views.
 
     Raises:
-        InputError: The data set is not the store's, has no image column or no such column of keys, or has keys where
-            the view config mixes views.
+        InputError: There is neither replay nor store; the data set is not the store's, has no image column or no such
+            column of keys, or has keys where the view config mixes views; or it is indexed by something else.
     """
 
     def __init__(
             self,
             dataset: datasets.Dataset,
-            replay: Replay,
+            replay: Replay | None = None,
             store: StoreReader | None = None,
             image_column: str | None = None,
             label_column: str | None = None,
@@ -162,6 +163,14 @@ class SparseLogitDataset(ImageDataset):
             first_sample: int = 0,
             with_digests: bool = False,
     ):
+        if not isinstance(store, StoreReader | None) or replay is None and store is None:
+            found = 'neither a replay nor a store' if store is None else f'a {type(store).__name__} as its store'
+            raise InputError(f'a SparseLogitDataset was given {found}; write `store, replay = open_store(PATH)`, and '
+                             f'SparseLogitDataset(dataset, replay, store)')
+        replay = replay_of(store) if replay is None else replay
+        if not isinstance(replay, Replay):
+            raise InputError(f'a SparseLogitDataset was given a {type(replay).__name__} as its replay; give the one '
+                             f'that open_store returns, or store= alone')
         super().__init__(dataset, replay, image_column, label_column)
         self.with_digests = with_digests
         self.replay = replay
@@ -184,10 +193,20 @@ class SparseLogitDataset(ImageDataset):
             # Labels have the numbers of the store's classes, where names tell them.
             self.dataset = renumbered(dataset, self.label_column, store.manifest.class_names).with_format('arrow')
 
+    def __repr__(self) -> str:
+        height, width = self.replay.config.input_size[-2:]
+        labels = f'labels from {self.label_column!r}' if self.label_column else 'no labels'
+        return (f'SparseLogitDataset({len(self):,} images from {self.image_column!r} as views of {height}x{width}, '
+                f'{labels}, {"no records" if self.store is None else f"records from {self.store}"}; index it by '
+                f'(epoch, row))')
+
     def __getitem__(self, place: EpochRow) -> dict[str, Any]:
         return self.__getitems__([place])[0]
 
     def __getitems__(self, places: list[EpochRow]) -> list[dict[str, Any]]:
+        if not all(isinstance(place, Sequence) and len(place) == 2 for place in places):
+            raise InputError(f'an image has another view in each epoch: index a SparseLogitDataset by (epoch, row), as '
+                             f'in data[0, 5], and not by {places[0]!r}; create_loader makes a loader that does')
         return self._samples(places) if self.pairing is None else self._mixed_samples(places)
 
     def _mixed_samples(self, places: list[EpochRow]) -> list[dict[str, Any]]:

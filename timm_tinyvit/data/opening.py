@@ -16,7 +16,7 @@ from ..store.remote import open_reader, resolve_commit
 from .view_config import ViewConfig, view_flag
 from .views import Replay, check_probe
 
-__all__ = ['open_store', 'open_stores']
+__all__ = ['open_store', 'open_stores', 'replay_of']
 
 
 def open_store(
@@ -55,12 +55,21 @@ def open_store(
         raise InputError(
             f'these flags ask for other views than the store {location} was made from ({", ".join(differing)}); leave '
             f'them out to use the store\'s, or give --logits a new folder')
-    replay = Replay(config, store.manifest.seed)
-    line = check_probe(replay, store.manifest.probe, store.manifest.versions)
-    if line:
-        log(line)
+    replay = replay_of(store, log)
     store.check_files(store.manifest.stored_epochs)
     return store, replay
+
+
+def replay_of(store: StoreReader, log: Callable[[str], None] = info) -> Replay:
+    """The views of a store, which are compared with those that this machine makes.
+
+    Raises:
+        InputError: This machine makes others.
+    """
+    replay = Replay(ViewConfig.from_dict(store.manifest.recipe), store.manifest.seed)
+    if line := check_probe(replay, store.manifest.probe, store.manifest.versions):
+        log(line)
+    return replay
 
 
 def open_stores(

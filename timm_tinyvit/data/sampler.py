@@ -1,16 +1,21 @@
-"""The order of training: batches of (epoch, row) pairs, the same whatever rank or worker makes the samples."""
+"""The order of training: batches of (epoch, row) pairs, the same whatever rank or worker makes the samples.
 
-from collections.abc import Iterator, Sequence
+An epoch follows the one before by itself, unless `set_epoch` says which comes next, as trainers do.
+"""
+
+from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from torch.utils.data import BatchSampler
+from torch import distributed
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from ..base.errors import InputError
 from ..store.manifest import stored_epoch
 from .dataset import EpochRow
 from .pairing import Pairing
 
-__all__ = ['EpochBatchSampler']
+__all__ = ['EpochBatchSampler', 'EpochSampler']
 
 
 class EpochBatchSampler(BatchSampler):
@@ -25,8 +30,8 @@ class EpochBatchSampler(BatchSampler):
         num_samples: Rows of the data set.
         batch_size: Samples per batch of one rank.
         seed: Seed of the order.
-        rank: This rank.
-        world_size: Number of ranks.
+        rank: This rank; by default that of `torch.distributed` when an epoch begins, and 0 without it.
+        world_size: Number of ranks, likewise.
         store_epochs: Epochs of the store; training epoch e uses the one at e modulo their number. None for e itself.
         views_per_image: Views of an image in a batch, which is decoded once for all of them.
         pairing: The pairs of a data set whose views are mixed, its `pairing`.
@@ -42,8 +47,8 @@ class EpochBatchSampler(BatchSampler):
             num_samples: int,
             batch_size: int,
             seed: int,
-            rank: int = 0,
-            world_size: int = 1,
+            rank: int | None = None,
+            world_size: int | None = None,
             store_epochs: Sequence[int] | None = None,
             views_per_image: int = 1,
             pairing: Pairing | None = None,
@@ -63,26 +68,45 @@ class EpochBatchSampler(BatchSampler):
         if pairing is not None and batch_size % 2:
             raise InputError(f'a batch of {batch_size} does not hold both sides of each of its pairs; choose an even '
                              f'--batch-size for Mixup and CutMix')
-        if num_samples < batch_size * world_size:
-            raise InputError(
-                f'the data set has {num_samples} samples, fewer than one batch of {batch_size} on {world_size} '
-                f'process(es); choose a smaller --batch-size')
         self.num_samples = num_samples
         self.batch_size = batch_size
+        # What others ask a batch sampler: incomplete batches are left out.
+        self.drop_last = True
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self._rank, self._world_size = rank, world_size
         self.store_epochs = store_epochs
         self.views_per_image = views_per_image
         self.pairing = pairing
         self.num_epochs = num_epochs
         self.epoch = 0
         self.start = 0
+        self._is_begun = False
+        if not len(self):
+            raise InputError(
+                f'the data set has {num_samples} samples, fewer than one batch of {batch_size} on {self.world_size} '
+                f'process(es); choose a smaller --batch-size')
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return _of_launch(self._rank, distributed.get_rank, 0)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return _of_launch(self._world_size, distributed.get_world_size, 1)
+
+    @property
+    def next_epoch(self) -> int:
+        """The training epoch of the next iteration."""
+        return self.epoch + self._is_begun
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the training epoch, and the batch to begin with, of the next iteration."""
+        """Choose the training epoch, and the batch to begin with, of the next iteration; later ones go on from there.
+        """
         self.epoch = epoch
         self.start = start
+        self._is_begun = False
 
     def epochs_to_read(self, epoch: int) -> tuple[list[int], list[int]]:
         """Epochs of the store that a training epoch reads, and those that come next, for `StoreReader.prefetch`."""
@@ -96,6 +120,10 @@ class EpochBatchSampler(BatchSampler):
         return self.num_samples // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[EpochRow]]:
+        # Here, with the first batch: where torch starts workers it asks for an iterator that it never uses.
+        if self._is_begun:
+            self.set_epoch(self.next_epoch)
+        self._is_begun = True
         part = self.epoch % self.views_per_image
         first_epoch = self.epoch - part
         epochs = self._stored(first_epoch)
@@ -103,8 +131,9 @@ class EpochBatchSampler(BatchSampler):
         group = 1 if self.pairing is None else 2
         order = np.random.Generator(np.random.PCG64([self.seed, first_epoch])).permutation(self.num_samples // group)
         num_groups = self.batch_size // (group * self.views_per_image)
-        for batch in range(self.start, len(self)):
-            first = ((part * len(self) + batch) * self.world_size + self.rank) * num_groups
+        length, rank, world_size = len(self), self.rank, self.world_size
+        for batch in range(self.start, length):
+            first = ((part * length + batch) * world_size + rank) * num_groups
             rows = order[first:first + num_groups]
             if self.pairing is not None:
                 rows = self.pairing.members(epochs[0], rows).ravel()
@@ -114,3 +143,30 @@ class EpochBatchSampler(BatchSampler):
         """Epochs of the store that the training epochs from this one on use together."""
         return [stored_epoch(self.store_epochs, epoch)
                 for epoch in range(first_epoch, first_epoch + self.views_per_image)]
+
+
+class EpochSampler(DistributedSampler):
+    """The (epoch, row) pairs of an `EpochBatchSampler` one by one, for whoever asks a loader for its sampler.
+
+    Lightning leaves the order of a loader alone where this is a `DistributedSampler`, and tells it the epoch.
+    """
+
+    def __init__(self, batches: EpochBatchSampler):
+        super().__init__(range(batches.num_samples), num_replicas=1, rank=0, drop_last=True)
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[EpochRow]:
+        return chain.from_iterable(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.batches.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batches.set_epoch(epoch)
+
+
+def _of_launch(given: int | None, ask: Callable[[], int], alone: int) -> int:
+    """A number that is given, or else what `torch.distributed` says, where it has been set up."""
+    if given is not None:
+        return given
+    return ask() if distributed.is_available() and distributed.is_initialized() else alone

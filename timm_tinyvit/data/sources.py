@@ -31,8 +31,8 @@ from .folders import FILE_KINDS, check_saved, load_builder, open_folder
 from .tars import TarSamples
 
 __all__ = [
-    'class_names', 'column', 'encoded_image', 'find_column', 'find_key_column', 'hold_out', 'image_root', 'labels_of',
-    'load_split', 'no_labels', 'read_labels', 'sample_files', 'sample_name', 'select_columns',
+    'as_split', 'class_names', 'column', 'encoded_image', 'find_column', 'find_key_column', 'hold_out', 'image_root',
+    'labels_of', 'load_split', 'no_labels', 'read_labels', 'sample_files', 'sample_name', 'select_columns',
 ]
 
 IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp', 'jpeg')
@@ -165,6 +165,25 @@ def hold_out(labels: np.ndarray, share: float) -> np.ndarray:
     is_held_out = np.empty(len(labels), dtype=bool)
     is_held_out[order] = ranks < np.repeat(wanted, counts)
     return is_held_out
+
+
+def as_split(dataset: Source | str | Path, split: str | None = None, is_training: bool = True) -> Source:
+    """A split that is loaded already, or else the one of this name, see `load_split`.
+
+    Raises:
+        InputError: It is no data set of Hugging Face, or several splits, or cannot be loaded.
+    """
+    if isinstance(dataset, str | Path):
+        return load_split(str(dataset), split, is_training)
+    if isinstance(dataset, dict):
+        raise InputError(f'the data set is a {type(dataset).__name__} of the splits {", ".join(dataset)}; give one of '
+                         f'them, as in dataset["{_usual_split(dataset, is_training)}"]')
+    if not isinstance(dataset, Source):
+        raise InputError(f'the data set is of type {type(dataset).__name__}; give a datasets.Dataset, as load_split '
+                         f'and datasets.load_dataset return it, or the name or folder of one')
+    if split is not None:
+        raise InputError(f'split={split!r} is of a data set that is named; this one is loaded already, leave it out')
+    return dataset
 
 
 def _reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ def feature_vectors(model: nn.Module, features: torch.Tensor, size: tuple[int, i
     """Vectors of images.
 
     Args:
-        model: A timm model.
+        model: A timm model, or one without `forward_head`, whose features are taken as they are.
         features: What its `forward_features` made of the images.
         size: Height and width of the images.
         grid: Pool the map to this many cells a side; 0 for the pooled vector.
@@ -27,7 +27,7 @@ def feature_vectors(model: nn.Module, features: torch.Tensor, size: tuple[int, i
         ValueError: The model has no such features; the message says what it has.
     """
     if not grid:
-        vectors = model.forward_head(features, pre_logits=True)
+        vectors = model.forward_head(features, pre_logits=True) if hasattr(model, 'forward_head') else features
         if vectors.ndim != 2:
             raise ValueError(f'its pooled features are {list(vectors.shape[1:])} for an image, expected one vector; '
                              f'give --feature-grid for its map')

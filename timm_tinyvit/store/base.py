@@ -28,6 +28,14 @@ class StoreReader(ABC):
     manifest: Manifest
     codec: Codec
 
+    def __repr__(self) -> str:
+        manifest, epochs = self.manifest, self.manifest.stored_epochs
+        kept = f'{manifest.k} of {manifest.num_classes:,} classes' if manifest.targets == 'classes' else \
+            f'{manifest.features["dim"]:,} features'
+        teachers = ', '.join(store.manifest.teacher.get('name', 'unknown') for store in self.stores)
+        return (f'{type(self).__name__}({str(self.path)!r}: epochs {epochs.start} to {epochs.stop - 1} of '
+                f'{manifest.num_samples:,} samples, {kept} from {teachers} in {manifest.record_width} bytes a view)')
+
     @property
     def stores(self) -> list['StoreReader']:
         """The stores that are read, one for each teacher."""

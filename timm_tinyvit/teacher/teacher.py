@@ -1,9 +1,10 @@
-"""Any timm model as a teacher: from its name to logits or features of views, and what a store says about it."""
+"""Any model as a teacher: logits or features of views, and what a store says about it."""
 
 import hashlib
 from contextlib import nullcontext
 from textwrap import shorten
 from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -22,16 +23,19 @@ NUM_PROBE_CLASSES = 32
 
 
 class Teacher:
-    """A frozen timm model that looks at views.
+    """A frozen model that looks at views.
 
     Args:
-        model: A timm model, with a classifier unless it gives features; or any module from images to logits.
+        model: A timm model, with a classifier unless it gives features; or any module from images to logits or, without
+            `forward_features`, to features.
         name: What the store calls it.
         device: Where it runs.
         amp_dtype: Autocast to this type; None for float32.
         compile: Compile the model.
         size: Height and width of its input; by default those of its pretrained configuration.
         grid: Give features instead of logits: the map as a grid of so many cells a side, or with 0 the pooled vector.
+        mean: Mean of the images that it takes, on the scale from 0 to 1; by default that of its configuration.
+        std: Their standard deviation, likewise.
 
     Attributes:
         projection: Makes of the features what a store keeps; None for the features themselves.
@@ -50,6 +54,8 @@ class Teacher:
             compile: bool = False,
             size: tuple[int, int] | None = None,
             grid: int | None = None,
+            mean: Sequence[float] | None = None,
+            std: Sequence[float] | None = None,
     ):
         config = image_config(model, name)
         if (channels := config['input_size'][0]) != 3:
@@ -60,7 +66,8 @@ class Teacher:
         self.amp_dtype = amp_dtype
         self.grid = grid
         self.projection: Projection | None = None
-        self.mean, self.std = tuple(config['mean']), tuple(config['std'])
+        self.mean = tuple(config['mean'] if mean is None else mean)
+        self.std = tuple(config['std'] if std is None else std)
         self.size = tuple(size or config['input_size'][-2:])
         # A module that is none of timm's says none of these.
         config = getattr(model, 'pretrained_cfg', None) or {}
@@ -158,7 +165,8 @@ class _Features(nn.Module):
         self.grid = grid
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return feature_vectors(self.model, self.model.forward_features(x), x.shape[-2:], self.grid)
+        features = getattr(self.model, 'forward_features', self.model)(x)
+        return feature_vectors(self.model, features, x.shape[-2:], self.grid)
 
 
 def _probe_images(height: int, width: int) -> torch.Tensor:

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Subset
 
 from ..base.console import best_effort, progress, warning
 from ..base.errors import InputError
-from ..base.launch import init_worker
+from ..base.launch import caller_settings, create_accelerator, init_worker
 from ..data.classes import (
     Classes, check_labels, checkpoint_names, class_mismatch, is_imagenet1k, match_classes, matched_split, valid_names,
 )
 from ..data.dataset import ImageDataset, collate
-from ..data.sources import find_column, load_split
+from ..data.sources import as_split, find_column, load_split
 from ..models.config_file import image_config, read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, logits_22k_to_1k
 from ..models.loading import Normalize, config_beside
@@ -37,7 +37,7 @@ from .student import create_student
 # Training images whose neighbours a training looks for.
 MAX_NEIGHBOURS = 50_000
 
-__all__ = ['Evaluator', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint', 'load_validation']
+__all__ = ['Evaluator', 'accuracy', 'eval_config', 'eval_loader', 'evaluate', 'evaluate_checkpoint', 'load_validation']
 
 
 def load_validation(args: argparse.Namespace) -> datasets.Dataset | None:
@@ -165,7 +165,7 @@ class Evaluator:
             metrics = knn_accuracy(*found)
         elif is_due and self.loader is not None:
             recorder = Recorder()
-            metrics = evaluate(
+            metrics = accuracy(
                 model, self.normalize, self.loader, self.accelerator, self.classes.to_imagenet1k, stopped, recorder)
             if metrics is None:
                 return None
@@ -183,7 +183,7 @@ class Evaluator:
 
 
 @torch.inference_mode()
-def evaluate(
+def accuracy(
         model: nn.Module,
         normalize: Normalize,
         loader: DataLoader,
@@ -210,14 +210,15 @@ def evaluate(
     if accelerator.num_processes > 1:
         # What is evaluated is what is exported: rank 0's statistics, where each rank has some of its own.
         distribute_bn(model, accelerator.num_processes)
+    device = _device_of(model)
     sums = torch.zeros(5, dtype=torch.float64)  # loss, top-1, top-5, samples, broken off
     for batch in progress(loader, desc='evaluation', unit='batch', leave=False):
         if stopped():
             sums[4] = 1
             break
-        labels = batch['label'].to(accelerator.device)
+        labels = batch['label'].to(device)
         with accelerator.autocast():
-            logits = model(normalize(batch['view'].to(accelerator.device)))
+            logits = model(normalize(batch['view'].to(device)))
         logits = logits.float()
         if to_imagenet1k and logits.shape[1] == NUM_CLASSES_22K:
             logits = logits_22k_to_1k(logits)
@@ -231,7 +232,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> dict[str, float]:
-    """Metrics of the weights that are named, or else of the pretrained ones: of `evaluate`, or of each `--probe`.
+    """Metrics of the weights that are named, or else of the pretrained ones: of `accuracy`, or of each `--probe`.
 
     Size, crop and normalisation come from the flags, else from the config.json beside the weights, else from the model.
 
@@ -247,7 +248,6 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
         size = (args.img_size, args.img_size)
     model = create_student(args, args.num_classes, size).to(accelerator.device)
     model.pretrained_cfg.update(beside)
-    label_column = find_column(dataset, args.target_key, is_image=False)
     if args.probe:
         config = eval_config(args, model, size, use_test_size=not beside)
         normalize = Normalize(config['mean'], config['std']).to(accelerator.device)
@@ -257,19 +257,87 @@ def evaluate_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> d
             split, config, args, accelerator.process_index, accelerator.num_processes), accelerator)
             for split in (train_set, matched_split(train_set, dataset, args.target_key))]
         return {name: value for probe in args.probe for name, value in PROBES[probe](*found).items()}
-    if not model.num_classes:
-        raise InputError(f'the model {args.model} has no classifier to evaluate; give --probe knn or --probe linear')
-    names = valid_names(
-        checkpoint_names(args.initial_checkpoint) or model.pretrained_cfg.get('label_names'), model.num_classes)
-    dataset = match_classes(dataset, label_column, names, '--val-split', f'the model {args.model}')
-    check_labels(dataset, label_column, model.num_classes, '--val-split')
-    if mismatch := class_mismatch(dataset, label_column, model.num_classes):
-        warning(f'{mismatch}: its accuracy is right only if the labels are the first of its classes')
+    labels = checkpoint_names(args.initial_checkpoint) or model.pretrained_cfg.get('label_names')
     # What lies beside the weights is how they were evaluated; else it is done as in timm's validate.py.
-    config = eval_config(args, model, size, use_test_size=not beside)
+    return _accuracy_on(dataset, model, labels, args, size, not beside, accelerator)
+
+
+def evaluate(
+        model: nn.Module,
+        dataset: datasets.Dataset | str | Path,
+        *,
+        split: str | None = None,
+        size: tuple[int, int] | None = None,
+        batch_size: int = 128,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        num_workers: int = 0,
+) -> dict[str, float]:
+    """Accuracy of a classifier on labelled images, resized, cropped and normalised as its configuration says.
+
+    All processes of a launch share the images out. A classifier of ImageNet-22k is scored on the classes of ImageNet-1k
+    where the labels are theirs.
+
+    Args:
+        model: From normalised images [B, 3, H, W] to logits [B, C], where it is evaluated.
+        dataset: A `datasets.Dataset`, or its name or folder, see `load_split`.
+        split: Where the data set is named, its split; by default `validation`, `val` or `test`.
+        size: Height and width of the images; by default those of the model's configuration.
+        batch_size: Images per batch of each process.
+        image_column: The image column; found by its usual names by default.
+        label_column: The label column, likewise.
+        num_workers: Loader processes.
+
+    Returns:
+        `loss`, the cross-entropy, and `top1` and `top5` in percent.
+
+    Raises:
+        InputError: The labels are not those of the model's classes, or an image cannot be decoded.
+    """
+    args = argparse.Namespace(
+        model=type(model).__name__, input_key=image_column, target_key=label_column, workers=num_workers,
+        batch_size=batch_size, validation_batch_size=None, crop_pct=None, crop_mode=None, interpolation=None)
+    dataset = as_split(dataset, split, is_training=False)
+    labels = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    was_training = model.training
+    with caller_settings():
+        try:
+            return _accuracy_on(dataset, model, labels, args, size, size is None, create_accelerator())
+        finally:
+            model.train(was_training)
+
+
+def _accuracy_on(
+        dataset: datasets.Dataset,
+        model: nn.Module,
+        names: Any,
+        args: argparse.Namespace,
+        size: tuple[int, int] | None,
+        use_test_size: bool,
+        accelerator: Accelerator,
+) -> dict[str, float]:
+    """What `accuracy` is on a split, whose classes are matched with the model's where both have names."""
+    config = eval_config(args, model, size, use_test_size)
+    num_classes = getattr(model, 'num_classes', None)
+    if num_classes is None:
+        with torch.no_grad():
+            num_classes = model.eval()(torch.zeros(1, *config['input_size'], device=_device_of(model))).shape[-1]
+    if not num_classes:
+        raise InputError(f'the model {args.model} has no classifier to evaluate; give --probe knn or --probe linear')
+    label_column = find_column(dataset, args.target_key, is_image=False)
+    names = valid_names(names, num_classes)
+    dataset = match_classes(dataset, label_column, names, '--val-split', f'the model {args.model}')
+    check_labels(dataset, label_column, num_classes, '--val-split')
+    if mismatch := class_mismatch(dataset, label_column, num_classes):
+        warning(f'{mismatch}: its accuracy is right only if the labels are the first of its classes')
     loader = eval_loader(dataset, config, args, accelerator.process_index, accelerator.num_processes)
-    normalize = Normalize(config['mean'], config['std']).to(accelerator.device)
-    return evaluate(model, normalize, loader, accelerator, is_imagenet1k(dataset, label_column))
+    normalize = Normalize(config['mean'], config['std']).to(_device_of(model))
+    return accuracy(model, normalize, loader, accelerator, is_imagenet1k(dataset, label_column))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
 
 
 def _images_of(file: Path | None) -> dict[str, Any]:

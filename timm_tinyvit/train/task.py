@@ -15,6 +15,7 @@ from timm.task import TrainingTask
 from torch import nn
 
 from ..data.pairing import mixed_cross_entropy, mixed_target
+from ..models.config_file import image_config
 from ..models.loading import Normalize
 from ..targets.features import FeatureTargets, feature_loss
 from ..targets.sparse import SparseTargets, ensemble_loss
@@ -41,7 +42,8 @@ class SparseLogitTask(TrainingTask):
     Args:
         student: A timm model; or a `FeatureStudent` of it, to learn from a store of features as well.
         codec: Decodes the records of a store on the device, as `store.codec` does; None to learn from labels alone.
-        normalize: Makes of uint8 views [B, 3, H, W] what the student takes; None where the loader has done it.
+        normalize: Makes of uint8 views [B, 3, H, W] what the student takes; by default with the mean and std of its
+            configuration, or else ImageNet's. Views that are floats are taken as they are.
         alpha: Weight of the distillation loss; without a codec it is 0.
         temperature: Softens teacher and student.
         label_loss: Of logits [B, C] and labels: int64 [B], or what `mixup` makes of them. Where two labels share a
@@ -51,7 +53,7 @@ class SparseLogitTask(TrainingTask):
         channels_last: Give the views to the student in channels-last memory.
         freeze_bn: Keep the running statistics of batch norms as they are.
         autocast: Gives the context that the student runs in.
-        device: Where student and losses are computed.
+        device: Where losses are computed; by default where the student is.
         feature_kind: One of `FEATURE_LOSSES`.
         feature_weight: Weight of the loss on features.
 
@@ -78,14 +80,17 @@ class SparseLogitTask(TrainingTask):
             feature_kind: str = 'cosine',
             feature_weight: float = 1.,
     ):
-        super().__init__(device=device, verbose=False)
+        super().__init__(device=device or next(student.parameters()).device, verbose=False)
         self.trained = self.trainable_module = student
         self.has_features = isinstance(student, FeatureStudent)
         self.student = student.student if self.has_features else student
         self.losses = LOSSES + ('feature_loss', 'feature_cosine') * self.has_features
         self.feature_kind = feature_kind
         self.feature_weight = feature_weight
-        self.normalize = nn.Identity() if normalize is None else normalize.to(self.device)
+        if normalize is None:
+            config = image_config(self.student)
+            normalize = Normalize(config['mean'], config['std'])
+        self.normalize = normalize.to(self.device)
         self.codec = codec
         self.alpha = 0. if codec is None else alpha
         self.temperature = temperature
@@ -169,7 +174,7 @@ class SparseLogitTask(TrainingTask):
         """Losses of a batch.
 
         Args:
-            input: Views [B, 3, H, W], uint8, or as the student takes them where nothing normalises them here.
+            input: Views [B, 3, H, W], uint8, or floats as the student takes them.
             target: The batch of a `SparseLogitDataset`: `record` uint8 [B, width] with a codec; `label` int64 [B] where
                 alpha is below 1, and `label2` int64 [B] with `lam` float [B] where views are mixed in pairs.
 
@@ -178,7 +183,9 @@ class SparseLogitTask(TrainingTask):
             `feature_loss`; then too `feature_cosine`, to those of the teacher, all scalars; `output`, the logits
             [B, C], or pooled features of a student without classes.
         """
-        views = self.normalize(input.to(self.device, non_blocking=True))
+        views = input.to(self.device, non_blocking=True)
+        if views.dtype == torch.uint8:
+            views = self.normalize(views)
         target = {name: target[name].to(self.device, non_blocking=True) for name in TARGETS if name in target}
         labels = target.get('label')
         if self.mixup is not None:
