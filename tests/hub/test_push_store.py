@@ -373,7 +373,7 @@ def test_a_card_that_was_edited_while_shards_were_sent_keeps_the_edit(views, mon
 
     def refresh():
         published.card = '---\nlicense: cc-by-4.0\nextra_gated_prompt: Be good.\n---\n'
-        published.files = {name: SimpleNamespace(size=10) for files in pushed for name in files}
+        published.files = {name: 10 for files in pushed for name in files}
 
     published.refresh = refresh
     published.size = lambda manifest, more=None: publish_store.PublishedStore.size(published, manifest, more)

@@ -6,10 +6,10 @@ import math
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 
 import train_distill
@@ -21,12 +21,14 @@ from support.programs import refusal
 from support.remote_programs import URL
 from support.waiting import wait_until
 from timm_tinyvit import cli
+from timm_tinyvit.base.hub_client import Unavailable
 from timm_tinyvit.base.leases import Leases
 from timm_tinyvit.base.machine import machine_name
+from timm_tinyvit.base.remote_folder import Damaged, RemoteFolder
 from timm_tinyvit.store import cache as hub_cache
 from timm_tinyvit.store import fetcher
 from timm_tinyvit.store import remote as hub_store
-from timm_tinyvit.store.cache import HeldEpochs, HubCache, HubCommit
+from timm_tinyvit.store.cache import HeldEpochs, ShardCache
 from timm_tinyvit.store.local import LogitStore
 
 @pytest.fixture
@@ -70,7 +72,7 @@ def test_a_student_learns_the_same_from_the_hub_with_two_epochs_on_disk(
     assert len(fetched) == len(set(fetched)) == 24
     folder, = (tmp_path / 'home' / 'assets' / 'timm_tinyvit' / 'org--logits').glob('*')
     assert folder.name == pushed
-    assert {path.name for path in folder.iterdir()} <= {'store.json', 'shards.json', 'epoch-00003'}
+    assert {path.name for path in folder.iterdir()} <= {'store.json', 'listing.json', 'epoch-00003'}
     secrets = [path for path in tmp_path.rglob('*') if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert not secrets
 
@@ -323,31 +325,25 @@ def test_other_commits_of_the_repo_go_when_nobody_reads_them(tmp_path):
 
 
 @pytest.fixture
-def cache(filled_store, tmp_path) -> HubCache:
-    """A cache whose Hub lists the shards of the store and has nothing more."""
-    store = LogitStore.open(filled_store)
-    files = {path.relative_to(filled_store).as_posix(): SimpleNamespace(size=path.stat().st_size)
-             for path in filled_store.rglob('shard-*.arrow')}
-    return HubCache(SimpleNamespace(files=lambda: files), tmp_path / 'cache', store._format)
+def cache(filled_store, tmp_path) -> ShardCache:
+    """A cache of the store behind a URL."""
+    return ShardCache(
+        RemoteFolder.resolve(f'file://{filled_store}'), tmp_path / 'cache', LogitStore.open(filled_store)._format)
 
 
 def test_a_shard_that_does_not_end_is_not_taken_in(cache, monkeypatch):
     taken = []
 
-    def endless():
-        for _ in range(20):
-            taken.append(1 << 20)
-            yield bytes(1 << 20)
+    class Endless(fsspec.get_filesystem_class('memory')):
+        def get_file(self, path, file, callback):
+            while True:
+                taken.append(callback.relative_update(1 << 20))
 
-    @contextmanager
-    def stream(name):
-        yield endless()
-
-    cache.source.stream = stream
+    monkeypatch.setattr(RemoteFolder, '_open', lambda self: (Endless(), ''))
     monkeypatch.setattr(hub_cache, 'time', SimpleNamespace(sleep=lambda seconds: None))
-    with pytest.raises(hub_cache._Damaged):
+    with pytest.raises(Damaged):
         cache._download(0, 0)
-    assert len(taken) == hub_cache.MAX_ATTEMPTS
+    assert not taken and not list(cache.folder.rglob('*shard-*'))
 
 
 def test_the_wait_that_the_hub_asks_for_is_kept_between_shards(cache, monkeypatch):
@@ -359,7 +355,7 @@ def test_the_wait_that_the_hub_asks_for_is_kept_between_shards(cache, monkeypatc
     def download(epoch, shard):
         calls.append(clock[0])
         if len(calls) == 1:
-            raise hub_cache._Unavailable('the Hub limits how often you may ask', 7.)
+            raise Unavailable('the Hub limits how often you may ask', 7.)
         path = cache.shard_path(epoch, shard)
         path.write_bytes(b'shard')
 
@@ -369,16 +365,15 @@ def test_the_wait_that_the_hub_asks_for_is_kept_between_shards(cache, monkeypatc
     assert len(calls) == 2 and calls[1] - calls[0] >= 7
 
 
-def test_a_manifest_that_is_too_large_is_not_fetched(tmp_path, monkeypatch, refused):
-    source = HubCommit('org/logits', 'a' * 40)
-    size = hub_store.MAX_MANIFEST_SIZE + 1
-    monkeypatch.setattr(HubCommit, 'metadata', lambda self, path: SimpleNamespace(size=size, etag=''))
-    monkeypatch.setattr(HubCommit, 'stream', lambda self, path: 1 / 0)
+def test_a_manifest_that_is_too_large_is_not_fetched(tmp_path, refused):
+    file, size = tmp_path / 'store.json', hub_store.MAX_MANIFEST_SIZE + 1
+    source = RemoteFolder.resolve(f'file://{tmp_path}')
+    file.write_bytes(bytes(size))
     with refused('store.json', f'{size} bytes', 'at most'):
-        hub_store._manifest(source, tmp_path / 'store.json')
-    size -= 1
-    with pytest.raises(ZeroDivisionError):
-        hub_store._manifest(source, tmp_path / 'store.json')
+        hub_store.read_manifest(source)
+    file.write_bytes(bytes(size - 1))
+    with refused('store.json', 'not readable as JSON'):
+        hub_store.read_manifest(source)
 
 
 @pytest.mark.parametrize('ranks, threads', [(1, 8), (4, 2), (16, 1)])
@@ -390,7 +385,7 @@ def test_ranks_of_a_machine_share_out_its_downloads(ranks, threads, monkeypatch)
             (epoch, threads, options.get('patience'))) or True)
     fetcher._carry_out(
         fetcher._Command([1], [2], [1, 2]), cache, SimpleNamespace(set=lambda epochs: None),
-        SimpleNamespace(send=said.append, poll=bool), SimpleNamespace(value=0))
+        SimpleNamespace(send=said.append, poll=bool))
     assert used == [(1, threads, None), (2, threads, math.inf)] and said[0][1] == 'ready'
 
 

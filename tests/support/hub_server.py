@@ -200,7 +200,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.violations: list[str] = []
         self.faults: list[Fault] = []
-        # What every answer about a file calls its commit; None for nothing, by default what it is called.
+        # What every answer about a repo or a file calls its commit; None for nothing, by default what it is called.
         self.named_commit: str | None = TRUE_NAME
         self.lock = threading.RLock()
         self.closing = threading.Event()
@@ -414,7 +414,8 @@ class HubServer:
                    if entry.is_lfs else {})
                 for path, entry in commit.entries.items()]
         return Response.of({
-            '_id': '0', 'id': repo_id, 'modelId': repo_id, 'author': repo_id.partition('/')[0], 'sha': commit.oid,
+            '_id': '0', 'id': repo_id, 'modelId': repo_id, 'author': repo_id.partition('/')[0],
+            'sha': commit.oid if self.named_commit is TRUE_NAME else self.named_commit,
             'lastModified': DATE, 'createdAt': DATE, 'private': repo.private, 'gated': False, 'disabled': False,
             'tags': [], 'downloads': 0, 'likes': 0, 'siblings': siblings})
 

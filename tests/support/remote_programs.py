@@ -278,7 +278,7 @@ def read_what_was_removed_or_damaged():
         shard.unlink()
     assert same(store, 0)
     # What this process knows of the Hub is damaged on disk.
-    for name in ('store.json', 'shards.json'):
+    for name in ('store.json', 'listing.json'):
         (path.parents[1] / name).write_text('half of')
     store = remote()
     store.prefetch([0])

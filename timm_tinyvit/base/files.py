@@ -44,14 +44,14 @@ def temporary_beside(path: Path, ending: str = '') -> Iterator[Path]:
 
 def write_atomic(
         path: Path,
-        data: bytes | memoryview | Iterable[bytes],
+        data: bytes | memoryview | Iterable[bytes] | Callable[[Path], None],
         check: Callable[[Path], None] = lambda temporary: None,
 ) -> None:
     """Write a file so that it is there whole or not at all, also after a kill or a power cut.
 
     Args:
         path: The file.
-        data: Its content, or the parts of it.
+        data: Its content, or the parts of it, or what writes it to the temporary file.
         check: Looks at the temporary file before it is renamed, and raises if that is not good.
 
     Raises:
@@ -60,9 +60,11 @@ def write_atomic(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_beside(path) as temporary:
+            if is_written := callable(data):
+                data(temporary)
             # Made anew: a link of that name would lead elsewhere.
-            with open(temporary, 'xb') as file:
-                for part in [data] if isinstance(data, (bytes, memoryview)) else data:
+            with open(temporary, 'r+b' if is_written else 'xb') as file:
+                for part in () if is_written else [data] if isinstance(data, (bytes, memoryview)) else data:
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())

@@ -34,8 +34,8 @@ from .errors import InputError
 from .escaping import printable, sentence, without_secrets
 
 __all__ = [
-    'HubUrl', 'check_license', 'check_repo_id', 'create_repo', 'hub_errors', 'is_hub_url', 'is_transient',
-    'parse_hub_url', 'push_files', 'reason_of', 'requested_wait', 'retried',
+    'TRANSIENT_STATUS', 'HubUrl', 'Unavailable', 'check_license', 'check_repo_id', 'content_hash', 'create_repo',
+    'hub_errors', 'is_hub_url', 'is_transient', 'parse_hub_url', 'push_files', 'reason_of', 'requested_wait', 'retried',
 ]
 
 # Seconds before each further attempt. Most calls of huggingface_hub make five of their own within each of these.
@@ -57,6 +57,19 @@ LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN'
 REPO_TYPES = ('model', 'dataset')
 
 Result = TypeVar('Result')
+
+
+class Unavailable(Exception):
+    """A service cannot be reached, which may pass.
+
+    Args:
+        reason: Why.
+        pause: Seconds that it wants to be left alone.
+    """
+
+    def __init__(self, reason: str, pause: float = 0.):
+        super().__init__(reason)
+        self.pause = pause
 
 
 @dataclass(frozen=True)
@@ -357,8 +370,12 @@ class _Content:
         if not isinstance(info, RepoFile) or info.size != self.size:
             return False
         if info.lfs is not None:
-            return self.hash('sha256') == info.lfs.sha256
-        return self.hash('sha1', f'blob {self.size}\0'.encode()) == info.blob_id
+            return self.hash_of(True) == info.lfs.sha256
+        return self.hash_of(False) == info.blob_id
+
+    def hash_of(self, is_large: bool) -> str:
+        """What the Hub calls it: by its SHA-256 as a large file, else by git's hash of a blob."""
+        return self.hash('sha256') if is_large else self.hash('sha1', f'blob {self.size}\0'.encode())
 
     def hash(self, algorithm: str, head: bytes = b'') -> str:
         if algorithm not in self.hashes:
@@ -375,6 +392,11 @@ class _Content:
         with open(self.content, 'rb') as file:
             while part := file.read(1 << 20):
                 yield part
+
+
+def content_hash(content: bytes | Path, is_large: bool) -> str:
+    """The hash by which the Hub knows a file, given by its content or on this disk."""
+    return _Content(content).hash_of(is_large)
 
 
 def _api() -> HfApi:
@@ -408,8 +430,8 @@ def _limit_waiting() -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What stands behind an error that huggingface_hub has wrapped: of one file of many, or of a look at its cache."""
-    while isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and error.__cause__ is not None:
+    """What stands behind an error that huggingface_hub has wrapped: of one file of many, a path, or its cache."""
+    while isinstance(error, (FileNotFoundError, RuntimeError)) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -426,6 +448,8 @@ def _has_expired(error: HfHubHTTPError) -> bool:
 def is_transient(error: BaseException) -> bool:
     """Whether what huggingface_hub raised may pass by itself, so that another attempt makes sense."""
     error = _cause(error)
+    if isinstance(error, Unavailable):
+        return True
     if isinstance(error, (OfflineModeIsEnabled, httpx.ProxyError, httpx.UnsupportedProtocol)):
         return False
     if isinstance(error, HfHubHTTPError):
@@ -442,6 +466,8 @@ def is_transient(error: BaseException) -> bool:
 def requested_wait(error: BaseException) -> float:
     """The seconds that the Hub wants to be left alone, 0 if it does not say."""
     error = _cause(error)
+    if isinstance(error, Unavailable):
+        return error.pause
     if _status(error) not in (429, 503):
         return 0.
     limit = parse_ratelimit_headers(error.response.headers)
@@ -454,6 +480,8 @@ def requested_wait(error: BaseException) -> float:
 def reason_of(error: BaseException) -> str | None:
     """Why it did not work, and what to do; None for what did not come from huggingface_hub."""
     error = _cause(error)
+    if isinstance(error, Unavailable):
+        return str(error)
     if isinstance(error, OfflineModeIsEnabled):
         return 'HF_HUB_OFFLINE is set; unset it to reach the Hub'
     if isinstance(error, HFValidationError):

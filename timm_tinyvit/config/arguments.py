@@ -319,9 +319,9 @@ def add_view_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_keep_arguments(parser: argparse._ActionsContainer) -> None:
-    """What to keep on disk of a store on the Hub."""
+    """What to keep on disk of a store behind a URL."""
     parser.add_argument('--keep-epochs', type=int, metavar='N',
-                        help='epochs of a store on the Hub to keep on disk (default: those in use and the next)')
+                        help='epochs of a store behind a URL to keep on disk (default: those in use and the next)')
     parser.add_argument('--store-cache', metavar='DIR',
                         help='where to keep these epochs (default: a folder in HF_HOME)')
 
@@ -366,11 +366,8 @@ def add_store_arguments(
 def folder(text: str) -> str:
     """The type of an argument that names a store to write."""
     if '://' in text:
-        from ..base.hub_client import is_hub_url
-
-        if is_hub_url(text):
-            raise argparse.ArgumentTypeError(f'{text} is on the Hub, where a store is only read; give a folder, and '
-                                             f'publish it with timm-tinyvit store push')
+        raise argparse.ArgumentTypeError(f'a store behind a URL, {text}, is only read; give a folder, and publish it '
+                                         f'with timm-tinyvit store push')
     return text
 
 

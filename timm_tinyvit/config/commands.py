@@ -63,7 +63,8 @@ def add_data_check_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_store(parser: ArgumentParser) -> None:
-    parser.add_argument('store', metavar='STORE', help='a store, as a folder or hf://datasets/ORG/NAME')
+    parser.add_argument('store', metavar='STORE',
+                        help='a store, as a folder or URL (hf://datasets/ORG/NAME, s3://BUCKET/NAME)')
     add_keep_arguments(parser)
 
 
@@ -107,7 +108,7 @@ def add_copy_arguments(parser: ArgumentParser) -> None:
 
 def add_merge_arguments(parser: ArgumentParser) -> None:
     """Of `store merge`."""
-    parser.add_argument('stores', nargs='+', metavar='STORE', help='stores, as folders or hf://datasets/ORG/NAME')
+    parser.add_argument('stores', nargs='+', metavar='STORE', help='stores, as folders or URLs')
     parser.add_argument('--output', required=True, type=folder, metavar='DIR', help='folder of the merged store')
     add_keep_arguments(parser)
     add_quiet(parser)
@@ -144,7 +145,7 @@ def _finish_estimate(args: argparse.Namespace) -> argparse.Namespace:
 
 def add_push_store_arguments(parser: ArgumentParser) -> None:
     """Of `store push`."""
-    parser.add_argument('store', metavar='STORE', help='folder of a store')
+    parser.add_argument('store', type=folder, metavar='STORE', help='folder of a store')
     _add_repo(parser, 'dataset', 'licence that the card names, as in cc-by-nc-4.0')
     parser.add_argument('--epochs', type=parse_range, metavar='A:B', help='epochs to push (default: all)')
     _add_its_images(parser)
@@ -161,7 +162,7 @@ def _add_repo(parser: ArgumentParser, kind: str, licence: str) -> None:
 def add_report_arguments(parser: ArgumentParser) -> None:
     """Of `report`."""
     parser.finish = _finish_report
-    parser.add_argument('path', metavar='STORE|RUN', help='a store, hf://datasets/ORG/NAME, or folder of a run')
+    parser.add_argument('path', metavar='STORE|RUN', help='a store, as a folder or URL, or the folder of a run')
     parser.add_argument('others', nargs='*', default=[], help=argparse.SUPPRESS)
     _add_html(parser)
     add_quiet(parser)

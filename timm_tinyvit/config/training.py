@@ -57,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_view_arguments(parser)
     group = parser.add_argument_group('store to learn from')
     group.add_argument('--logits', metavar='DIR', nargs='+',
-                       help='the store, a folder or hf://datasets/ORG/NAME; several, of different teachers, to learn '
+                       help='the store, a folder or a URL (hf://, s3://); several, of different teachers, to learn '
                             'from their average; one of them may hold features')
     add_keep_arguments(group)
     add_teacher_arguments(parser)
@@ -301,11 +301,9 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
     if args.teacher and len(args.logits) > 1:
         raise InputError('--teacher with several stores in --logits: fill each with timm-tinyvit fill first')
     if args.teacher:
-        from ..base.hub_client import is_hub_url
-
-        if is_hub_url(args.logits[0]):
-            raise InputError(f'--teacher fills a store in a folder, and {args.logits[0]} is on the Hub; leave '
-                             f'--teacher out, or give --logits a folder')
+        if '://' in args.logits[0]:
+            raise InputError(f'--teacher fills a store in a folder, and {args.logits[0]} is none; leave --teacher '
+                             f'out, or give --logits a folder')
     if args.streaming and not args.logits:
         raise InputError('--streaming needs a store with keys: give --logits')
     if (args.epochs + args.cooldown_epochs) % args.views_per_image:

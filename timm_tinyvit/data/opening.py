@@ -9,10 +9,10 @@ from accelerate.utils import broadcast_object_list
 
 from ..base.console import info
 from ..base.errors import InputError
-from ..base.hub_client import is_hub_url
+from ..base.remote_folder import RemoteFolder, is_remote
 from ..store.base import StoreReader
 from ..store.ensemble import Ensemble
-from ..store.remote import open_reader, resolve_commit
+from ..store.remote import open_reader
 from .view_config import ViewConfig, view_flag
 from .views import Replay, check_probe
 
@@ -29,10 +29,10 @@ def open_store(
     """Open a store whose views this machine can replay.
 
     Args:
-        location: A folder, or `hf://datasets/ORG/NAME[@REVISION]`.
+        location: A folder or a URL, see `open_reader`.
         given_view: Entries of the view config that the user asked for.
         log: Takes the line that says which versions differ while the views do not.
-        keep_epochs: Of a store on the Hub, see `open_reader`.
+        keep_epochs: Of a store behind a URL, see `open_reader`.
         cache_dir: Likewise.
 
     Raises:
@@ -103,7 +103,7 @@ def pin_commits(locations: Sequence[str], accelerator: Accelerator) -> list[str]
     pinned: list[list[str] | InputError] = [list(locations)]
     if accelerator.is_main_process:
         try:
-            pinned = [[str(resolve_commit(place)) if is_hub_url(place) else place for place in locations]]
+            pinned = [[str(RemoteFolder.resolve(place)) if is_remote(place) else place for place in locations]]
         except InputError as error:
             pinned = [InputError(str(error))]
     broadcast_object_list(pinned)

@@ -10,20 +10,16 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from collections.abc import Iterator, Mapping
-
-from huggingface_hub import HfApi
-from huggingface_hub.hf_api import RepoFile
 
 from ..base.console import info, print_result, progress, warning
 from ..base.errors import InputError
-from ..base.hub_client import create_repo, push_files, retried
+from ..base.hub_client import create_repo, push_files
 from ..base.leases import Leases
+from ..base.remote_folder import RemoteFolder
 from ..base.text import counted, readable_bytes
 from ..models.names import public_name
 from ..report.labels import LabelledViews
-from ..store.cache import HubCommit
 from ..store.digests import digests_name
 from ..store.keys import FILE_NAME
 from ..store.local import LogitStore
@@ -53,7 +49,7 @@ class PublishedStore:
     Attributes:
         manifest: What is published there; None where nothing is yet.
         card: Its card, or an empty text.
-        files: All of its files by their paths.
+        files: Bytes of all of its files by their paths.
         revision: The commit that they are of.
 
     Raises:
@@ -65,7 +61,7 @@ class PublishedStore:
         self.repo_id = repo_id
         self.manifest: Manifest | None = None
         self.card = ''
-        self.files: dict[str, RepoFile] = {}
+        self.files: dict[str, int] = {}
         self.revision = ''
         self.refresh()
         known = (CARD, '.gitattributes', '.gitignore', 'LICENSE')
@@ -80,20 +76,13 @@ class PublishedStore:
 
     def refresh(self) -> None:
         """Read what is published now."""
-        info = retried(f'look at the dataset repo {self.repo_id}', lambda: HfApi().dataset_info(
-            self.repo_id, expand=['sha'], timeout=30.))
-        head = HubCommit(self.repo_id, 'main').at(info.sha)
+        head = RemoteFolder.resolve(self.url)
         self.revision = head.commit
-        self.files = head.files()
-        with TemporaryDirectory() as folder:
-            texts = {}
-            for name in (MANIFEST_NAME, CARD):
-                file = Path(folder) / name
-                if name in self.files:
-                    head.download(name, file, MAX_MANIFEST_SIZE)
-                    texts[name] = file.read_text(encoding='utf-8', errors='replace')
-        self.card = texts.get(CARD, '')
-        if MANIFEST_NAME in texts:
+        self.files = {path: file['size'] for path, file in head.files().items()}
+        texts = {name: (head.read(name, MAX_MANIFEST_SIZE) if name in self.files else b'').decode(errors='replace')
+                 for name in (MANIFEST_NAME, CARD)}
+        self.card = texts[CARD]
+        if MANIFEST_NAME in self.files:
             self.manifest = Manifest.from_json(texts[MANIFEST_NAME], f'{self.url}, {MANIFEST_NAME},')
 
     def joined(self, manifest: Manifest, epochs: range) -> Manifest:
@@ -125,8 +114,7 @@ class PublishedStore:
         Raises:
             InputError: Some are missing.
         """
-        sizes = {path: file.size for path, file in self.files.items()}
-        sizes |= {path: file.stat().st_size for path, file in (more or {}).items()}
+        sizes = self.files | {path: file.stat().st_size for path, file in (more or {}).items()}
         sizes = {tuple(map(int, match.groups())): size for path, size in sizes.items()
                  if (match := SHARD_PATH.fullmatch(path))}
         wanted = [(epoch, shard) for epoch in manifest.stored_epochs for shard in range(manifest.num_shards)]

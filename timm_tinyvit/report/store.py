@@ -15,7 +15,7 @@ import numpy as np
 from ..base.console import progress
 from ..base.errors import InputError
 from ..base.files import write_atomic
-from ..base.hub_client import is_hub_url
+from ..base.remote_folder import is_remote
 from ..base.text import counted, decimal, percent, readable_bytes, text_facts, text_table
 from ..data.views import check_probe
 from ..store.base import StoreReader
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Each is downloaded.
-MAX_HUB_EPOCHS = 3
+MAX_REMOTE_EPOCHS = 3
 NUM_GALLERY_ROWS = 5
 NUM_GALLERY_EPOCHS = 6
 NUM_CONFUSIONS = 12
@@ -69,11 +69,11 @@ def report_store(
     """The report of a store, as text or JSON; the page and the picture that are asked for are written.
 
     Args:
-        path: Folder of the store, or where it is on the Hub.
+        path: Folder or URL of the store.
         html: File of the page.
         gallery: File of a PNG with views of several epochs; needs the data set.
         as_json: Give JSON instead of lines for people.
-        epochs: Epochs to choose from; by default all, of a store on the Hub three, as each is downloaded.
+        epochs: Epochs to choose from; by default all, of one behind a URL three, as each is downloaded.
         max_samples: Samples to read, at most; 100,000 by default.
         dataset: The data set of the store, for labels and views.
         train_split: Its split, `train` by default.
@@ -88,7 +88,7 @@ def report_store(
     check_output(gallery)
     if max_samples is not None and max_samples < 1:
         raise InputError(f'--max-samples is {max_samples}; expected 1 or more')
-    max_epochs = MAX_HUB_EPOCHS if is_hub_url(path) and epochs is None else MAX_EPOCHS
+    max_epochs = MAX_REMOTE_EPOCHS if is_remote(path) and epochs is None else MAX_EPOCHS
     store = open_reader(path, keep_epochs=max_epochs)
     stored = store.manifest.stored_epochs
     epochs = stored if epochs is None else epochs
@@ -192,9 +192,9 @@ def _report_features(
 
 def _page_facts(store: StoreReader) -> dict[str, str]:
     facts = store_facts(store)
-    if not isinstance(store, RemoteStore):
+    if not (isinstance(store, RemoteStore) and store.source.is_on_hub):
         # A page may be shown to others, and a path names people and machines.
-        facts['store'] = store.path.resolve().name
+        facts['store'] = Path(store.path).resolve().name
     return facts
 
 
@@ -244,7 +244,9 @@ def store_facts(store: StoreReader) -> dict[str, str]:
     # A manifest that was written by another program may say less.
     unknown = dict.fromkeys(('name', 'weights', 'dtype', 'device'), 'unknown') | {'input_size': '??'}
     teacher = unknown | manifest.teacher
-    where = 'the Hub' if isinstance(store, RemoteStore) else 'disk'
+    where = 'disk'
+    if isinstance(store, RemoteStore):
+        where = 'the Hub' if store.source.is_on_hub else f'{store.source.protocol}://'
     facts = {
         'store': str(store.path),
         'teacher': f'{teacher["name"]} (weights {teacher["weights"][:8]}, {teacher["dtype"]}, {teacher["device"]}, '

@@ -1,4 +1,4 @@
-"""The sparse targets of every view, in a folder or on the Hub: manifest, shards, readers and the writer.
+"""The sparse targets of every view, in a folder or behind a URL: manifest, shards, readers and the writer.
 
 A store is opened for reading with `open_reader`, wherever it is, or with its views checked by `data.opening`; it is
 made and filled as a `LogitStore`. All of them, and several read as one `Ensemble`, are `StoreReader`s.

@@ -1,4 +1,4 @@
-"""StoreReader: what every store can be asked, in a folder, on the Hub, or several of them as one.
+"""StoreReader: what every store can be asked, in a folder, behind a URL, or several of them as one.
 
 Whoever trains or looks into a store needs nothing else. A store is written in a folder alone, by `LogitStore`.
 """

@@ -1,4 +1,4 @@
-"""Fetcher: a process beside a training that brings epochs of a store on the Hub to disk before they are read.
+"""Fetcher: a process beside a training that brings epochs of a remote store to disk before they are read.
 
 It is a process and not a thread, as loader workers are forked all the time, and a lock that a thread holds at that
 moment is never given back in the fork.
@@ -11,14 +11,13 @@ import signal
 import weakref
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from multiprocessing.sharedctypes import Synchronized
 from typing import NamedTuple
 from collections.abc import Callable
 
 from ..base.console import progress, warning
 from ..base.errors import InputError
 from ..base.launch import init_worker
-from .cache import HeldEpochs, HubCache
+from .cache import HeldEpochs, ShardCache
 
 __all__ = ['NUM_DOWNLOADS', 'Fetcher']
 
@@ -42,7 +41,7 @@ class Fetcher:
         cache: Where they go.
     """
 
-    def __init__(self, cache: HubCache):
+    def __init__(self, cache: ShardCache):
         self.cache = cache
         self.command: _Command | None = None
         self.is_ready, self.has_failed = True, False
@@ -51,15 +50,12 @@ class Fetcher:
 
     def _start(self) -> None:
         self.num_starts += 1
-        ours, theirs = multiprocessing.Pipe()
-        # Bytes of the epochs in use that were fetched since the last command.
-        self.fetched = multiprocessing.Value('q', 0)
+        self.connection, theirs = multiprocessing.Pipe()
         self.process = multiprocessing.Process(
-            target=_serve, args=(self.cache, ours, theirs, self.fetched), name='store fetcher', daemon=True)
+            target=_serve, args=(self.cache, self.connection, theirs), name='store fetcher', daemon=True)
         self.process.start()
         theirs.close()
-        self.connection = ours
-        self.stop = weakref.finalize(self, _end, self.process, ours, os.getpid())
+        self.stop = weakref.finalize(self, _end, self.process, self.connection, os.getpid())
 
     def order(self, epochs: list[int], then: list[int], kept: list[int]) -> None:
         """Fetch some epochs and then others, and keep only some on disk."""
@@ -81,21 +77,21 @@ class Fetcher:
         """
         if self.has_failed:
             self.order(*self.command)
-        epochs = self.command.epochs
-        sizes = [self.cache.sizes[epoch][self.cache.lacking(epoch)] for epoch in epochs if epoch in self.cache.sizes]
-        total = sum(int(size.clip(0).sum()) for size in sizes)
+        epochs, size = self.command.epochs, self.cache.shard_format.file_size
+        total = left = sum(size(shard) for epoch in epochs for shard in self.cache.lacking(epoch))
         with progress(
                 total=total, desc=f'fetch epoch {epochs[0]}', unit='B', unit_scale=True, leave=False, delay=1) as bar:
             while not self.is_ready:
                 if stop():
                     return False
-                kind, value = self._next()
-                bar.update(self.fetched.value - bar.n)
+                kind, reason = self._next()
+                left = min(left, sum(size(shard) for epoch in epochs for shard in self.cache.lacking(epoch)))
+                bar.update(total - left - bar.n)
                 if kind == 'failed':
                     self.has_failed = True
-                    raise InputError(value)
+                    raise InputError(reason)
                 if kind == 'late':
-                    warning(f'epoch {epochs[0]} of {self.cache.source} is late: {value}; still trying')
+                    warning(f'epoch {epochs[0]} of {self.cache.source} is late: {reason}; still trying')
                 self.is_ready = kind == 'ready'
         return True
 
@@ -130,7 +126,7 @@ def _end(process: multiprocessing.Process, connection: Connection, owner: int) -
     process.join()
 
 
-def _serve(cache: HubCache, parents: Connection, connection: Connection, fetched: Synchronized) -> None:
+def _serve(cache: ShardCache, parents: Connection, connection: Connection) -> None:
     """What a fetcher does: carry out the last command until the next one comes."""
     init_worker(0)
     # What it leaves behind when it is stopped, others clear up.
@@ -139,17 +135,11 @@ def _serve(cache: HubCache, parents: Connection, connection: Connection, fetched
     held = HeldEpochs(cache)
     with suppress(EOFError):
         while (command := connection.recv()) is not None:
-            _carry_out(command, cache, held, connection, fetched)
+            _carry_out(command, cache, held, connection)
     held.release()
 
 
-def _carry_out(
-        command: _Command,
-        cache: HubCache,
-        held: HeldEpochs,
-        connection: Connection,
-        fetched: Synchronized,
-) -> None:
+def _carry_out(command: _Command, cache: ShardCache, held: HeldEpochs, connection: Connection) -> None:
     """Fetch what a command says, unless the next one comes before."""
     reasons: list[str] = []
 
@@ -158,16 +148,12 @@ def _carry_out(
             reasons.append(reason)
             connection.send((command, 'late', reason))
 
-    def count(size: int) -> None:
-        fetched.value += size
-
     # Ranks share out the connections of a machine.
     threads = max(1, NUM_DOWNLOADS // int(os.environ.get('LOCAL_WORLD_SIZE', '1')))
-    fetched.value = 0
     try:
         held.set(command.kept)
         for epoch in command.epochs:
-            if not cache.fetch(epoch, cache.lacking(epoch), threads, stop=connection.poll, late=late, count=count):
+            if not cache.fetch(epoch, cache.lacking(epoch), threads, stop=connection.poll, late=late):
                 return
     except InputError as error:
         connection.send((command, 'failed', str(error)))

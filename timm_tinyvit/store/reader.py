@@ -18,9 +18,9 @@ import numpy as np
 from ..base.errors import InputError
 from .base import StoreReader
 from .digests import decode_digests, digests_name
-from .keys import KeyIndex
+from .keys import FILE_NAME, KeyIndex
 from .manifest import Manifest
-from .projection import Projection
+from .projection import PROJECTION_NAME, Projection
 from .shard import ShardFormat, epoch_name, file_status, shard_name
 
 __all__ = ['ShardStore']
@@ -66,6 +66,9 @@ class ShardStore(StoreReader):
         """The file of a shard on this disk."""
         return self.folder / epoch_name(epoch) / shard_name(shard)
 
+    def _have(self, name: str) -> None:  # noqa: B027  it lies in the folder, or nowhere
+        """Bring one of the other files of the store, where it has it, into the folder."""
+
     def missing(self, epochs: Iterable[int]) -> list[tuple[int, int]]:
         pairs = []
         for epoch in epochs:
@@ -74,6 +77,7 @@ class ShardStore(StoreReader):
         return pairs
 
     def open_keys(self) -> KeyIndex:
+        self._have(FILE_NAME)
         return KeyIndex.open(self.folder, self.manifest)
 
     def open_projection(self) -> Projection | None:
@@ -82,6 +86,8 @@ class ShardStore(StoreReader):
         Raises:
             InputError: The file is missing, damaged or another one.
         """
+        if self.manifest.features.get('projection'):
+            self._have(PROJECTION_NAME)
         return Projection.open(self.folder, self.manifest)
 
     def read_digests(self, shard: int) -> np.ndarray | None:
@@ -90,6 +96,7 @@ class ShardStore(StoreReader):
         Raises:
             InputError: Their file is damaged.
         """
+        self._have(digests_name(shard))
         path = self.folder / digests_name(shard)
         try:
             data = path.read_bytes()

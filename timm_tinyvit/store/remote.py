@@ -1,13 +1,14 @@
-"""RemoteStore: a logit store on the Hub that is read without being downloaded first.
+"""RemoteStore: a logit store behind a URL that is read without being downloaded first.
 
-`open_reader('hf://datasets/ORG/NAME')` pins the commit that is the newest now. Reading fetches what is not on disk.
-Who trains calls `prefetch` with the epochs that it reads and with the next ones, and then `wait`: a process beside this
-one fetches the former, then the latter, and removes from disk what was used. Nobody has to: whatever a reader lacks, it
-fetches by itself.
+`open_reader('hf://datasets/ORG/NAME')` pins the commit that is the newest now; `s3://BUCKET/NAME` and the like need no
+commit, as a shard has the identity of its store in it. Reading fetches what is not on disk. Who trains calls
+`prefetch` with the epochs that it reads and with the next ones, and then `wait`: a process beside this one fetches the
+former, then the latter, and removes from disk what was used. Nobody has to: whatever a reader lacks, it fetches by
+itself.
 """
 
 import os
-from functools import cached_property
+from contextlib import suppress
 from pathlib import Path
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,21 +16,18 @@ import numpy as np
 from huggingface_hub import constants
 
 from ..base.errors import InputError
-from ..base.files import check_no_link, remove_leftovers
-from ..base.hub_client import is_hub_url, parse_hub_url
+from ..base.files import check_no_link, remove_leftovers, write_atomic
 from ..base.leases import Leases
+from ..base.remote_folder import RemoteFolder, is_remote
 from .base import StoreReader
-from .cache import HeldEpochs, HubCache, HubCommit
-from .digests import digests_name
+from .cache import LISTING_NAME, HeldEpochs, ShardCache
 from .fetcher import NUM_DOWNLOADS, Fetcher
-from .keys import FILE_NAME, KeyIndex
 from .local import LogitStore
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest, stored_epoch
-from .projection import PROJECTION_NAME, Projection
 from .reader import ShardStore
 from .shard import epoch_name
 
-__all__ = ['RemoteStore', 'check_content', 'content_of', 'open_reader', 'resolve_commit']
+__all__ = ['RemoteStore', 'check_content', 'content_of', 'open_reader']
 
 # Epochs on disk of a reader that does not say which come next.
 NUM_KEPT = 2
@@ -40,23 +38,32 @@ def open_reader(
         keep_epochs: int | None = None,
         cache_dir: str | Path | None = None,
 ) -> ShardStore:
-    """Open a store for reading, on disk or on the Hub, without a look at its views.
+    """Open a store for reading, on disk or behind a URL, without a look at its views.
 
     Args:
-        location: A folder, or `hf://datasets/ORG/NAME[@REVISION]`.
-        keep_epochs: Epochs of a store on the Hub that stay on disk, at least those in use; by default those in use
+        location: A folder, `hf://datasets/ORG/NAME[@REVISION]`, or a URL of any file system that fsspec knows.
+        keep_epochs: Epochs of a store behind a URL that stay on disk, at least those in use; by default those in use
             and as many to come.
         cache_dir: Where they go; by default huggingface_hub's folder for assets, in HF_HOME.
 
     Raises:
-        InputError: There is no store, or its manifest is damaged, or the Hub cannot be reached, or a folder of the
-            cache is a link.
+        InputError: There is no store, or its manifest is damaged, or it cannot be reached, or a folder of the cache is
+            a link.
     """
-    if not is_hub_url(str(location)):
+    if not is_remote(location):
         return LogitStore.open(location)
-    source = resolve_commit(str(location))
-    root = constants.HF_ASSETS_CACHE if cache_dir is None else cache_dir
-    folder = Path(root).expanduser().absolute() / 'timm_tinyvit' / source.repo_id.replace('/', '--') / source.commit
+    source = RemoteFolder.resolve(str(location))
+    places = Path(constants.HF_ASSETS_CACHE if cache_dir is None else cache_dir).expanduser().absolute()
+    places = places / 'timm_tinyvit' / source.name
+    manifest = None
+    if source.commit is not None:
+        # What a commit holds stays as it is.
+        with suppress(InputError, OSError):
+            text = (places / source.commit / MANIFEST_NAME).read_text(errors='replace')
+            manifest = Manifest.from_json(text, f'{MANIFEST_NAME} of {source}')
+    if manifest is None:
+        manifest = read_manifest(source)
+    folder = places / (source.commit or manifest.identity)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,38 +74,30 @@ def open_reader(
         check_no_link(each)
         remove_leftovers(each)
         leases.clear(each)
-    return RemoteStore(source, folder, _manifest(source, folder / MANIFEST_NAME), keep_epochs)
+    write_atomic(folder / MANIFEST_NAME, manifest.to_json().encode())
+    if source.commit is None:
+        (folder / LISTING_NAME).unlink(missing_ok=True)
+    return RemoteStore(source, folder, manifest, keep_epochs)
 
 
-def resolve_commit(location: str) -> HubCommit:
-    """The commit of a store on the Hub, the newest one where its URL names none.
+def read_manifest(source: RemoteFolder) -> Manifest:
+    """The manifest of a store behind a URL.
 
     Raises:
-        InputError: It names no store, or there is none, or the Hub cannot be reached.
+        InputError: There is none, it is damaged, or it cannot be reached.
     """
-    url = parse_hub_url(location)
-    if url.repo_type != 'dataset' or url.path:
-        raise InputError(f'{location} is no store on the Hub; expected hf://datasets/ORG/NAME, or with @REVISION')
-    return HubCommit.resolve(url, MANIFEST_NAME)
-
-
-def _manifest(source: HubCommit, file: Path) -> Manifest:
-    """The manifest of a store on the Hub, from this file if it is there and not damaged."""
-    for is_last in (False, True):
-        if is_last or not file.exists():
-            source.download(MANIFEST_NAME, file, MAX_MANIFEST_SIZE)
-        try:
-            return Manifest.from_json(file.read_text(errors='replace'), f'{MANIFEST_NAME} of {source}')
-        except (InputError, OSError):
-            if is_last:
-                raise
+    content = source.read(MANIFEST_NAME, MAX_MANIFEST_SIZE)
+    if content is None:
+        raise InputError(f'{source} has no {MANIFEST_NAME}: it is no logit store, or was not pushed to its end; give '
+                         f'another name, or push it again')
+    return Manifest.from_json(content.decode(errors='replace'), f'{MANIFEST_NAME} of {source}')
 
 
 class RemoteStore(ShardStore):
-    """A commit of a store on the Hub, to read.
+    """A store behind a URL, to read.
 
     Args:
-        source: The commit.
+        source: Where it is.
         folder: The folder of its shards on this disk.
         manifest: Its manifest.
         keep_epochs: Epochs that stay on disk, see `open_reader`.
@@ -107,7 +106,7 @@ class RemoteStore(ShardStore):
 
     def __init__(
             self,
-            source: HubCommit,
+            source: RemoteFolder,
             folder: Path,
             manifest: Manifest,
             keep_epochs: int | None = None,
@@ -116,7 +115,7 @@ class RemoteStore(ShardStore):
         super().__init__(str(source), folder, manifest)
         self.source = source
         self.keep_epochs = keep_epochs
-        self._cache = HubCache(source, folder, self._format)
+        self._cache = ShardCache(source, folder, self._format)
         self._prefetches = prefetches
         self._kept: list[int] = []  # epochs on disk; the one that was used last stands last
         self._held: HeldEpochs | None = None
@@ -161,32 +160,16 @@ class RemoteStore(ShardStore):
             self._bring(epoch, shards)
             return super().read(epoch, rows)
 
-    def open_keys(self) -> KeyIndex:
-        if not KeyIndex.exists(self.folder):
-            self.source.download(FILE_NAME, self.folder / FILE_NAME)
-        return super().open_keys()
-
-    def open_projection(self) -> Projection | None:
-        if self.manifest.features.get('projection') and not (self.folder / PROJECTION_NAME).exists():
-            self.source.download(PROJECTION_NAME, self.folder / PROJECTION_NAME)
-        return super().open_projection()
-
-    def read_digests(self, shard: int) -> np.ndarray | None:
-        name = digests_name(shard)
-        if not (self.folder / name).exists() and name in self._files_on_hub:
-            self.source.download(name, self.folder / name)
-        return super().read_digests(shard)
-
-    @cached_property
-    def _files_on_hub(self) -> set[str]:
-        return set(self.source.files())
-
     def size(self) -> int:
-        """Bytes of all shards on the Hub."""
-        return sum(int(sizes[sizes > 0].sum()) for sizes in self._cache.sizes.values())
+        """Bytes of all shards that the remote store has."""
+        return self._cache.size
 
     def _stored(self, epoch: int) -> list[int]:
-        return self._cache.on_hub(epoch)
+        return self._cache.shards.get(epoch, [])
+
+    def _have(self, name: str) -> None:
+        if name in self._cache.others and not (self.folder / name).exists():
+            write_atomic(self.folder / name, self.source.read(name) or b'')
 
     def _verify_shard(self, epoch: int, shard: int) -> Iterator[str]:
         try:
@@ -226,7 +209,7 @@ class RemoteStore(ShardStore):
 def content_of(store: StoreReader) -> dict[str, list]:
     """What a store holds now, its epochs and commits on the Hub, to be compared with when a run is resumed."""
     stored = store.manifest.stored_epochs
-    commits = [part.path if isinstance(part, RemoteStore) else '' for part in store.stores]
+    commits = [part.path if _is_pinned(part) else '' for part in store.stores]
     return {'epochs': [stored.start, len(stored)], 'commits': commits}
 
 
@@ -251,12 +234,11 @@ def check_content(store: StoreReader, before: dict[str, list] | None, num_epochs
     if epochs != [first + epoch % count for epoch in range(num_epochs)]:
         reason = f'it had epochs {first}:{first + count} and has {stored.start}:{stored.stop}'
     for part, commit in zip(store.stores, before['commits']):
-        if reason is None and isinstance(part, RemoteStore) and commit not in ('', part.path):
+        if reason is None and _is_pinned(part) and commit not in ('', part.path):
             folders = {epoch_name(epoch) for epoch in epochs}
             hashes = [
-                {(path, file.lfs.sha256 if file.lfs else file.blob_id) for path, file in source.files().items()
-                 if path.partition('/')[0] in folders}
-                for source in (resolve_commit(commit), part.source)]
+                {(path, file['blob_id']) for path, file in source.files().items() if path.partition('/')[0] in folders}
+                for source in (RemoteFolder.resolve(commit), part.source)]
             if changed := sorted({path for path, _ in hashes[0] ^ hashes[1]}):
                 reason = f'{len(changed)} of its shards are others, first {changed[0]}'
     if reason:
@@ -264,3 +246,8 @@ def check_content(store: StoreReader, before: dict[str, list] | None, num_epochs
             f'the store {store.path} has changed since this run began: {reason}; give --logits '
             f'{" ".join(commit or str(part.path) for part, commit in zip(store.stores, before["commits"]))} to go on '
             f'with what it was, or start another --experiment')
+
+
+def _is_pinned(store: StoreReader) -> bool:
+    """Whether a store is a commit on the Hub; elsewhere a shard is the same as long as its identity is."""
+    return isinstance(store, RemoteStore) and store.source.is_on_hub

@@ -76,7 +76,7 @@ class ShardFormat:
         Raises:
             InputError: The file is missing, cut short, or another shard.
         """
-        expected = self._file_size(shard)
+        expected = self.file_size(shard)
         try:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -109,7 +109,7 @@ class ShardFormat:
         except OSError as error:
             raise _unreadable(path, epoch, shard, error)
         body, footer = content[:-FOOTER_SIZE], content[-FOOTER_SIZE:]
-        if len(content) != self._file_size(shard) or \
+        if len(content) != self.file_size(shard) or \
                 footer != MAGIC + hashlib.blake2b(body, digest_size=16).digest():
             raise InputError(f'{path} is damaged: its checksum does not match; {_remedy(path)}')
         return content[HEADER_SIZE:HEADER_SIZE + self._data_size(shard)]
@@ -117,7 +117,8 @@ class ShardFormat:
     def _data_size(self, shard: int) -> int:
         return self.manifest.shard_rows(shard) * self.manifest.record_width
 
-    def _file_size(self, shard: int) -> int:
+    def file_size(self, shard: int) -> int:
+        """Bytes of the file of a shard."""
         size = self._data_size(shard)
         return HEADER_SIZE + size + -size % 8 + len(END_OF_STREAM) + FOOTER_SIZE
 
