@@ -127,6 +127,15 @@ def hub():
 
 
 @pytest.fixture(scope='session')
+def s3_server():
+    """A server of S3's interface, for all tests."""
+    from support.s3_server import S3Server  # slow to import
+
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture(scope='session')
 def teacher(tmp_path_factory) -> str:
     """A small timm model with the weights of one seed, as a folder."""
     torch.manual_seed(0)
