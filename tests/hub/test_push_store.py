@@ -31,7 +31,8 @@ from timm_tinyvit.data.dataset import SparseLogitDataset
 from timm_tinyvit.hub import push_store as publish_store, store_card
 from timm_tinyvit.hub.model_card import PACKAGE
 from timm_tinyvit.hub.store_card import card_statistics
-from timm_tinyvit.report.labels import LabelledViews, data_name, labelled_views, teacher_classes
+from timm_tinyvit.data.sources import data_name
+from timm_tinyvit.report.labels import LabelledViews, labelled_views, teacher_classes
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.creating import create_teacher
 

@@ -83,6 +83,11 @@ def load_validation_split() -> None:
     print(len(rows), rows.split, rows.features['label'].names[0], sum(rows['label']))
 
 
+def load_training_splits(*names: str) -> None:
+    from timm_tinyvit.data.sources import load_split
+    print([load_split(name, None, is_training=True)['label'][:] for name in names])
+
+
 def load_sample() -> None:
     import datasets
     splits = datasets.load_dataset('org/logits')

@@ -158,6 +158,8 @@ class ArgumentParser(argparse.ArgumentParser):
             raise InputError(f'unknown argument {unknown[0]}; see {self.prog} --help')
         if 'data' in parsed:
             _settle_data(self, parsed)
+        if 'dataset_revision' in parsed:
+            _settle_revision(parsed)
         _check_limits(parsed)
         if 'val_fraction' in parsed:
             _settle_fraction(parsed)
@@ -192,6 +194,19 @@ def _settle_fraction(args: argparse.Namespace) -> None:
     args.train_split = f'{split} without {share:.6f}'.rstrip('0')
     if 'val_split' in args:
         args.val_split = f'{split} held-out {share:.6f}'.rstrip('0')
+
+
+def _settle_revision(args: argparse.Namespace) -> None:
+    """Put revision and configuration of a data set behind its name, which `load_split` reads."""
+    name, revision, config = args.dataset, args.dataset_revision, args.dataset_config
+    del args.dataset_revision, args.dataset_config
+    if (revision or config) and name is None:
+        raise InputError('--dataset-revision and --dataset-config are of a data set; name it with --dataset')
+    if revision and (Path(name).expanduser().exists() or '://' in name and not name.startswith('hf://')):
+        raise InputError(f'--dataset-revision is {revision}, but {name} is not on the Hub, and has no revisions; leave '
+                         f'it out')
+    if revision or config:
+        args.dataset += (f'@{revision}' if revision else '') + (f':{config}' if config else '')
 
 
 # Smallest and largest values of flags, of whatever program.
@@ -231,8 +246,12 @@ def add_image_arguments(
         group.add_argument('data', nargs='?', metavar='DATA', help='the training data, in place of --dataset')
     either = group.add_mutually_exclusive_group(required=required and not positional)
     either.add_argument('--dataset', metavar='NAME',
-                        help='Hub name (hfds/NAME too), or a folder of parquet files, images, tars or save_to_disk')
+                        help='Hub name (hfds/NAME too), a folder of parquet files, images, tars or save_to_disk, or '
+                             'the address of such a folder, as s3://BUCKET/NAME')
     either.add_argument('--data-dir', dest='dataset', metavar='DIR', help='a folder, in place of --dataset')
+    group.add_argument('--dataset-config', metavar='NAME', help='one of its configurations (--dataset NAME:CONFIG too)')
+    group.add_argument('--dataset-revision', metavar='NAME',
+                       help='branch, tag or commit on the Hub (--dataset NAME@REVISION too)')
     add_split_arguments(group)
     return group
 

@@ -5,7 +5,8 @@ that holds an image is its class, and classes are numbered over all splits in ti
 
     photos/train/CLASS/1.jpg  photos/val/CLASS/2.jpg          or of one split, photos/CLASS/1.jpg
 
-Of parquet, Arrow and tar files, names decide as `datasets` reads them. Links are followed; what is left out is told.
+Of parquet, Arrow and tar files, here or at an address such as s3://BUCKET/photos, names decide as `datasets` reads
+them. Links are followed; what is left out is told.
 """
 
 import glob
@@ -24,6 +25,7 @@ import datasets
 from datasets.config import REPOYAML_FILENAME
 from datasets.data_files import SPLIT_KEYWORDS, _get_data_files_patterns, get_data_patterns
 from datasets.exceptions import DataFilesNotFoundError
+from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
 from ..base.errors import InputError
@@ -31,7 +33,8 @@ from ..base.yaml_reader import card_head, read_yaml
 from .decoding import identify, image_endings
 
 __all__ = [
-    'FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'load_builder', 'natural_order', 'open_folder',
+    'FILE_KINDS', 'Folder', 'check_saved', 'check_whole', 'list_files', 'load_builder', 'natural_order', 'open_address',
+    'open_folder',
 ]
 
 # Folders that programs leave behind.
@@ -87,7 +90,7 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
     if odd := next((path for path in files if not (root / path).is_file()), None):
         raise InputError(f'{root / odd} is no regular file, nor a link to one; remove it')
     if kind in FILE_KINDS:
-        return _open_files(root, files)
+        return _open_files(str(root), files, kind)
     base, data_files = glob.escape(str(root)), None
     if base != str(root):
         # Brackets and stars are no patterns.
@@ -98,6 +101,32 @@ def open_folder(root: Path, config: str | None = None) -> Folder:
     except DataFilesNotFoundError:
         raise InputError(f'the folder {root} holds neither images nor files of parquet, Arrow or tar'
                          + (f', but {_endings(files)}' if files else ''))
+
+
+def open_address(address: str) -> Folder:
+    """What lies below an address of fsspec's, as what loads its files of parquet, Arrow or tar.
+
+    Args:
+        address: A folder or a file, as s3://BUCKET/photos; the environment says who asks, and whom.
+
+    Raises:
+        InputError: There are no such files.
+        Exception: fsspec's: the service cannot be reached, or it refuses.
+    """
+    if '::' in address:
+        raise InputError(f'the address {address} is a chain; give one of the files as they are')
+    system, root = url_to_fs(address.rstrip('/'))
+    paths = system.find(root)
+    if paths == [root]:  # a file
+        address, root = os.path.dirname(address), os.path.dirname(root)
+    files = sorted(path.removeprefix(f'{root}/') for path in paths)
+    files = [path for path in files if not any(part.startswith('.') or part in UNSEEN for part in path.split('/'))]
+    kinds = Counter(kind for kind in map(_kind, files) if kind in FILE_KINDS)
+    if not kinds:
+        raise InputError(f'{address} holds no files of parquet, Arrow or tar' + (
+            f', but {_endings(files)}' if files else ', nor any other'))
+    kind = max(kinds, key=kinds.__getitem__)
+    return _open_files(address.rstrip('/'), [path for path in files if _kind(path) == kind], kind)
 
 
 def _card_of(root: Path) -> dict[str, Any]:
@@ -207,8 +236,8 @@ def _kind(path: str) -> str | None:
     return next((FILE_ENDINGS[ending] for ending in endings if ending in FILE_ENDINGS), None)
 
 
-def _open_files(root: Path, files: list[str]) -> Folder:
-    """A folder of files of one of `FILE_KINDS`, with the splits that `datasets` reads from their names."""
+def _open_files(root: str, files: list[str], kind: str) -> Folder:
+    """Files of one of `FILE_KINDS` below a folder or address, with the splits that `datasets` reads from names."""
 
     def matching(*patterns: str) -> list[str]:
         expressions = [re.compile(glob_translate(pattern)) for pattern in patterns]
@@ -216,11 +245,12 @@ def _open_files(root: Path, files: list[str]) -> Folder:
 
     splits = {str(split): matching(*patterns) for split, patterns in _get_data_files_patterns(matching).items()}
     counts = Counter(path for paths in splits.values() for path in paths)
+    is_address = '://' in root
     for path in counts:
-        if '.arrow' in path:
-            check_whole(str(root / path))
-    data_files = {split: [glob.escape(str(root / path)) for path in paths] for split, paths in splits.items()}
-    folder = Folder(builder=load_builder(str(root), data_files=data_files))
+        if '.arrow' in path and not is_address:
+            check_whole(f'{root}/{path}')
+    data_files = {split: [glob.escape(f'{root}/{path}') for path in paths] for split, paths in splits.items()}
+    folder = Folder(builder=load_builder(kind if is_address else root, data_files=data_files))
     if left_out := [path for path in files if path not in counts]:
         for split in splits:
             folder.notes[split].append(f'{root}: {len(left_out)} of {len(files)} files are in no split and left out, '

@@ -1,8 +1,9 @@
 """Where images come from: splits of Hugging Face data sets, on disk or streamed, and what their columns hold.
 
-A source is a Hub name, a folder of images in one folder per class, of parquet files or of webdataset's tar files, or a
-folder of `save_to_disk`. docs/data.md has on one page what is read of each, and what is refused or left out. Columns
-are found by their usual names or named by flags; a dot names an entry of a column of structures, as in `json.label`.
+A source is a Hub name, a folder of images in one folder per class, of parquet files or of webdataset's tar files, such
+files at an address as s3://BUCKET/photos, or a folder of `save_to_disk`. docs/data.md has on one page what is read of
+each, and what is refused or left out. Columns are found by their usual names or named by flags; a dot names an entry of
+a column of structures, as in `json.label`.
 """
 
 import glob
@@ -27,12 +28,13 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..base.console import warning
 from ..base.errors import InputError
-from .folders import FILE_KINDS, check_saved, load_builder, open_folder
+from .folders import FILE_KINDS, check_saved, load_builder, open_address, open_folder
 from .tars import TarSamples
 
 __all__ = [
-    'as_split', 'class_names', 'column', 'encoded_image', 'find_column', 'find_key_column', 'hold_out', 'image_root',
-    'labels_of', 'load_split', 'no_labels', 'read_labels', 'sample_files', 'sample_name', 'select_columns',
+    'as_split', 'class_names', 'column', 'data_name', 'encoded_image', 'find_column', 'find_key_column', 'hold_out',
+    'image_root', 'labels_of', 'load_split', 'no_labels', 'read_labels', 'sample_files', 'sample_name',
+    'select_columns',
 ]
 
 IMAGE_KEYS = ('image', 'img', 'jpg', 'png', 'webp', 'jpeg')
@@ -45,6 +47,8 @@ HELD_OUT = re.compile(r'(?P<split>.+) (?P<part>without|held-out) (?P<share>[01]?
 # What `datasets` says before it says what is wrong.
 NO_REASON = 'An error occurred while generating the dataset'
 KIND_WORDS = {'string': 'words', 'bool': 'truth values', 'float': 'real numbers', 'list': 'lists', 'null': 'nothing'}
+# A whole repo by its address, for `datasets` to read with its card.
+HUB_REPO = re.compile(r'hf://datasets/([^/@:]+/[^/@:]+(?:@refs/\w+/[^/:]+|@[^/:]+)?(?::.+)?)')
 # Addresses that the rows of a data set may name, whoever made it.
 REMOTE = ('hf://', 'https://')
 
@@ -63,8 +67,9 @@ def load_split(
 
     Args:
         name: A Hub name, with or without timm's `hfds/` before it; a folder of images in one folder per class, of
-            parquet files or of webdataset's tar files; or a folder written by `save_to_disk`. Where a data set has
-            several configurations, the name of one after a colon: `ORG/NAME:CONFIGURATION`.
+            parquet files or of webdataset's tar files; such files at an address of fsspec's, as s3://BUCKET/photos; or
+            a folder written by `save_to_disk`. Where a data set has several configurations, the name of one after a
+            colon, and on the Hub a revision before it: `ORG/NAME@REVISION:CONFIGURATION`.
         split: Name of the split, slices as in `train[:1000]` included, or `train held-out 0.2` for a share of each
             class and `train without 0.2` for the rest; by default `train` in training, and otherwise the first of
             `validation` and `test` that is there.
@@ -90,7 +95,9 @@ def load_split(
         is_held_out = hold_out(labels, float(found['share']))
         return rows.select(np.flatnonzero(is_held_out == (found['part'] == 'held-out')))
     where, config = f'the data set {name}', None
-    if ':' in name and not Path(name).expanduser().exists():
+    if repo := HUB_REPO.fullmatch(name):
+        name = repo[1]
+    if ':' in name and '://' not in name and not Path(name).expanduser().exists():
         name, _, config = name.rpartition(':')
     local = Path(name).expanduser()
     name = name.removeprefix('hfds/')
@@ -105,13 +112,17 @@ def load_split(
         elif local.is_dir():
             folder = open_folder(local.resolve(), config)
             splits, notes = folder.splits or _load(folder.builder, split, is_training, streaming), folder.notes
+        elif '://' in name:
+            folder = open_address(name)
+            splits, notes = _load(folder.builder, split, is_training, streaming), folder.notes
         elif local.exists():
             raise InputError(f'{name} is a file; give a folder of parquet files or images, or a Hub name')
         elif name.startswith(('.', '/', '~')):
             raise InputError(f'there is no folder {name}; give a folder of parquet files or images, or a Hub name')
         else:
             where = f'there is no folder {name} here, and the data set of that name on the Hub'
-            splits = _load(load_builder(name, config), split, is_training, streaming)
+            name, _, revision = name.partition('@')
+            splits = _load(load_builder(name, config, revision=revision or None), split, is_training, streaming)
     except Exception as error:
         # The loaders raise whatever their backend raises; all of it is about the name that was given.
         reason = _reason(error)
@@ -184,6 +195,16 @@ def as_split(dataset: Source | str | Path, split: str | None = None, is_training
     if split is not None:
         raise InputError(f'split={split!r} is of a data set that is named; this one is loaded already, leave it out')
     return dataset
+
+
+def data_name(dataset: str) -> tuple[str, bool]:
+    """What a data set is called that `--dataset` names, without the path of a folder; and whether it is on the Hub."""
+    folder = Path(dataset).expanduser()
+    if folder.exists():
+        return folder.resolve().name, False
+    if '://' in dataset and not HUB_REPO.fullmatch(dataset):
+        return dataset.rstrip('/').rpartition('/')[2], False
+    return dataset.removeprefix('hfds/').removeprefix('hf://datasets/'), True
 
 
 def _reason(error: BaseException) -> str:

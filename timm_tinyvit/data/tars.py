@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from collections.abc import Iterator
 
 import datasets
+import fsspec
 import pyarrow as pa
 from datasets.features.features import cast_to_python_objects
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
@@ -84,6 +85,15 @@ class TarSamples(WebDataset):
 
 class _Members(ArchiveIterable):
     """The files in a tar file, as pairs of a name and an open file."""
+
+    @classmethod
+    def _iter_from_urlpath(cls, urlpath: str, download_config: Any = None) -> Iterator[tuple[str, Any]]:
+        if '://' not in urlpath or urlpath.startswith(('hf://', 'http')):
+            yield from super()._iter_from_urlpath(urlpath, download_config)
+            return
+        # `datasets` opens all addresses with an argument of those two.
+        with fsspec.open(urlpath) as file:
+            yield from cls._iter_tar(file)
 
     @staticmethod
     def _iter_tar(file: BinaryIO) -> Iterator[tuple[str, Any]]:

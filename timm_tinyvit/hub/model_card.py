@@ -422,7 +422,12 @@ def _hub_datasets(record: dict[str, Any]) -> list[str]:
     """The images and the stores that a run learned from, as far as they are on the Hub."""
     stores = [store['name'].removeprefix('hf://datasets/').partition('@')[0]
               for store in record['stores'] if store['on_hub']]
-    return ([record['train']['name']] if record['train']['on_hub'] else []) + list(dict.fromkeys(stores))
+    return ([_repo_of(record['train'])] if record['train']['on_hub'] else []) + list(dict.fromkeys(stores))
+
+
+def _repo_of(data: dict[str, Any]) -> str:
+    """The repo of a data set, which its name may follow by a revision and a configuration."""
+    return re.split('[@:]', data['name'])[0]
 
 
 def _large(value: float) -> str:
@@ -467,7 +472,7 @@ def _link(name: str, path: str | None) -> Markdown:
 
 
 def _data_link(data: dict[str, Any]) -> Markdown:
-    return _link(data['name'], f'datasets/{data["name"]}') if data['on_hub'] else Markdown(
+    return _link(data['name'], f'datasets/{_repo_of(data)}') if data['on_hub'] else Markdown(
         f'{code_span(data["name"])} (a local folder)')
 
 

@@ -4,6 +4,7 @@ Nothing here depends on the time, on the machine or on who publishes: the same s
 publishing it again changes nothing.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -175,7 +176,7 @@ def dataset_card(
         'task_categories': ['image-feature-extraction' if manifest.features else 'image-classification'],
         'size_categories': [_size_category(views)],
         'tags': ['knowledge-distillation', 'features' if manifest.features else 'logits', 'timm', 'timm_tinyvit'],
-        'source_datasets': [data.name] if on_hub else None,
+        'source_datasets': [re.split('[@:]', data.name)[0]] if on_hub else None,
         # Only these files are the data set that the Hub's viewer and `load_dataset` see.
         'configs': [{'config_name': 'sample', 'default': True, 'data_files': [{'split': 'train', 'path': SAMPLE}]}],
         **kept_metadata(before, licence)})

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,14 +9,14 @@ from timm.data import ImageNetInfo
 
 from ..data.dataset import SparseLogitDataset
 from ..data.fingerprint import iterate_keys
-from ..data.sources import class_names, load_split, read_labels
+from ..data.sources import class_names, data_name, load_split, read_labels
 from ..data.view_config import ViewConfig
 from ..data.views import Replay
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..store.base import StoreReader
 from ..store.manifest import Manifest
 
-__all__ = ['LabelledViews', 'data_name', 'label_mismatch', 'labelled_views', 'teacher_classes']
+__all__ = ['LabelledViews', 'label_mismatch', 'labelled_views', 'teacher_classes']
 
 # The two ImageNets, by the last words of a timm tag and the number of classes.
 IMAGENETS = {('in1k', 1000): 'imagenet-1k', ('in22k', NUM_CLASSES_22K): 'imagenet-22k'}
@@ -140,11 +139,3 @@ def teacher_classes(manifest: Manifest, data: LabelledViews | None = None) -> li
         return None
     info = ImageNetInfo(subset)
     return [info.index_to_description(index) for index in range(manifest.num_classes)]
-
-
-def data_name(dataset: str) -> tuple[str, bool]:
-    """What a data set is called that `--dataset` names, without the path of a folder; and whether it is on the Hub."""
-    folder = Path(dataset).expanduser()
-    if folder.exists():
-        return folder.resolve().name, False
-    return dataset.removeprefix('hfds/'), True

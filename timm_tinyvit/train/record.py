@@ -31,6 +31,7 @@ from ..base.types import COUNT, Number, mismatch, read_json
 from ..config.arguments import STORE_DEFAULTS, VIEW_FLAGS, store_settings, view_arguments
 from ..config.training import LAUNCH_DEFAULTS, settings
 from ..data.classes import Classes
+from ..data.sources import data_name
 from ..data.view_config import ViewConfig
 from ..models.imagenet22k import NUM_CLASSES_22K
 from ..models.names import hub_repo_of, public_name
@@ -283,10 +284,8 @@ def _published_url(store: StoreReader) -> str | None:
 
 
 def _describe_data(name: str, split: str) -> dict[str, Any]:
-    name = name.removeprefix('hfds/')
-    path = Path(name).expanduser()
-    on_hub = not path.exists()
-    return {'name': name if on_hub else path.resolve().name, 'on_hub': on_hub, 'split': split}
+    name, on_hub = data_name(name)
+    return {'name': name, 'on_hub': on_hub, 'split': split}
 
 
 def _evaluation_flags(args: argparse.Namespace) -> list[str]:
