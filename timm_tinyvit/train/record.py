@@ -11,6 +11,7 @@ import json
 import platform
 import time
 from contextlib import contextmanager
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,8 @@ def record_run(
               if name == 'model' or name in changed and name not in NO_RECIPE}
     if args.model.startswith('local-dir:'):
         recipe['model'] = f'local-dir:{_folder_name(args.model.removeprefix("local-dir:"))}'
+    if 'class_map' in recipe:
+        recipe['class_map'] = _folder_name(args.class_map)
     if state.store is not None:
         # The only mode that views of a store may be mixed in.
         recipe.pop('mixup_mode', None)
@@ -308,6 +311,10 @@ def _decided(args: argparse.Namespace, store: StoreReader | None) -> dict[str, A
             'teacher': public_name(manifest.teacher.get('name', '')),
             'teacher_dtype': manifest.teacher.get('dtype'), 'store_hash': manifest.identity})
     told = dict.fromkeys((*STORE_DEFAULTS, *TEACHER_FLAGS))
+    if chosen := store.manifest.teacher.get('class_map'):
+        # A file is known by its content, and names of the data may do without one.
+        digest = blake2b(str(chosen).encode(), digest_size=4).hexdigest()
+        told |= {'num_classes': None, 'class_map': f'{len(chosen):,} classes, {digest}'}
     return told | _view_settings(ViewConfig.from_dict(store.stores[0].manifest.recipe)) | {
         name: parts[0].get(name) if len(parts) == 1 else [part.get(name) for part in parts]
         for name in dict.fromkeys(name for part in parts for name in part)}
