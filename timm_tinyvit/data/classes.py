@@ -27,9 +27,9 @@ from ..store.subset import SubsetStore
 from .sources import Source, class_names, find_column, no_labels, read_labels, sample_name
 
 __all__ = [
-    'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
+    'REMEDY', 'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
     'is_imagenet1k', 'match_classes', 'match_names', 'matched_split', 'new_labels', 'renumbered', 'resolve_classes',
-    'valid_names',
+    'read_class_map', 'valid_names',
 ]
 
 # A manifest is a text of bounded length.

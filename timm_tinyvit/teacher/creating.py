@@ -14,7 +14,7 @@ from ..base.errors import InputError
 from ..base.leases import exclusive
 from ..base.text import percent
 from ..config.arguments import FEATURE_DEFAULTS, FEATURE_SHARD_BYTES, STORE_DEFAULTS, amp_dtype, store_settings
-from ..data.classes import valid_names
+from ..data.classes import REMEDY, valid_names
 from ..data.dataset import SparseLogitDataset, check_no_mixing_with_keys
 from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from ..data.opening import open_store
@@ -70,8 +70,8 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
     names = list(key and class_names(dataset, key) or ())
     if len(names) not in (0, teacher.num_classes):
         warning(f'the teacher {teacher.name} predicts {teacher.num_classes:,} classes, the data have labels of '
-                f'{len(names):,}: neither its accuracy nor that of its students can be measured with them; give '
-                f'--val-dataset with its classes')
+                f'{len(names):,}: neither its accuracy nor that of its students can be measured with them; {REMEDY} in '
+                f'training, or give --val-dataset with its classes')
         return teacher.class_names
     if not names or not teacher.class_names:
         return teacher.class_names or valid_names(names, teacher.num_classes)
