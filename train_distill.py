@@ -275,8 +275,9 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
 
     # Teacher and store.
     store, replay = open_or_fill(args, accelerator, train_set, val_set)
-    state = TrainState(folder, args, fixed_settings(args, train_set, store), store, accelerator, check_owner)
     classes, val_set = resolve_classes(args, train_set, val_set, store)
+    store = classes.of(store)
+    state = TrainState(folder, args, fixed_settings(args, train_set, store), store, accelerator, check_owner)
     data = TrainBatches(args, train_set, replay, store, classes.num, accelerator)
     start_trackers(accelerator, args, folder)
 

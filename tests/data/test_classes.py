@@ -47,7 +47,7 @@ def split(names, labels):
 
 def flags(**changes):
     return argparse.Namespace(**{'target_key': None, 'num_classes': None, 'alpha': 1., 'streaming': False,
-                                 'initial_checkpoint': None, **changes})
+                                 'initial_checkpoint': None, 'class_map': None, **changes})
 
 
 @pytest.mark.parametrize('here, there, expected', [
@@ -221,6 +221,45 @@ def test_a_share_of_each_class_is_held_out_the_same_in_every_command(refused):
             (['--val-split', 'test'], ('--val-split', 'leave one')), (['--val-fraction', '1'], ('less',))):
         with refused('--val-fraction', *words):
             settings([*argv, *others])
+
+
+def class_file(tmp_path, *lines):
+    (tmp_path / 'classes.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    return str(tmp_path / 'classes.txt')
+
+
+@pytest.mark.parametrize('lines, train, known, expected, names', [
+    ('ca', 'ca', 'abc', [2, 0], 'ca'), ('ca', 'ac', 'abc', [2, 0], 'ca'), (['2', '0'], 'xy', 'abc', [2, 0], 'xy'),
+    (['2', '0'], None, 'abc', [2, 0], 'ca'), (['1', '2', '0'], 'xyz', '', [1, 2, 0], 'xyz'),
+    ('abc', 'abc', 'abc', None, 'abc'), (None, 'cb', 'abc', [2, 1], 'cb')])
+def test_a_student_has_the_classes_of_its_map(tmp_path, lines, train, known, expected, names):
+    teacher = SimpleNamespace(name='t', num_classes=3, class_names=list(known))
+    given = dict(class_map=class_file(tmp_path, *lines)) if lines else dict(num_classes=2)
+    data = split(train, [1, 0])
+    classes, val = resolve_classes(flags(alpha=0.5, **given), data, data, teacher)
+    assert (classes.of_teacher, ''.join(classes.names), classes.num) == (expected, names, len(names))
+    labels = [names.index(train[label]) if train and set(train) == set(names) else label for label in (1, 0)]
+    assert read_labels(val, 'label').tolist() == labels
+
+
+@pytest.mark.parametrize('lines, changes, words', [
+    ('cax', {}, ("'x'", 'fine-tune the teacher')), ('caa', {}, ("'a' twice",)), (['0', '3'], {}, ("'3'",)),
+    (['0', '00'], {}, ('same number twice',)), ('ca', {'num_classes': 3}, ('--num-classes is 3',)),
+    ([''], {}, ('a class in each line',)), (['a', '', 'b'], {}, ('a class in each line',)),
+    (None, {'class_map': 'no such file'}, ('cannot be read',)),
+    (None, {'num_classes': 2}, ('2 of 2 classes', 'fine-tune the teacher on these classes (docs/teacher.md)'))])
+def test_a_map_that_names_no_classes_of_the_teacher_is_one_sentence(tmp_path, refused, lines, changes, words):
+    given = dict(class_map=class_file(tmp_path, *lines)) if lines else {}
+    teacher, data = SimpleNamespace(name='t', num_classes=3, class_names=list('abc')), split('xy', [0, 1])
+    with refused(*words):
+        resolve_classes(flags(**given, **changes), data, data, teacher)
+
+
+def test_without_a_teacher_a_class_map_numbers_the_labels_as_timm_does(tmp_path):
+    classes, val = resolve_classes(
+        flags(class_map=class_file(tmp_path, *'cab')), split('abc', [0, 1, 2]), split('bc', [0, 1]), None)
+    assert (classes.names, classes.num, classes.of_teacher) == (list('cab'), 3, None)
+    assert read_labels(val, 'label').tolist() == [2, 0]
 
 
 def test_classes_that_only_validation_has_are_told(capsys):

@@ -29,6 +29,7 @@ from timm_tinyvit.hub.model_card import PACKAGE, model_facts, read_weights, reci
 from timm_tinyvit.hub.official import OFFICIAL_CHECKPOINTS
 from timm_tinyvit.models import clip_teacher, tiny_vit
 from timm_tinyvit.models.saving import export_model
+from timm_tinyvit.store.ensemble import Ensemble
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.train import record as provenance
 from timm_tinyvit.train.checkpoint import FREE_FLAGS
@@ -228,7 +229,7 @@ def test_stores_in_folders_of_one_name_are_told_apart(run, filled_store, tmp_pat
     args = train_distill.settings(['--config', str(run / 'run.json'), '--logits', *map(str, places), '--teacher', ''])
     state = SimpleNamespace(
         folder=tmp_path, settings={'model': 'test_vit'}, epoch=0,
-        store=SimpleNamespace(stores=[LogitStore.open(place) for place in places]),
+        store=Ensemble([LogitStore.open(place) for place in places]),
         task=SimpleNamespace(student=timm.create_model('test_vit')),
         accelerator=SimpleNamespace(num_processes=1, device=torch.device('cpu')))
     provenance.record_run(

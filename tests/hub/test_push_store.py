@@ -467,20 +467,22 @@ def test_the_card_names_columns_where_their_names_say_nothing(hub, push, teacher
     assert found['sample']['view'].shape == (3, 32, 32) and found['sample']['label'] == rows[0]['kind']
 
 
-def test_a_teacher_is_called_by_its_folder_and_with_other_weights_by_its_architecture(teacher, tmp_path, monkeypatch):
+def test_a_teacher_is_called_by_its_architecture_and_where_its_weights_come_from(teacher, tmp_path, monkeypatch):
     home = tmp_path / 'home'
     shutil.copytree(teacher, home / 'a.teacher')
+    shutil.copytree(teacher, home / 'run' / 'best')
+    (home / 'run' / 'run.json').touch()
     monkeypatch.setenv('HOME', str(home))
     weights = str(home / 'a.teacher' / 'model.safetensors')
     for given, checkpoint, name in (
         (f'local-dir:{home}/a.teacher', None, 'a.teacher'), ('~/a.teacher', None, 'a.teacher'),
-        (f'{home}/a.teacher', weights, 'a.teacher'), ('test_resnet.r160_in1k', weights, 'test_resnet'),
-        ('test_resnet', weights, 'test_resnet'),
+        ('~/run/best', None, 'run/best'), (f'{home}/a.teacher', f'{home}/run/best/model.safetensors', 'run/best'),
+        ('test_resnet.r160_in1k', weights, 'a.teacher'),
     ):
         args = argparse.Namespace(
             teacher=given, teacher_checkpoint=checkpoint, teacher_num_classes=10 if checkpoint else None,
-            teacher_amp_dtype=None, teacher_compile=False)
-        assert create_teacher(args, torch.device('cpu')).name == name
+            teacher_amp_dtype=None, teacher_compile=False, class_embeddings=None)
+        assert create_teacher(args, torch.device('cpu')).name == f'test_resnet ({name})'
 
 
 def test_a_data_set_is_called_without_the_path_to_it(tmp_path, monkeypatch):

@@ -119,7 +119,8 @@ def test_a_module_that_says_nothing_of_itself_is_a_teacher():
 
 
 @pytest.mark.parametrize('model, words', [
-    (nn.Flatten(0), 'gives no logits'), (nn.Conv2d(3, 4, 3), 'gives no logits'), (nn.Linear(5, 3), 'takes no image')])
+    (nn.Flatten(0), 'one logit for each class'), (nn.Conv2d(3, 4, 3), 'one logit for each class'),
+    (nn.Linear(5, 3), 'does not take an image')])
 def test_a_module_without_logits_is_refused_in_one_sentence(model, words):
     with pytest.raises(InputError, match=words):
         Teacher(model, 'odd', CPU)

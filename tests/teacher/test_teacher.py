@@ -87,21 +87,21 @@ def test_a_teacher_that_cannot_be_had_is_one_sentence(tmp_path):
 def flags(teacher, **changes):
     return argparse.Namespace(**{
         'teacher': str(teacher), 'teacher_checkpoint': None, 'teacher_num_classes': None, 'teacher_amp_dtype': None,
-        'teacher_compile': False, **changes})
+        'teacher_compile': False, 'class_embeddings': None, **changes})
 
 
 @pytest.mark.parametrize('channels, word', [(1, '1 channel,'), (4, '4 channels,')])
 def test_a_teacher_of_other_channels_is_refused_before_it_sees_a_view(channels, word, tmp_path, refused):
     export_model(tmp_path / 'odd', timm.create_model('test_resnet', num_classes=3, in_chans=channels), None, dict(
         input_size=(channels, 32, 32), mean=(0.5,) * channels, std=(0.5,) * channels))
-    with refused('the teacher odd', word, 'red, green and blue'):
+    with refused('the teacher test_resnet (odd)', word, 'red, green and blue'):
         create_teacher(flags(tmp_path / 'odd'), torch.device('cpu'))
 
 
 def test_a_teacher_whose_output_is_no_logit_for_each_class_is_refused(tmp_path, refused, monkeypatch):
     export_model(tmp_path / 'odd', timm.create_model('test_resnet', num_classes=3), None, dict(input_size=(3, 32, 32)))
     monkeypatch.setattr(timm.models.ResNet, 'forward', timm.models.ResNet.forward_features)
-    with refused('the teacher odd', 'shape', '[1, 3]'):
+    with refused('the teacher test_resnet (odd)', 'shape', '[1, 3]'):
         create_teacher(flags(tmp_path / 'odd'), torch.device('cpu'))
 
 

@@ -349,9 +349,12 @@ def add_teacher_arguments(parser: argparse.ArgumentParser, required: bool = Fals
     """The teacher."""
     group = parser.add_argument_group('teacher')
     group.add_argument('--teacher', '--kd-model-name', metavar='NAME', required=required,
-                       help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder')
+                       help='timm name with pretrained weights, hf-hub:ORG/NAME, or a model folder; hf:ORG/NAME or '
+                            'hf:FOLDER of transformers')
     group.add_argument('--teacher-checkpoint', metavar='FILE', help='weights for the model of --teacher')
     group.add_argument('--teacher-num-classes', type=int, metavar='N', help='classes of --teacher-checkpoint')
+    group.add_argument('--class-embeddings', metavar='FILE',
+                       help='text vectors of the classes, for a --teacher that is the image tower of CLIP or SigLIP')
     group.add_argument('--teacher-amp-dtype', choices=('bfloat16', 'float16'), help='autocast the teacher')
     group.add_argument('--teacher-compile', action='store_true', help='torch.compile the teacher')
 

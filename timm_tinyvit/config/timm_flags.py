@@ -21,8 +21,6 @@ REFUSED = (
      'rows are counted; take some of them with a slice, as in --train-split train[:1000] or --val-split'),
     ('dataset-download dataset-trust-remote-code',
      'data sets of the Hub are downloaded by their names, and no code of theirs is run; leave it out'),
-    ('class-map', 'labels are numbered by the sorted names of folders, or as the data set says; for other numbers name '
-                  'a column of them with --target-key'),
     ('gp drop-block bn-momentum bn-eps',
      'arguments of some models are given as --model-kwargs: global_pool=avg, drop_block_rate=0.1, bn_momentum=0.1, '
      'bn_eps=1e-5'),
@@ -69,6 +67,7 @@ REFUSED_BY_EVAL = (
     *REFUSED,
     ('use-train-size crop-border-pixels tf-preprocessing',
      'images are cropped as the model says, or as --img-size, --crop-pct, --crop-mode and --interpolation do'),
+    ('class-map', 'classes are known by the names in the config.json beside the weights; leave it out'),
     ('use-ema', 'name the averaged weights, as in RUN/best_ema'),
     ('reparam torchcompile', 'the model is evaluated as it was trained; leave it out'),
     ('results-file results-format log-freq metrics-avg',

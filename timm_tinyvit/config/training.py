@@ -92,6 +92,8 @@ def add_arguments(parser: ArgumentParser) -> None:
                        help='compute activations again in the backward pass: less memory, slower')
     group.add_argument('--compile', '--torchcompile', nargs='?', const='inductor', metavar='BACKEND',
                        help='torch.compile the student')
+    group.add_argument('--class-map', metavar='FILE',
+                       help='which of the teacher\'s classes the student has, in its order: a name or number a line')
     group = parser.add_argument_group('optimisation')
     group.add_argument('-b', '--batch-size', type=int, default=128, metavar='N', help='views per process and step')
     group.add_argument('--grad-accum-steps', type=int, metavar='N',

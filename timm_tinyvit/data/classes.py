@@ -6,7 +6,10 @@ which is its teacher's, or without one that of the training data; labels of data
 
 import argparse
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from collections.abc import Callable, Sequence
 
@@ -15,20 +18,25 @@ import numpy as np
 
 from ..base.console import warning
 from ..base.errors import InputError
+from ..base.files import read_bounded
 from ..models.config_file import read_config
 from ..models.imagenet22k import NUM_CLASSES_22K, imagenet1k_in_22k
 from ..models.loading import config_beside
 from ..store.base import StoreReader
+from ..store.subset import SubsetStore
 from .sources import Source, class_names, find_column, no_labels, read_labels, sample_name
 
 __all__ = [
-    'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
+    'REMEDY', 'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
     'is_imagenet1k', 'match_classes', 'match_names', 'matched_split', 'new_labels', 'renumbered', 'resolve_classes',
-    'valid_names',
+    'read_class_map', 'valid_names',
 ]
 
 # A manifest is a text of bounded length.
 MAX_NAMES_LENGTH = 1 << 19
+MAX_MAP_BYTES = 1 << 22
+# What to do about a teacher of other classes, the best first.
+REMEDY = 'fine-tune the teacher on these classes (docs/teacher.md), choose some of its own with --class-map'
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,17 @@ class Classes:
         names: Their names, where the store or the data know them.
         num_labels: Classes of the training labels, where the data name them; 0 if these are others.
         to_imagenet1k: The validation labels are those of ImageNet-1k, whatever the classifier.
+        of_teacher: The teacher's number of each class, where they are not all of its classes in its order.
     """
     num: int
     names: list[str] | None
     num_labels: int | None
     to_imagenet1k: bool
+    of_teacher: list[int] | None = None
+
+    def of(self, store: StoreReader | None) -> StoreReader | None:
+        """What a student of these classes learns from, of a store."""
+        return store if self.of_teacher is None else SubsetStore(store, self.of_teacher, self.names or ())
 
 
 def resolve_classes(
@@ -71,6 +85,7 @@ def resolve_classes(
     label_column = find_column(train_set, args.target_key, is_image=False)
     label_names = class_names(train_set, label_column) if label_column else None
     taught, source = getattr(taught_by, 'manifest', taught_by), '--train-split'
+    is_teacher = taught is not None and taught is taught_by
     if taught is not None and not taught.num_classes:
         # Features say nothing of classes: only labels do.
         if args.alpha == 1:
@@ -80,15 +95,20 @@ def resolve_classes(
         raise InputError('--num-classes 0 leaves nothing that labels or the classes of a store could train; give '
                          '--logits a store of features alone, without --alpha, or leave it out')
     if taught is not None:
-        source = f'the teacher {taught.name}' if taught is taught_by else f'the store {taught_by.path}'
-    num = args.num_classes or (taught.num_classes if taught is not None else len(label_names or ()))
+        source = f'the teacher {taught.name}' if is_teacher else f'the store {taught_by.path}'
+    of_teacher, mapped = _class_map(args, label_names, taught, source)
+    if mapped is not None:
+        taught = taught and SimpleNamespace(num_classes=len(mapped), class_names=mapped)
+        label_names, source = None if taught is None else label_names, '--class-map' if args.class_map else source
+    num = args.num_classes or (taught.num_classes if taught is not None else len(mapped or label_names or ()))
     if not num:
         raise InputError(f'the number of classes is not known from the data; '
                          f'{"give --num-classes" if label_column else no_labels(train_set)}')
     if taught is not None and num != taught.num_classes:
-        raise InputError(f'the student has {num} classes, {source} {taught.num_classes}; leave --num-classes out, or '
-                         f'use another store')
-    names = next((list(names) for names in (taught and taught.class_names, label_names)
+        raise InputError(f'the student has {num} classes, {source} {taught.num_classes}; fine-tune the teacher on '
+                         f'these classes (docs/teacher.md), say which of its classes they are with --class-map, or '
+                         f'leave --num-classes out')
+    names = next((list(names) for names in (taught.class_names if taught else mapped, label_names)
                   if names and len(names) == num), None)
     learns_labels, num_labels = taught is None or args.alpha < 1, label_names and len(label_names)
     numbers = None
@@ -106,10 +126,10 @@ def resolve_classes(
     val_set = match_classes(val_set, val_key, names, '--val-split', source)
     check_labels(val_set, val_key, num, '--val-split')
     if taught is not None and (mismatch := class_mismatch(val_set, val_key, num)):
-        raise InputError(f'{mismatch}, those of its teacher, so that its accuracy cannot be measured; give '
-                         f'--val-dataset with the classes of the teacher')
+        raise InputError(f'{mismatch}, those of its teacher, so that its accuracy cannot be measured; {REMEDY}, or '
+                         f'give --val-dataset with the classes of the teacher')
     is_1k = is_imagenet1k(val_set, val_key)
-    if taught_by is None or taught is not taught_by:
+    if not is_teacher:
         # Of a teacher that is about to fill a store, its store will be asked.
         _tell_unseen(train_set, label_column, numbers, val_set, val_key, num_labels != 0 and not (
             is_1k and num == NUM_CLASSES_22K))
@@ -118,7 +138,83 @@ def resolve_classes(
     if started_with and names and started_with != names and set(started_with) == set(names):
         warning(f'the classifier of {args.initial_checkpoint} has the classes in another order than {source}: its '
                 f'weights start at other classes than they were trained for')
-    return Classes(num, names, num_labels, is_1k), val_set
+    return Classes(num, names, num_labels, is_1k, of_teacher), val_set
+
+
+def _class_map(
+        args: argparse.Namespace,
+        label_names: Sequence[str] | None,
+        taught: Any | None,
+        source: str,
+) -> tuple[list[int] | None, list[str] | None]:
+    """Which classes of its teacher a student has: those of `--class-map`, or else, if it is to have as many as the data
+    and not as many as the teacher, those of the data by their names.
+
+    Args:
+        args: The flags of the trainer.
+        label_names: Names of the training labels.
+        taught: Has `num_classes` and `class_names` of the teacher; None where there is none.
+        source: The teacher, in words.
+
+    Returns:
+        The teacher's number of each class, None where they are all of its classes in its order; and their names, empty
+        where only numbers are known, None where there is no map.
+
+    Raises:
+        InputError: The file is none, or names what is no class of the teacher.
+    """
+    if args.class_map:
+        lines, where = read_class_map(args.class_map), f'--class-map {args.class_map}'
+        if args.num_classes not in (None, len(lines)):
+            raise InputError(f'{where} has {len(lines):,} classes, and --num-classes is {args.num_classes}; leave '
+                             f'--num-classes out')
+    elif taught and label_names and args.num_classes == len(label_names) != taught.num_classes and taught.class_names:
+        lines, where = list(label_names), '--train-split'
+    else:
+        return None, None
+    if len(twice := [line for line, times in Counter(lines).items() if times > 1]):
+        raise InputError(f'{where} has the class {twice[0]!r} twice; name each class once')
+    if taught is None:
+        return None, lines
+    known = [unicodedata.normalize('NFC', name) for name in taught.class_names]
+    places = {name: number for number, name in enumerate(known)}
+    numbers = [places.get(line, -1) for line in lines]
+    are_numbers = not set(numbers) - {-1} and all(line.isdecimal() for line in lines)
+    if are_numbers:
+        numbers = [int(line) if len(line) < 10 and int(line) < taught.num_classes else -1 for line in lines]
+    bad = [line for line, number in zip(lines, numbers) if number < 0 or known.count(line) > 1]
+    if bad:
+        one = 'the name' if known else f'the number, 0 to {taught.num_classes - 1:,},'
+        raise InputError(f'{len(bad):,} of {len(lines):,} classes of {where} are not those of {source}, as {bad[0]!r}; '
+                         f'fine-tune the teacher on these classes (docs/teacher.md), or name with --class-map a file '
+                         f'with {one} of one of its classes in each line')
+    if len(set(numbers)) < len(numbers):
+        raise InputError(f'{where} has the same number twice; name each class once')
+    if are_numbers:
+        has_names = label_names and len(label_names) == len(lines)
+        lines = list(label_names) if has_names else [known[number] for number in numbers] if known else []
+    return (None if numbers == list(range(taught.num_classes)) else numbers), lines
+
+
+def read_class_map(path: str) -> list[str]:
+    """The classes of a file in timm's format: one in each line, in their order.
+
+    Raises:
+        InputError: It is no such file.
+    """
+    try:
+        text = read_bounded(Path(path).expanduser(), MAX_MAP_BYTES).decode('utf-8-sig')
+    except OSError as error:
+        raise InputError(f'--class-map {path} cannot be read: {error.strerror}; name a text file with a class in each '
+                         f'line')
+    except ValueError:
+        text = ''  # a pickle, which timm reads, runs whatever is in it
+    lines = [unicodedata.normalize('NFC', line.strip()) for line in text.splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines or not all(line and line.isprintable() for line in lines):
+        raise InputError(f'--class-map {path} is no text file with a class in each line; write one')
+    return lines
 
 
 def _tell_unseen(
@@ -248,8 +344,8 @@ def _numbers_of(
     try:
         numbers = match_names(here, names)
     except ValueError as error:
-        raise InputError(f'the labels of {flag} are not the classes of {source}: {error}; give data of '
-                         f'these classes')
+        raise InputError(f'the labels of {flag} are not the classes of {source}: {error}; '
+                         f'{"" if source.startswith("--") else f"{REMEDY}, or "}give data of these classes')
     if numbers is None:
         first = next(place for place, name in enumerate(here) if name != names[place])
         warning(f'the labels of {flag} have other names than the classes of {source}, as {here[first]!r} for '

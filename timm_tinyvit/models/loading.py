@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import timm
 import torch
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from timm.models import load_state_dict
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, hf_split
 from torch import nn
@@ -18,6 +18,7 @@ from ..base.checksum import check_checksum
 from ..base.errors import InputError
 from ..base.hub_client import reason_of
 from .config_file import CONFIG, image_config, read_config
+from .hf_classifier import PREFIX, load_classifier
 from .imagenet22k import NUM_CLASSES_22K, classifier_22k_to_1k, imagenet1k_in_22k
 
 __all__ = [
@@ -55,6 +56,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
         InputError: They are not.
         Exception: Whatever timm raises.
     """
+    if name.startswith('hf-hub:'):
+        check_hub_config(name)
     if pretrained and name.startswith('local-dir:'):
         check_weights(Path(name.removeprefix('local-dir:')) / HF_SAFE_WEIGHTS_NAME)
     model = timm.create_model(name, pretrained=pretrained, **kwargs)
@@ -88,8 +91,8 @@ def create_pretrained(
     """A timm model with its weights.
 
     Args:
-        name: A timm name (`resnet50.a1_in1k`), `hf-hub:ORG/NAME`, `local-dir:PATH`, or the path of a folder with a
-            timm `config.json`.
+        name: A timm name (`resnet50.a1_in1k`), `hf-hub:ORG/NAME`, `local-dir:PATH`, the path of a folder with a timm
+            `config.json`, or of an image classifier of transformers `hf:ORG/NAME` or `hf:FOLDER`.
         checkpoint: A file of weights for the model of that name; its own pretrained weights by default.
         num_classes: Classes of the checkpoint's head.
         needs_classifier: Refuse a model without a classifier.
@@ -97,6 +100,13 @@ def create_pretrained(
     Raises:
         InputError: There is no such model, or its weights cannot be loaded.
     """
+    if name.startswith(PREFIX):
+        if checkpoint or num_classes or not needs_classifier:
+            raise InputError(f'the model {name} comes with its own weights and classes, and gives no features; leave '
+                             f'--teacher-checkpoint, --teacher-num-classes and --targets out')
+        model = load_classifier(name)
+        image_config(model, name)
+        return model
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file():
         name = f'local-dir:{folder}'
@@ -140,6 +150,21 @@ def check_folder(name: str) -> None:
     """
     if name.startswith('local-dir:'):
         read_config(Path(name.removeprefix('local-dir:')))
+
+
+def check_hub_config(name: str) -> None:
+    """Refuse `hf-hub:ORG/NAME` of a repo whose config.json no model can be made of, before timm makes one of it.
+
+    Raises:
+        InputError: It is such a repo.
+        Exception: Whatever the Hub's client raises.
+    """
+    repo, revision = hf_split(name.removeprefix('hf-hub:'))
+    file = Path(hf_hub_download(repo, CONFIG, revision=revision))
+    try:
+        read_config(file.parent)
+    except InputError as error:
+        raise InputError(str(error).replace(str(file), f'{CONFIG} of {name}'))
 
 
 def config_beside(weights: str | None) -> Path | None:

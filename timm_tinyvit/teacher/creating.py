@@ -14,7 +14,7 @@ from ..base.errors import InputError
 from ..base.leases import exclusive
 from ..base.text import percent
 from ..config.arguments import FEATURE_DEFAULTS, FEATURE_SHARD_BYTES, STORE_DEFAULTS, amp_dtype, store_settings
-from ..data.classes import valid_names
+from ..data.classes import REMEDY, valid_names
 from ..data.dataset import SparseLogitDataset, check_no_mixing_with_keys
 from ..data.fingerprint import dataset_fingerprint, keyed_fingerprint
 from ..data.opening import open_store
@@ -23,7 +23,7 @@ from ..data.streaming import StreamedRows
 from ..data.view_config import ViewConfig
 from ..data.views import Replay, library_versions
 from ..models.loading import create_pretrained
-from ..models.names import hub_repo_of
+from ..models.names import folder_name
 from ..store.keys import KeyIndex
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
@@ -31,7 +31,8 @@ from ..store.projection import PROJECTION_NAME
 from ..targets.codecs import create_codec, create_feature_codec
 from .fill import choose_shards
 from .projection import NUM_FITTED, fit_projection
-from .teacher import Teacher
+from .teacher import Teacher, architecture_of
+from .zero_shot import ZeroShotClassifier
 
 __all__ = ['create_store', 'create_teacher', 'grid_of', 'stored_names', 'views_to_fill']
 
@@ -47,15 +48,18 @@ def create_teacher(args: argparse.Namespace, device: torch.device, grid: int | N
     Raises:
         InputError: There is no such model, or it has no logits or no features of that kind.
     """
+    if args.class_embeddings and grid is not None:
+        raise InputError('--class-embeddings make classes of a tower, and --targets features asks for its features; '
+                         'leave one of them out')
     model = create_pretrained(
-        args.teacher, args.teacher_checkpoint, args.teacher_num_classes, grid is None)
-    path, name = Path(args.teacher.removeprefix('local-dir:')).expanduser(), args.teacher
-    if path.exists():
+        args.teacher, args.teacher_checkpoint, args.teacher_num_classes, grid is None and not args.class_embeddings)
+    path, name = Path(args.teacher.removeprefix('local-dir:').removeprefix('hf:')).expanduser(), args.teacher
+    if args.teacher_checkpoint or path.exists():
         # A folder's own name, so that a store says nothing of the machine that made it.
-        name = path.resolve().name
-    if args.teacher_checkpoint and hub_repo_of(name):
-        # The name with a tag, or of a repo, is that of other weights.
-        name = model.pretrained_cfg['architecture']
+        name = f'{architecture_of(model)} ({folder_name(args.teacher_checkpoint or path)})'
+    if args.class_embeddings:
+        model = ZeroShotClassifier(model, args.class_embeddings)
+        name += f' with {folder_name(args.class_embeddings)}'
     return Teacher(model, name, device, amp_dtype(args.teacher_amp_dtype), args.teacher_compile, grid=grid)
 
 
@@ -66,8 +70,8 @@ def stored_names(teacher: Teacher, dataset: Source, target_key: str | None) -> l
     names = list(key and class_names(dataset, key) or ())
     if len(names) not in (0, teacher.num_classes):
         warning(f'the teacher {teacher.name} predicts {teacher.num_classes:,} classes, the data have labels of '
-                f'{len(names):,}: neither its accuracy nor that of its students can be measured with them; give '
-                f'--val-dataset with its classes')
+                f'{len(names):,}: neither its accuracy nor that of its students can be measured with them; {REMEDY} in '
+                f'training, or give --val-dataset with its classes')
         return teacher.class_names
     if not names or not teacher.class_names:
         return teacher.class_names or valid_names(names, teacher.num_classes)

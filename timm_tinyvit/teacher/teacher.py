@@ -13,10 +13,10 @@ from ..base.errors import InputError
 from ..data.classes import valid_names
 from ..models.config_file import image_config
 from ..models.features import feature_vectors
-from ..models.loading import Normalize, look_at_zeros
+from ..models.loading import Normalize
 from ..store.projection import Projection
 
-__all__ = ['Teacher']
+__all__ = ['Teacher', 'architecture_of']
 
 # Classes whose log-probabilities are kept of each image of the probe, evenly among all.
 NUM_PROBE_CLASSES = 32
@@ -69,34 +69,21 @@ class Teacher:
         self.mean = tuple(config['mean'] if mean is None else mean)
         self.std = tuple(config['std'] if std is None else std)
         self.size = tuple(size or config['input_size'][-2:])
-        # A module that is none of timm's says none of these.
-        config = getattr(model, 'pretrained_cfg', None) or {}
-        self.architecture = config.get('architecture') or type(model).__name__
-        self.num_classes = 0
-        if grid is None:
-            self.num_classes = getattr(model, 'num_classes', None) or self._count_classes(model)
-        self.class_names = valid_names(config.get('label_names'), self.num_classes)
+        self.architecture = architecture_of(model)
+        # A module that is none of timm's says neither classes nor names.
+        self.num_classes = 0 if grid is not None else getattr(model, 'num_classes', None)
         self.weights = _hash_weights(model)
         self._input = Normalize(self.mean, self.std, self.size)
         self._model = model.cpu().eval().requires_grad_(False)
         if grid is not None:
             self._model = _Features(self._model, grid)
         self.probe = self._probe()
+        names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+        self.class_names = valid_names(names, self.num_classes)
         self._input.to(self.device)
         self._model.to(self.device)
         if compile:
             self._model = torch.compile(self._model)
-
-    def _count_classes(self, model: nn.Module) -> int:
-        """The logits of an empty image, where a model does not say how many classes it has."""
-        try:
-            logits = look_at_zeros(model, (3, *self.size))
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f'the teacher {self.name} takes no image of {self.size[0]}x{self.size[1]} pixels: {error}')
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            raise InputError(f'the teacher {self.name} gives no logits of [batch, classes] for an image; it needs a '
-                             f'classifier')
-        return logits.shape[1]
 
     @torch.inference_mode()
     def __call__(self, views: torch.Tensor) -> torch.Tensor:
@@ -119,8 +106,8 @@ class Teacher:
         """
         try:
             output = self._model(self._input(_probe_images(*self.size)))
-            shape = [1, *output.shape[1:]]
-        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            shape = [len(output) // 4, *output.shape[1:]]
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             if self.grid is not None and not isinstance(error, RuntimeError):
                 raise InputError(f'the teacher {self.name} has no such features: {shorten(str(error), 300)}')
             raise InputError(
@@ -129,11 +116,13 @@ class Teacher:
         if self.grid is not None:
             self.num_features = shape[2]
             values = output.float().mean(dim=1)
-        elif shape == [1, self.num_classes]:
+        elif len(shape) == 2 and shape == [1, self.num_classes or shape[1]]:
+            self.num_classes = shape[1]
             values = output.float().log_softmax(dim=1)
         else:
-            raise InputError(f'the teacher {self.name} makes of one image an output of shape {shape}, expected '
-                             f'[1, {self.num_classes}], one logit for each class; choose a classifier')
+            raise InputError(
+                f'the teacher {self.name} makes of one image an output of shape {shape}, expected '
+                f'[1, {self.num_classes or "classes"}], one logit for each class; choose a classifier')
         picks = torch.linspace(0, values.shape[1] - 1, min(NUM_PROBE_CLASSES, values.shape[1])).round().long()
         # NaN is for the filling to find.
         return [[round(value, 5) for value in row]
@@ -154,6 +143,11 @@ class Teacher:
             'device': self.device.type,
             'probe': self.probe,
         }
+
+
+def architecture_of(model: nn.Module) -> str:
+    """What kind of model it is: timm's name, or that of its class."""
+    return (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or type(model).__name__
 
 
 class _Features(nn.Module):

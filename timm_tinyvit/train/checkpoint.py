@@ -38,8 +38,8 @@ __all__ = ['FREE_FLAGS', 'TrainState', 'fixed_settings', 'is_finite', 'random_st
 # is their content that is compared.
 FREE_FLAGS = {
     'workers', 'log_interval', 'checkpoint_hist', 'recovery_interval', 'val_interval', 'validation_batch_size',
-    'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'teacher_compile', 'quiet', 'dataset',
-    'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs', 'store_cache', 'push_to_hub', 'hub_private',
+    'config', 'output', 'experiment', 'teacher', 'teacher_checkpoint', 'class_embeddings', 'teacher_compile', 'quiet',
+    'dataset', 'val_dataset', 'val_split', 'logits', 'log', 'keep_epochs', 'store_cache', 'push_to_hub', 'hub_private',
     'hub_license', 'grad_checkpointing',
 }
 

@@ -11,6 +11,7 @@ import json
 import platform
 import time
 from contextlib import contextmanager
+from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from ..data.classes import Classes
 from ..data.sources import data_name
 from ..data.view_config import ViewConfig
 from ..models.imagenet22k import NUM_CLASSES_22K
-from ..models.names import hub_repo_of, public_name
+from ..models.names import MODEL_FOLDERS, RUN_RECORD, folder_name, hub_repo_of, public_name
 from ..store.base import StoreReader
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
@@ -44,13 +45,10 @@ from .checkpoint import TrainState
 
 __all__ = ['PUBLISHED', 'RUN_RECORD', 'launches_of', 'mark_published', 'own_run_folder', 'read_run', 'record_run']
 
-RUN_RECORD = 'run.json'
 VERSION = 3
 LIBRARIES = ('timm', 'torchvision', 'accelerate', 'datasets', 'numpy')
 # In the folder of a store: where it was published.
 PUBLISHED = '.published'
-# Folders of a run's models, whose own names say little.
-MODEL_FOLDERS = ('best', 'last', 'best_ema', 'last_ema')
 MAX_BYTES = 1 << 22
 POSITIVE = Number(1, 1 << 53, is_whole=True)
 DATA = {'name': str, 'on_hub': bool, 'split': str, 'images': POSITIVE}
@@ -76,7 +74,9 @@ RECORD = {
 # Of the last launch, for a card.
 ENVIRONMENT = {'processes': POSITIVE, 'device': str, 'timm_tinyvit': str, 'timm': str, 'torch': str}
 # Flags on how a store is filled, once it is.
-TEACHER_FLAGS = ('teacher_checkpoint', 'teacher_num_classes', 'teacher_amp_dtype', 'teacher_compile', 'store_epochs')
+TEACHER_FLAGS = (
+    'teacher_checkpoint', 'teacher_num_classes', 'class_embeddings', 'teacher_amp_dtype', 'teacher_compile',
+    'store_epochs')
 # Flags that are no part of a recipe: it would not find what they name on another machine.
 NO_RECIPE = ('initial_checkpoint',)
 
@@ -152,7 +152,9 @@ def record_run(
     recipe = {name: value for name, value in state.settings.items()
               if name == 'model' or name in changed and name not in NO_RECIPE}
     if args.model.startswith('local-dir:'):
-        recipe['model'] = f'local-dir:{_folder_name(args.model.removeprefix("local-dir:"))}'
+        recipe['model'] = f'local-dir:{folder_name(args.model.removeprefix("local-dir:"))}'
+    if 'class_map' in recipe:
+        recipe['class_map'] = folder_name(args.class_map)
     if state.store is not None:
         # The only mode that views of a store may be mixed in.
         recipe.pop('mixup_mode', None)
@@ -307,6 +309,10 @@ def _decided(args: argparse.Namespace, store: StoreReader | None) -> dict[str, A
             'teacher': public_name(manifest.teacher.get('name', '')),
             'teacher_dtype': manifest.teacher.get('dtype'), 'store_hash': manifest.identity})
     told = dict.fromkeys((*STORE_DEFAULTS, *TEACHER_FLAGS))
+    if chosen := store.manifest.teacher.get('class_map'):
+        # A file is known by its content, and names of the data may do without one.
+        digest = blake2b(str(chosen).encode(), digest_size=4).hexdigest()
+        told |= {'num_classes': None, 'class_map': f'{len(chosen):,} classes, {digest}'}
     return told | _view_settings(ViewConfig.from_dict(store.stores[0].manifest.recipe)) | {
         name: parts[0].get(name) if len(parts) == 1 else [part.get(name) for part in parts]
         for name in dict.fromkeys(name for part in parts for name in part)}
@@ -370,16 +376,9 @@ def _base(args: argparse.Namespace, student: nn.Module) -> dict[str, Any] | None
     folder = args.model.removeprefix('local-dir:')
     path = args.initial_checkpoint or (folder if args.pretrained and folder != args.model else None)
     if path:
-        return {'name': _folder_name(path), 'on_hub': False, 'is_local': True}
+        return {'name': folder_name(path), 'on_hub': False, 'is_local': True}
     if args.pretrained:
         # timm gets some from elsewhere.
         repo = student.pretrained_cfg.get('hf_hub_id')
         return {'name': repo or args.model, 'on_hub': bool(repo), 'is_local': False}
     return None
-
-
-def _folder_name(location: str) -> str:
-    """What a folder or file of weights is called in what others see; of a run's, the run too."""
-    path = Path(location).expanduser().resolve()
-    is_of_run = path.name in MODEL_FOLDERS and (path.parent / RUN_RECORD).is_file()
-    return '/'.join(path.parts[-2:]) if is_of_run else path.name
