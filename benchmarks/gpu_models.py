@@ -22,7 +22,11 @@ from torch import nn
 
 import timm_tinyvit  # noqa: F401  registers the models
 
-MODELS = ['tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224']
+# With their pixels and how many images are looked at, and learned from, at a time.
+MODELS = {
+    'tiny_vit_5m_224': (224, 256, 128), 'tiny_vit_11m_224': (224, 256, 128), 'tiny_vit_21m_224': (224, 256, 128),
+    'tiny_vit_21m_384': (384, 128, 48), 'tiny_vit_21m_512': (512, 64, 24)}
+SMALLEST = 'tiny_vit_5m_224'
 PEERS = ('timm', 'timm channels-last', 'ours')
 COMPILED = (
     ('inference', 'timm channels-last'), ('inference', 'ours'), ('inference', 'ours folded'),
@@ -32,8 +36,8 @@ Run = Callable[[], torch.Tensor]
 Write = Callable[..., None]
 
 
-def batch_size(args: argparse.Namespace, mode: str) -> int:
-    return 2 if args.toy else 256 if mode == 'inference' else 128
+def batch_size(args: argparse.Namespace, name: str, mode: str) -> int:
+    return 2 if args.toy else MODELS[name][1 if mode == 'inference' else 2]
 
 
 def create(args: argparse.Namespace, name: str, peer: str) -> nn.Module:
@@ -60,8 +64,8 @@ def create_run(args: argparse.Namespace, name: str, mode: str, peer: str, compil
     """One forward pass, or one training step with fused AdamW, in bfloat16 under autocast; returns the logits."""
     model = create(args, name, peer).train(mode == 'training')
     torch.manual_seed(0)
-    size = 64 if args.toy else 224
-    x = torch.randn(batch_size(args, mode), 3, size, size, device=args.device)
+    size = 64 if args.toy else MODELS[name][0]
+    x = torch.randn(batch_size(args, name, mode), 3, size, size, device=args.device)
     if peer == 'timm channels-last':
         x = x.contiguous(memory_format=torch.channels_last)
     forward = torch.compile(model, backend='aot_eager' if args.toy else 'inductor') if compiles else model
@@ -124,9 +128,15 @@ def peak_memory(args: argparse.Namespace, run: Run) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def figure_of(args: argparse.Namespace, mode: str, seconds: list[float], memory: int | None) -> dict[str, Any]:
+def figure_of(
+        args: argparse.Namespace,
+        name: str,
+        mode: str,
+        seconds: list[float],
+        memory: int | None,
+) -> dict[str, Any]:
     """The figure of one peer, from its turns."""
-    median, size = statistics.median(seconds), batch_size(args, mode)
+    median, size = statistics.median(seconds), batch_size(args, name, mode)
     return dict(
         batch_size=size, images_per_second=round(size / median, 1), milliseconds=round(median * 1e3, 3),
         peak_memory=memory)
@@ -134,7 +144,7 @@ def figure_of(args: argparse.Namespace, mode: str, seconds: list[float], memory:
 
 def models(args: argparse.Namespace, write: Write) -> None:
     """Eager mode: the peers take turns; the difference is that of the first logits from timm's."""
-    for name in args.models[:1] if args.toy else args.models:
+    for name in args.models or ([SMALLEST] if args.toy else MODELS):
         for mode in ('inference', 'training'):
             runs = {peer: create_run(args, name, mode, peer) for peer in PEERS}
             first = {peer: run().float() for peer, run in runs.items()}
@@ -147,7 +157,7 @@ def models(args: argparse.Namespace, write: Write) -> None:
             theirs = first['timm']
             for peer in PEERS:
                 write(
-                    model=name, mode=mode, peer=peer, **figure_of(args, mode, times[peer], memory[peer]),
+                    model=name, mode=mode, peer=peer, **figure_of(args, name, mode, times[peer], memory[peer]),
                     times_timm=round(speed[peer] / speed['timm'], 3),
                     times_timm_channels_last=round(speed[peer] / speed['timm channels-last'], 3),
                     difference=((first[peer] - theirs).abs().max() / theirs.abs().max()).item())
@@ -195,24 +205,24 @@ def profile(args: argparse.Namespace, write: Write) -> None:
     """Eager mode: the most expensive kernels of TinyViT-5M, ours and timm's, and the time on host and device."""
     for mode in ('inference', 'training'):
         for peer in PEERS[1:]:
-            run = create_run(args, MODELS[0], mode, peer)
+            run = create_run(args, SMALLEST, mode, peer)
             for _ in range(2):
                 run()
             text, figures = kernel_table(args, run, 1 if args.toy else 3)
             file = args.output / f'profile-{mode}-{peer.replace(" ", "-")}.txt'
             file.write_text(f'{mode}, {peer}: {text}')
-            write(model=MODELS[0], mode=mode, peer=peer, batch_size=batch_size(args, mode), **figures)
+            write(model=SMALLEST, mode=mode, peer=peer, batch_size=batch_size(args, SMALLEST, mode), **figures)
             del run
             free(args)
 
 
 def _compile_and_measure(args, case, barrier, lock, results) -> None:
     # a process for each case, so that all are compiled at the same time
-    mode, peer = case
+    name, mode, peer = case
     run = None
     try:
         start = time.perf_counter()
-        run = create_run(args, MODELS[0], mode, peer, compiles=True)
+        run = create_run(args, name, mode, peer, compiles=True)
         for _ in range(2):
             run()
         synchronize(args)
@@ -232,13 +242,14 @@ def _compile_and_measure(args, case, barrier, lock, results) -> None:
             times.append(seconds_of(args, run))
     with lock:
         memory = peak_memory(args, run)
-    results.put((case, {**figure_of(args, mode, times, memory), 'compile_seconds': round(compile_seconds, 1)}))
+    results.put((case, {**figure_of(args, name, mode, times, memory), 'compile_seconds': round(compile_seconds, 1)}))
 
 
 def compiled(args: argparse.Namespace, write: Write) -> None:
     """Every case is compiled at the same time, in a process each; then they take turns on the device."""
     os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '2')
-    cases = COMPILED[1:2] if args.toy else COMPILED
+    cases = [
+        (name, *case) for name in args.models or [SMALLEST] for case in (COMPILED[1:2] if args.toy else COMPILED)]
     context = multiprocessing.get_context('spawn')
     barrier, lock, results = context.Barrier(len(cases)), context.Lock(), context.Queue()
     processes = [
@@ -257,8 +268,8 @@ def compiled(args: argparse.Namespace, write: Write) -> None:
                 continue
             break
         left.remove(case)
-        write(model=MODELS[0], mode=case[0], peer=case[1], compiled=True, **figure)
-    for mode, peer in left:
-        write(model=MODELS[0], mode=mode, peer=peer, compiled=True, error='the process died')
+        write(model=case[0], mode=case[1], peer=case[2], compiled=True, **figure)
+    for name, mode, peer in left:
+        write(model=name, mode=mode, peer=peer, compiled=True, error='the process died')
     for process in processes:
         process.join()
