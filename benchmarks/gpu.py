@@ -3,290 +3,57 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --part models compiled --models tiny_vit_5m_224 --output runs/gpu
     python benchmarks/gpu.py --toy --device cpu --output runs/toy
+    python benchmarks/gpu.py --table --output benchmarks/results/nvidia-h200
 
 Parts, in the order in which they run without `--part`:
-- `models`: 5M, 11M and 21M in eager mode beside timm's class: images/s and peak memory, inference and training.
-- `step`: a training step with and without the guard against losses that are not finite, by `step_flags.py`.
+- `models`: the models in eager mode beside timm's class: images/s and peak memory, inference and training.
+- `compiled`: the same under `torch.compile`; TinyViT-5M alone unless `--models` names others.
 - `loss`: the loss on sparse targets beside the dense one, by `loss.py`.
+- `decode`: records of each codec decoded on the device, and on the host.
+- `guard`: a training step with and without the guard against losses that are not finite, by `step_flags.py`.
+- `step`: a training step from a store beside labels only and beside timm's `LogitDistillationTask`, by `epoch_cost.py`.
+- `resume`: a run that is killed and resumed beside one in peace, with `--deterministic`, to the bit.
+- `fsdp`: a run that FSDP2 shards over one process beside one with the whole model.
+- `loader`: views/s of the loader with all cores of the machine, on JPEGs of 500x375.
 - `profile`: the most expensive kernels of TinyViT-5M and its time on host and device, ours and timm's, as text.
-- `compiled`: TinyViT-5M under `torch.compile`, inference and training.
+- `evidence`: the full grid of `evidence.py`, as far as it comes in `--evidence-seconds`.
 
-Models run in bfloat16 under autocast at 224 pixels, inference with 256 images and training with 128. The results go to
-`benchmarks/results/<device>/<part>.jsonl`, which a new run overwrites. `--toy` makes everything so small that a CPU
-runs it in a test; its figures mean nothing.
+Models run in bfloat16 under autocast. The results go to `benchmarks/results/<device>/<part>.jsonl`, which a new run of
+the part overwrites; `--skip-finished` leaves parts alone that have ended there, so that a run that was cut short goes
+on. `--table` runs nothing and prints the tables of docs/results.md. `--toy` makes everything so small that a CPU runs
+it in a test; its figures mean nothing.
 """
 
 import argparse
-import functools
-import gc
 import json
-import multiprocessing
 import os
-import queue
 import re
-import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
-from timm.models import tiny_vit as timm_tiny_vit
-from timm.utils import reparameterize_model
-from torch import nn
+from gpu_models import MODELS, Write, compiled, models, profile, seconds_of
+from gpu_runs import DATA, evidence, fsdp, resume
+from gpu_table import tables
+from pipeline import make_small_images, replayed
+from PIL import Image
 
-import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.base.launch import device_name
+from timm_tinyvit.targets import FeatureTargets, SparseTargets
+from timm_tinyvit.targets.codecs import codecs, create_codec, create_feature_codec, feature_codecs
 
 FOLDER = Path(__file__).parent
-MODELS = ['tiny_vit_5m_224', 'tiny_vit_11m_224', 'tiny_vit_21m_224']
-PEERS = ('timm', 'timm channels-last', 'ours')
-COMPILED = (
-    ('inference', 'timm channels-last'), ('inference', 'ours'), ('inference', 'ours folded'),
-    ('training', 'timm channels-last'), ('training', 'ours'))
 LOSS_SHAPES = ('1024x1000x10', '1024x1000x100', '128x21841x100', '512x21841x100')  # views x classes x k
-TOY = dict(embed_dims=(32, 32, 32, 64), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 2), window_sizes=(2, 2, 4, 2))
-Run = Callable[[], torch.Tensor]
-Write = Callable[..., None]
-
-
-def batch_size(args: argparse.Namespace, mode: str) -> int:
-    return 2 if args.toy else 256 if mode == 'inference' else 128
-
-
-def create(args: argparse.Namespace, name: str, peer: str) -> nn.Module:
-    """A model with random weights in which every batch norm has something to do: the same for each peer."""
-    torch.manual_seed(0)
-    kwargs = dict(drop_path_rate=0., **(TOY if args.toy else {}))
-    theirs = getattr(timm_tiny_vit, name)(pretrained_cfg_overlay=dict(num_classes=1000), **kwargs)
-    with torch.no_grad():
-        for module in theirs.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 2)
-                module.weight.uniform_(0.5, 1.5)
-    if peer == 'timm':
-        return theirs.to(args.device)
-    if peer == 'timm channels-last':
-        return theirs.to(args.device, memory_format=torch.channels_last)
-    ours = timm.create_model(name, **kwargs)
-    ours.load_state_dict(theirs.state_dict())
-    return (reparameterize_model(ours.eval()) if peer == 'ours folded' else ours).to(args.device)
-
-
-def create_run(args: argparse.Namespace, name: str, mode: str, peer: str, compiles: bool = False) -> Run:
-    """One forward pass, or one training step with fused AdamW, in bfloat16 under autocast; returns the logits."""
-    model = create(args, name, peer).train(mode == 'training')
-    torch.manual_seed(0)
-    size = 64 if args.toy else 224
-    x = torch.randn(batch_size(args, mode), 3, size, size, device=args.device)
-    if peer == 'timm channels-last':
-        x = x.contiguous(memory_format=torch.channels_last)
-    forward = torch.compile(model, backend='aot_eager' if args.toy else 'inductor') if compiles else model
-    autocast = functools.partial(torch.autocast, x.device.type, torch.bfloat16)
-    if mode == 'inference':
-        def infer() -> torch.Tensor:
-            with torch.inference_mode(), autocast():
-                return forward(x)
-
-        return infer
-
-    target = torch.randint(0, 1000, (x.shape[0],), device=args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        with autocast():
-            logits = forward(x)
-        F.cross_entropy(logits.float(), target).backward()
-        optimizer.step()
-        return logits.detach()
-
-    return step
-
-
-def synchronize(args: argparse.Namespace) -> None:
-    if args.device.startswith('cuda'):
-        torch.cuda.synchronize()
-
-
-def free(args: argparse.Namespace) -> None:
-    gc.collect()
-    if args.device.startswith('cuda'):
-        torch.cuda.empty_cache()
-
-
-def seconds_of(args: argparse.Namespace, run: Run, seconds: float = 0.2) -> float:
-    """Seconds of one call, with as many calls in a row as fit into the time given."""
-    synchronize(args)
-    start = time.perf_counter()
-    run()
-    synchronize(args)
-    calls = 1 if args.toy else max(3, int(seconds / (time.perf_counter() - start)))
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    synchronize(args)
-    return (time.perf_counter() - start) / calls
-
-
-def peak_memory(args: argparse.Namespace, run: Run) -> int | None:
-    """Bytes that one call takes on the device beyond what lay there before it."""
-    if not args.device.startswith('cuda'):
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def figure_of(args: argparse.Namespace, mode: str, seconds: list[float], memory: int | None) -> dict[str, Any]:
-    """The figure of one peer, from its turns."""
-    median, size = statistics.median(seconds), batch_size(args, mode)
-    return dict(
-        batch_size=size, images_per_second=round(size / median, 1), milliseconds=round(median * 1e3, 3),
-        peak_memory=memory)
-
-
-def models(args: argparse.Namespace, write: Write) -> None:
-    """Eager mode: the peers take turns; the difference is that of the first logits from timm's."""
-    for name in args.models[:1] if args.toy else args.models:
-        for mode in ('inference', 'training'):
-            runs = {peer: create_run(args, name, mode, peer) for peer in PEERS}
-            first = {peer: run().float() for peer, run in runs.items()}
-            memory = {peer: peak_memory(args, run) for peer, run in runs.items()}
-            times = {peer: [] for peer in PEERS}
-            for _ in range(1 if args.toy else 3):
-                for peer, run in runs.items():
-                    times[peer].append(seconds_of(args, run))
-            speed = {peer: 1 / statistics.median(seconds) for peer, seconds in times.items()}
-            theirs = first['timm']
-            for peer in PEERS:
-                write(
-                    model=name, mode=mode, peer=peer, **figure_of(args, mode, times[peer], memory[peer]),
-                    times_timm=round(speed[peer] / speed['timm'], 3),
-                    times_timm_channels_last=round(speed[peer] / speed['timm channels-last'], 3),
-                    difference=((first[peer] - theirs).abs().max() / theirs.abs().max()).item())
-            del runs, run
-            free(args)
-
-
-def kernel_table(args: argparse.Namespace, run: Run, calls: int) -> tuple[str, dict[str, Any]]:
-    """The most expensive kernels of a run as text, and the times in all."""
-    synchronize(args)
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    host = time.perf_counter() - start  # until the last kernel is queued
-    synchronize(args)
-    wall = time.perf_counter() - start
-    on_device = args.device.startswith('cuda')
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    activities += [torch.profiler.ProfilerActivity.CUDA] if on_device else []
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(calls):
-            run()
-        synchronize(args)
-    time_name = 'self_device_time_total' if on_device else 'self_cpu_time_total'
-    kernels = sorted(
-        (
-            (getattr(event, time_name) / 1e3 / calls, event.count // calls, event.key)
-            for event in profiler.key_averages()
-            if event.device_type.name == ('CUDA' if on_device else 'CPU') and not event.is_user_annotation
-        ),
-        reverse=True)
-    total = sum(milliseconds for milliseconds, _, _ in kernels)
-    figures = dict(
-        host_milliseconds=round(host / calls * 1e3, 2), milliseconds=round(wall / calls * 1e3, 2),
-        kernel_milliseconds=round(total, 2), num_kernels=sum(count for _, count, _ in kernels))
-    lines = [', '.join(f'{name} {value}' for name, value in figures.items()), '', '      ms   share  calls  kernel']
-    lines += [
-        f'{milliseconds:8.3f}  {milliseconds / total:6.1%}  {count:5}  {name[:150]}'
-        for milliseconds, count, name in kernels[:25]
-    ]
-    return '\n'.join(lines) + '\n', figures
-
-
-def profile(args: argparse.Namespace, write: Write) -> None:
-    """Eager mode: the most expensive kernels of TinyViT-5M, ours and timm's, and the time on host and device."""
-    for mode in ('inference', 'training'):
-        for peer in PEERS[1:]:
-            run = create_run(args, MODELS[0], mode, peer)
-            for _ in range(2):
-                run()
-            text, figures = kernel_table(args, run, 1 if args.toy else 3)
-            file = args.output / f'profile-{mode}-{peer.replace(" ", "-")}.txt'
-            file.write_text(f'{mode}, {peer}: {text}')
-            write(model=MODELS[0], mode=mode, peer=peer, batch_size=batch_size(args, mode), **figures)
-            del run
-            free(args)
-
-
-def _compile_and_measure(args, case, barrier, lock, results) -> None:
-    # a process for each case, so that all are compiled at the same time
-    mode, peer = case
-    run = None
-    try:
-        start = time.perf_counter()
-        run = create_run(args, MODELS[0], mode, peer, compiles=True)
-        for _ in range(2):
-            run()
-        synchronize(args)
-        compile_seconds = time.perf_counter() - start
-    except Exception:
-        results.put((case, {'error': traceback.format_exc()[-600:]}))
-    free(args)
-    try:
-        barrier.wait(args.compile_seconds)  # measure when nobody compiles any more
-    except threading.BrokenBarrierError:
-        pass  # one of the processes died or took too long; the figures of the others stand
-    if run is None:
-        return
-    times = []
-    for _ in range(1 if args.toy else 3):
-        with lock:
-            times.append(seconds_of(args, run))
-    with lock:
-        memory = peak_memory(args, run)
-    results.put((case, {**figure_of(args, mode, times, memory), 'compile_seconds': round(compile_seconds, 1)}))
-
-
-def compiled(args: argparse.Namespace, write: Write) -> None:
-    """Every case is compiled at the same time, in a process each; then they take turns on the device."""
-    os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '2')
-    cases = COMPILED[1:2] if args.toy else COMPILED
-    context = multiprocessing.get_context('spawn')
-    barrier, lock, results = context.Barrier(len(cases)), context.Lock(), context.Queue()
-    processes = [
-        context.Process(target=_compile_and_measure, args=(args, case, barrier, lock, results), daemon=True)
-        for case in cases
-    ]
-    for process in processes:
-        process.start()
-    left = set(cases)
-    while left:
-        alive = any(process.is_alive() for process in processes)
-        try:
-            case, figure = results.get(timeout=2)
-        except queue.Empty:
-            if alive:
-                continue
-            break
-        left.remove(case)
-        write(model=MODELS[0], mode=case[0], peer=case[1], compiled=True, **figure)
-    for mode, peer in left:
-        write(model=MODELS[0], mode=mode, peer=peer, compiled=True, error='the process died')
-    for process in processes:
-        process.join()
 
 
 def run_script(write: Write, name: str, *flags: str) -> None:
@@ -307,24 +74,90 @@ def loss(args: argparse.Namespace, write: Write) -> None:
         '--shapes', *(['4x50x5'] if args.toy else LOSS_SHAPES), *sizes)
 
 
-def step(args: argparse.Namespace, write: Write) -> None:
+def guard(args: argparse.Namespace, write: Write) -> None:
     """Training steps without a guard against losses that are not finite, with it, and with one that waits."""
     sizes = ['--turns', '1', '--steps', '1', '--batch-size', '2', '--img-size', '32'] if args.toy else \
         ['--turns', '5', '--steps', '10']
     run_script(write, 'step_flags.py', '--device', args.device, '--dtype', 'bfloat16', *sizes)
 
 
-PARTS = {'models': models, 'step': step, 'loss': loss, 'profile': profile, 'compiled': compiled}
+def step(args: argparse.Namespace, write: Write) -> None:
+    """Training steps from a store, from labels, and with a teacher in the loop, with the loader beside them."""
+    sizes = [
+        '--turns', '2', '--steps', '1', '--batch-size', '2', '--img-size', '32', '--workers', '1', '--teachers',
+        'test_convnext', '--online-turns', '1',
+    ] if args.toy else [
+        '--turns', '12', '--steps', '10', '--batch-size', '128', '--workers', str(os.cpu_count()), '--teachers',
+        'convnext_large', '--online-turns', '4', '--control']
+    run_script(write, 'epoch_cost.py', '--dataset', str(DATA), '--device', args.device, '--amp', *sizes)
+
+
+def decode(args: argparse.Namespace, write: Write) -> None:
+    """Records decoded where the student is, and on the host."""
+    size = 8 if args.toy else 1024
+    generator = torch.Generator().manual_seed(0)
+    targets = {
+        (name, f'k = {k} of {num_classes:,}'): (create_codec(name, num_classes, k), SparseTargets.from_logits(
+            4 * torch.randn(size, num_classes, generator=generator), k))
+        for name in codecs() for num_classes, k in ((1000, 10), (1000, 100), (21841, 100))}
+    targets |= {
+        (name, f'D = {dim}, {cells} cell(s)'): (create_feature_codec(name, dim, grid), FeatureTargets(
+            torch.randn(size, cells, dim, generator=generator)))
+        for name in feature_codecs() for dim, grid, cells in ((768, 0, 1), (256, 7, 49))}
+    for (name, shape), (codec, of_views) in targets.items():
+        records = torch.from_numpy(np.ascontiguousarray(codec.encode(of_views)))
+        on_device = seconds_of(args, partial(codec.decode, records.to(args.device)))
+        on_host = seconds_of(args, partial(codec.decode, records))
+        write(
+            codec=name, shape=shape, batch_size=size, bytes_per_view=records.shape[1],
+            milliseconds=round(1e3 * on_device, 3), milliseconds_on_host=round(1e3 * on_host, 3),
+            views_per_second=round(size / on_device))
+
+
+def loader(args: argparse.Namespace, write: Write) -> None:
+    """Views per second of the clock with a process on each core, of JPEGs drawn for the purpose."""
+    workers, count, turns = (1, 16, 1) if args.toy else (os.cpu_count(), 1024, 3)
+    source, folder, draws = args.scratch / 'drawn', args.scratch / 'jpegs', np.random.default_rng(0)
+    source.mkdir()
+    for number in range(8):
+        smooth = Image.fromarray(draws.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((1200, 900), Image.BICUBIC)
+        pixels = np.asarray(smooth) + draws.normal(0, 8, (900, 1200, 1))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(source / f'{number}.png')
+    make_small_images(source, folder, count)
+    for file in [] if args.toy else list(folder.rglob('*.jpg')):
+        for copy in range(7):
+            file.with_stem(f'{file.stem}-{copy}').hardlink_to(file)
+    kilobytes = np.mean([file.stat().st_size for file in folder.rglob('*.jpg')]) / 1e3
+    for decoder in ('pillow', 'torch'):
+        for views_per_image in (1, 4):
+            rates = []
+            for _ in range(turns):
+                start, views = time.perf_counter(), 0
+                for batch in replayed(decoder, views_per_image, folder, 16 if args.toy else 128, workers):
+                    views += len(batch)
+                rates.append(views / (time.perf_counter() - start))
+            write(
+                decoder=decoder, views_per_image=views_per_image, workers=workers, mean_kilobytes=round(kilobytes, 1),
+                views_per_second=round(max(rates), 1))
+
+
+PARTS = {
+    'models': models, 'compiled': compiled, 'loss': loss, 'decode': decode, 'guard': guard, 'step': step,
+    'resume': resume, 'fsdp': fsdp, 'loader': loader, 'profile': profile, 'evidence': evidence}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--part', nargs='+', default=list(PARTS), choices=PARTS, metavar='PART', dest='parts')
-    parser.add_argument('--models', nargs='+', default=MODELS, choices=MODELS, metavar='MODEL', help='of `models`')
+    parser.add_argument('--models', nargs='+', choices=MODELS, metavar='MODEL', help='of `models`, `compiled`')
     parser.add_argument('--output', type=Path, help='folder of the results; benchmarks/results/<device> by default')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument(
         '--compile-seconds', type=float, default=240, help='most that a compiled case waits for the others')
+    parser.add_argument(
+        '--evidence-seconds', type=float, default=60, help='for the full grid of evidence.py, which goes on from there')
+    parser.add_argument('--skip-finished', action='store_true', help='leave parts alone whose figures are all there')
+    parser.add_argument('--table', action='store_true', help='run nothing, print the tables of what is in --output')
     parser.add_argument('--toy', action='store_true', help='tiny batches and images, to test the benchmark itself')
     args = parser.parse_args(argv)
     if args.output is None:
@@ -334,7 +167,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @contextmanager
 def writer(path: Path, **constants: Any) -> Iterator[Write]:
-    """A function that writes and prints one figure, given by name, as one JSON line."""
+    """A function that writes and prints one figure, given by name, as one JSON line; a last line ends what is whole."""
     with path.open('w') as file:
         def write(**figure: Any) -> None:
             line = json.dumps({**figure, **constants})
@@ -342,25 +175,37 @@ def writer(path: Path, **constants: Any) -> Iterator[Write]:
             file.write(line + '\n')
             file.flush()
 
+        start = time.perf_counter()
         yield write
+        write(seconds=round(time.perf_counter() - start, 1), finished=True)
+
+
+def is_finished(path: Path) -> bool:
+    return path.exists() and '"finished": true' in path.read_text()
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.table:
+        print(tables(args.output))
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     where = dict(device=device_name(torch.device(args.device)), torch=torch.__version__, timm=timm.__version__)
     failed = []
-    for name in args.parts:
-        start = time.perf_counter()
-        with writer(args.output / f'{name}.jsonl', part=name, **where) as write:
+    with tempfile.TemporaryDirectory() as scratch:
+        args.scratch = Path(scratch)
+        for name in args.parts:
+            path = args.output / f'{name}.jsonl'
+            if args.skip_finished and is_finished(path):
+                continue
             try:
-                PARTS[name](args, write)
+                with writer(path, part=name, **where) as write:
+                    PARTS[name](args, write)
             except Exception:  # a part that fails must not cost the others
                 traceback.print_exc()
                 failed.append(name)
-        print(f'{name}: {time.perf_counter() - start:.0f} s', flush=True)
     if failed:
-        raise SystemExit(f'Failed: {", ".join(failed)}.')
+        raise SystemExit(f'error: these parts failed, as said above: {", ".join(failed)}')
 
 
 if __name__ == '__main__':

@@ -158,10 +158,16 @@ def timm_loader(folder: Path, batch_size: int) -> Iterable[torch.Tensor]:
     return (views for views, _ in loader.loader)  # what is inside the prefetcher, which does the device's part
 
 
-def replayed(decoder: str, views_per_image: int, folder: Path, batch_size: int) -> Iterable[torch.Tensor]:
+def replayed(
+        decoder: str,
+        views_per_image: int,
+        folder: Path,
+        batch_size: int,
+        workers: int = 1,
+) -> Iterable[torch.Tensor]:
     data = SparseLogitDataset(load_images(folder), Replay(ViewConfig(decoder=decoder, **RECIPE), seed=0))
     sampler = EpochBatchSampler(len(data), batch_size, seed=0, views_per_image=views_per_image)
-    loader = DataLoader(data, batch_sampler=sampler, num_workers=1, collate_fn=collate)
+    loader = DataLoader(data, batch_sampler=sampler, num_workers=workers, collate_fn=collate)
     return (batch['view'] for batch in loader)
 
 
