@@ -1,5 +1,6 @@
 """What several test files share: real images, a warm parent of real processes, and what a refusal must look like."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from support import plain_timm
 from support.flags import DATA, SMALL_VIEWS, small_data
 from support.hub_child import Children
 from support.hub_server import HubServer
+from support.runs import leave_plots_out
 
 from timm_tinyvit import save_logits
 from timm_tinyvit.base.errors import InputError
@@ -35,6 +37,10 @@ LAUNCHING_FILES = {
     'test_cli', 'test_convert', 'test_docs', 'test_evidence', 'test_export', 'test_feature_students', 'test_fill',
     'test_distilling', 'test_gpu', 'test_loops', 'test_package', 'test_recipes', 'test_sharding', 'test_sparse_triton',
     'test_train_distill'}
+# Files that look at the plots of runs; in the others there are none.
+PLOTTING_FILES = {
+    'test_figures', 'test_hostile_names', 'test_model_card', 'test_page', 'test_push_model', 'test_run_report',
+    'test_store_report', 'test_strangers', 'test_train_distill'}
 
 
 def pytest_collection_modifyitems(items):
@@ -42,6 +48,20 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if LAUNCHING & set(item.fixturenames) or item.path.stem in LAUNCHING_FILES:
             item.add_marker('launches')
+
+
+def pytest_collection_finish():
+    """What has been imported by now stays: no collection need look at it again, nor in children."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope='module', autouse=True)
+def plots_where_they_are_looked_at(request):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.path.stem not in PLOTTING_FILES:
+            leave_plots_out(monkeypatch.setattr)
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -3,12 +3,15 @@
 import pytest
 
 from timm_tinyvit import cli
+from timm_tinyvit.base import yaml_reader
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.base.yaml_reader import MAX_BYTES, MAX_VALUES, card_head, read_yaml
+from timm_tinyvit.base.yaml_reader import MAX_BYTES, card_head, read_yaml
 from timm_tinyvit.hub.model_card import card_metadata, kept_metadata
 from timm_tinyvit.hub.store_card import with_license
 from support.programs import refusal
 
+# As 100,000 take PyYAML seconds.
+MAX_VALUES = 2000
 BOMB = '\n'.join(['a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]'] + [
     f'{name}: &{name} [{", ".join(["*" + before] * 10)}]' for before, name in zip('abcdefghi', 'bcdefghij')])
 BROKEN = {
@@ -24,6 +27,11 @@ BROKEN = {
     'bad merge': b'<<: 3', 'bad base': b'lr: !!int "x"', 'bad float': b'lr: !!float "x"',
     'directive': b'%YAML 9.9\nlr: 1',
 }
+
+
+@pytest.fixture(autouse=True)
+def few_values(monkeypatch):
+    monkeypatch.setattr(yaml_reader, 'MAX_VALUES', MAX_VALUES)
 
 
 @pytest.mark.parametrize('kind', BROKEN)

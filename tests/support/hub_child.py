@@ -4,6 +4,7 @@ huggingface_hub reads its environment when it is imported, so the parent has eve
 is the tests' side, this file run as a program the parent's.
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -128,6 +129,8 @@ def serve(address: str) -> None:
     for module in SLOW_MODULES:
         __import__(module)
     assert 'huggingface_hub' not in sys.modules
+    # Collections in the children pass over what they share with their parent.
+    gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f'{address}.new')

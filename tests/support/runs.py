@@ -1,6 +1,8 @@
-"""The record of a run, for tests that make the folder of a run themselves."""
+"""The record of a run, for tests that make the folder of a run themselves, and runs without plots."""
 
+import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,3 +18,9 @@ def write_record(run: Path, flags: dict[str, Any] | None = None, launches: list[
     if launches is not None:
         record['launches'] = [{'commit': None, **launch} for launch in launches]
     file.write_text(json.dumps(record))
+
+
+def leave_plots_out(patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Have pages without plots, as where matplotlib is not installed: a third of the time of a small run."""
+    for name in ('compare', 'plots', 'run', 'store'):
+        patch(importlib.import_module(f'timm_tinyvit.report.{name}'), 'can_plot', lambda: False)

@@ -223,6 +223,7 @@ def launcher(tmp_path, *argv, processes=1, machines=1, rank=0, port=None):
         return subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
 
 
+@pytest.mark.launches
 @pytest.mark.skipif(not Path('/proc/self/cmdline').exists(), reason='looks for orphans in /proc')
 @pytest.mark.parametrize('processes', [1, 2])
 def test_sigterm_to_the_launcher_ends_in_a_checkpoint_and_leaves_no_orphan(tmp_path, processes):
