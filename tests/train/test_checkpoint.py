@@ -152,7 +152,7 @@ def test_killed_runs_leave_nothing_half_written_for_good(start, tmp_path):
 
 
 # A run that is asked to stop just when an epoch has ended has its checkpoint, and makes no other: ask it in between.
-WITHIN_AN_EPOCH = ['--recovery-interval', '40']
+WITHIN_AN_EPOCH = ['--recovery-interval', '10']
 
 
 def within_an_epoch(run):
