@@ -480,8 +480,8 @@ def test_whose_weights_are_compared_is_said(run, runs, no_plots):
 
 @pytest.mark.parametrize('change, differs', [
     ({}, ''), ({'lr': 1.}, ''), ({'temperature': 2.}, 'temperature'), ({'alpha': 0.5}, 'alpha'),
-    ({'logits': ['/else/logits']}, 'logits'), ({'smoothing': 0.}, 'smoothing'), ({'mixup': 0.8}, 'mixup'),
-    ({'cutmix': 1.}, 'cutmix'), ({'mixup_mode': 'elem'}, '')])
+    ({'logits': ['/else/logits']}, ''), ({'store_hash': 'another'}, 'logits'), ({'smoothing': 0.}, 'smoothing'),
+    ({'mixup': 0.8}, 'mixup'), ({'cutmix': 1.}, 'cutmix'), ({'mixup_mode': 'elem'}, '')])
 def test_losses_of_other_kinds_are_not_subtracted(runs, run, change, differs):
     write_record(run, change)
     lines = [' '.join(line.split()) for line in compare_runs([runs / 'one', run]).splitlines()]
@@ -585,7 +585,7 @@ def test_settings_name_no_folder(runs, run, no_plots):
     assert 'alice' not in text and str(runs) not in text
     assert re.search(r'^dataset +fashion_mnist +fashion_mnist \(in another folder\)$', text, re.MULTILINE)
     # What the store decided is known by the store, not by what the flags said.
-    assert not re.search('^(logits|teacher|topk) ', text, re.MULTILINE)
+    assert not re.search('^(logits|topk) ', text, re.MULTILINE)
     assert 'local-dir:model' in text and '>teacher<' in text and '>best<' in text
 
 

@@ -10,10 +10,13 @@ from timm_tinyvit.train.record import RUN_RECORD, VERSION
 
 
 def write_record(run: Path, flags: dict[str, Any] | None = None, launches: list[dict[str, Any]] | None = None) -> None:
-    """Write a `run.json` with these flags and launches, or change those of the one that is there."""
+    """Write a `run.json` with these flags and launches, or change those of the one that is there, decided by a store or
+    not.
+    """
     file = run / RUN_RECORD
     record = json.loads(file.read_text()) if file.exists() else {'version': VERSION, 'flags': {}}
     record['flags'] |= flags or {}
+    record['decided'] = {name: (flags or {}).get(name, value) for name, value in record.get('decided', {}).items()}
     record.setdefault('launches', [{'epoch': 0, 'commit': None, 'environment': {}}])
     if launches is not None:
         record['launches'] = [{'commit': None, **launch} for launch in launches]

@@ -29,7 +29,7 @@ from .sources import Source, class_names, find_column, no_labels, read_labels, s
 __all__ = [
     'REMEDY', 'Classes', 'check_label_values', 'check_labels', 'checkpoint_names', 'class_mismatch', 'class_numbers',
     'is_imagenet1k', 'match_classes', 'match_names', 'matched_split', 'new_labels', 'renumbered', 'resolve_classes',
-    'read_class_map', 'valid_names',
+    'valid_names',
 ]
 
 # A manifest is a text of bounded length.
@@ -164,7 +164,7 @@ def _class_map(
         InputError: The file is none, or names what is no class of the teacher.
     """
     if args.class_map:
-        lines, where = read_class_map(args.class_map), f'--class-map {args.class_map}'
+        lines, where = _read_class_map(args.class_map), f'--class-map {args.class_map}'
         if args.num_classes not in (None, len(lines)):
             raise InputError(f'{where} has {len(lines):,} classes, and --num-classes is {args.num_classes}; leave '
                              f'--num-classes out')
@@ -196,7 +196,7 @@ def _class_map(
     return (None if numbers == list(range(taught.num_classes)) else numbers), lines
 
 
-def read_class_map(path: str) -> list[str]:
+def _read_class_map(path: str) -> list[str]:
     """The classes of a file in timm's format: one in each line, in their order.
 
     Raises:
