@@ -53,7 +53,7 @@ def published(tmp_path_factory, fashion):
 
 
 @pytest.mark.parametrize('page', PAGES)
-def test_the_code_of_a_page_runs(page, published, fashion, hub, hub_children, tmp_path):
+def test_the_code_of_a_page_runs(page, published, fashion, hub, hub_children, s3_server, tmp_path):
     for (repo, kind), files in published.items():
         hub.add_commit(repo, files, repo_type=kind)
     for name in ('examples', 'hub'):
@@ -64,7 +64,7 @@ def test_the_code_of_a_page_runs(page, published, fashion, hub, hub_children, tm
         folder.mkdir(parents=True, exist_ok=True)
         row['image'].save(folder / f'{number}.jpg')
     row['image'].save(tmp_path / 'image.jpg')
-    environment = hub.environment(tmp_path / 'home') | {'PYTHONPATH': str(ROOT)}
+    environment = hub.environment(tmp_path / 'home') | s3_server.environment | {'PYTHONPATH': str(ROOT)}
     if 'runs/demo/logits' in (ROOT / page).read_text(encoding='utf-8'):
         hub_children.run([
             '-m', 'timm_tinyvit.save_logits', '--dataset', 'examples/fashion_mnist', '--train-split', 'train[:500]',

@@ -1,19 +1,29 @@
 """Stores in object stores: read by fsspec, from the memory of this process and from a real server of S3's interface."""
 
+import os
 import re
+import signal
 
 import fsspec
 import pytest
 
 from support.files import tree
+from support.flags import ROOT, SMALL_VIEWS, small_data
+from support.programs import refusal
 from support.s3_server import SECRET
+from support.waiting import wait_until
+from timm_tinyvit import cli
 from timm_tinyvit.base import remote_folder
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.store import cache
 from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.store.object_store import ObjectStore
 from timm_tinyvit.store.remote import RemoteStore, check_content, content_of, open_reader
+from timm_tinyvit.teacher.progress import StoreProgress
 
 ROWS = range(120)
+# Of all files, and not to find out whether one is a folder.
+LISTING = 'GET .*list-type.*delimiter=&'
 
 
 @pytest.fixture
@@ -22,6 +32,7 @@ def s3(s3_server, monkeypatch):
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(remote_folder, 'OPEN_PAUSES', (0.,) * 10)
+    monkeypatch.setattr(remote_folder, 'WRITE_PAUSES', (0.,) * 10)
     monkeypatch.setattr(cache, 'MAX_PAUSE', 0.1)
     yield s3_server
     s3_server.forget()
@@ -119,3 +130,102 @@ def test_what_cannot_be_read_is_one_sentence_without_a_secret(
     assert SECRET not in str(caught.value)
     # What does not pass is not tried again.
     assert not re.search('trying again', capsys.readouterr().err)
+
+
+# Filling
+
+
+def fill(teacher, url, *more):
+    """The command that has made the store of the tests in a folder."""
+    return ['fill', *small_data(120), *SMALL_VIEWS, '--teacher', teacher, '--logits', url, '--epochs', '4', '--topk',
+            '3', '--shard-size', '20', '--quiet', *more]
+
+
+@pytest.fixture
+def own_disk(monkeypatch, tmp_path):
+    """A cache of this test alone."""
+    monkeypatch.setattr('timm_tinyvit.store.remote.constants.HF_ASSETS_CACHE', str(tmp_path / 'cache'))
+
+
+@pytest.mark.usefixtures('own_disk', 'one_launch_each')
+def test_a_store_that_is_filled_behind_a_url_is_the_one_in_a_folder(
+        s3, teacher, filled_store, keyed_store, tmp_path, capsys):
+    url = 's3://bucket/filled'
+    for pattern, how, times, seconds in (
+            ('PUT .*store.json', '501', 1, 0.), ('PUT .*00001/shard-00001', '503', 7, 0.),
+            ('PUT .*00001/shard-00002', 'cut', 1, 0.), ('PUT .*images/', '500', 1, 0.),
+            ('PUT .*00002/shard', '500', 2, 0.), ('HEAD .*00003/shard', '503', 2, 0.),
+            (LISTING, 'slow', 99, 0.3)):
+        s3.fail(pattern, how, times, seconds)
+    cli.main(fill(teacher, url, '--shards', '0:4'))
+    store = ObjectStore.open(url)
+    with StoreProgress(store, range(4), range(6)) as progress:
+        # Others, too, put theirs.
+        assert progress._views == 4 * 80
+        s3.put_tree('filled', filled_store, leave_out='(?!epoch-00003/shard-00004)')
+        store._next_look = 0.
+        progress._due = 0.
+        progress.refresh()
+        assert progress._grown == (20, (filled_store / 'epoch-00003' / 'shard-00004.arrow').stat().st_size)
+    cli.main(fill(teacher, url))
+    assert s3.tree('filled') == tree(filled_store, hidden=False)
+    # Each shard was put once, but for the one whose answer was lost, and a look came before.
+    put = s3.seen('PUT .*/epoch', '200')
+    looked = {line.partition(' ')[2] for line in s3.seen('HEAD .*/epoch')}
+    assert len(put) == 25 and len({line.partition(' ')[2] for line in put} - looked) == 1
+    assert 4 < len(s3.seen(LISTING)) < 20
+    assert [fault.times for fault in s3.faults if fault.times] == [99 - len(s3.seen(LISTING))]
+    capsys.readouterr()
+    # A further launch has nothing to do, and none that wants another store.
+    cli.main(fill(teacher, url))
+    assert len(s3.seen('PUT .*/epoch', '200')) == 25
+    assert 'k: 3, not 4' in refusal(cli.main, fill(teacher, url, '--topk', '4'), capsys)
+    for words in (f'describe {url}', f'verify {url}', f'copy {url} --output {tmp_path}/copy'):
+        cli.main(['store', *words.split()])
+    said = capsys.readouterr().out
+    assert '24 of 24' in said and 'on s3://' in said and '24 shards, every byte' in said
+    assert tree(tmp_path / 'copy', hidden=False) == tree(filled_store, hidden=False)
+    # One that knows its samples by key.
+    data, keyed = keyed_store
+    cli.main(['fill', '--dataset', str(data), '--key', 'name', '--teacher', teacher, '--logits', 's3://bucket/keyed',
+              '--epochs', '3', '--img-size', '32', '--shard-size', '10', '--workers', '0', '--quiet'])
+    assert s3.tree('keyed') == tree(keyed, hidden=False)
+
+
+@pytest.mark.launches
+def test_writers_who_share_nothing_fill_one_store_and_a_killed_one_loses_its_open_shard(
+        s3, teacher, filled_store, hub_children, tmp_path):
+    url = 's3://bucket/shared'
+    # A machine of its own each, and time between a shard and the next.
+    s3.fail('PUT .*/epoch', 'slow', 999, 0.1)
+    command = ['-m', 'timm_tinyvit', *fill(teacher, url, '--epochs', '8')]
+    first, second = (hub_children.start(
+        command, {**os.environ, 'HF_HOME': str(tmp_path / name), 'PYTHONPATH': str(ROOT)}) for name in ('one', 'two'))
+    wait_until(lambda: len(s3.seen('PUT .*/epoch')) > 6)
+    second.kill(signal.SIGKILL)
+    assert second.wait().returncode == -signal.SIGKILL
+    ended = first.wait()
+    assert ended.returncode == 0, ended.stderr
+    there = s3.tree('shared')
+    expected = tree(filled_store, hidden=False)
+    assert all(there[name] == data for name, data in expected.items() if name != 'store.json')
+    assert len(there) == 1 + 6 + 8 * 6
+    # Done twice: what the killed one had open, and seldom what both took at a time.
+    assert 48 <= len(s3.seen('PUT .*/epoch')) < 48 + 8
+    # As both began at once, and one put the manifest.
+    assert len(s3.seen('PUT .*store.json')) >= 1 and len(s3.seen('PUT .*store.json', '200')) == 1
+
+
+@pytest.mark.parametrize('url, denied, words', [
+    ('s3://bucket/readonly', 'PUT', ['denied', 'credentials', 'write store.json']),
+    ('s3://nowhere/in1k', 'nothing', ['no such place', 'bucket']),
+    ('s3://bucket/full', 'nothing', ['holds something else']),
+    ('file:///tmp/in1k', 'nothing', ['only read']),
+])
+@pytest.mark.usefixtures('own_disk', 'one_launch_each')
+def test_what_cannot_be_filled_is_one_sentence(url, denied, words, s3, teacher, capsys, one_sentence):
+    s3.client.put_object(Bucket='bucket', Key='full/notes.txt', Body=b'words')
+    s3.fail(denied, '403', 99)
+    message = refusal(cli.main, fill(teacher, url), capsys)
+    one_sentence(message, *words)
+    assert 'trying again' not in message and SECRET not in message

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import fsspec
 from fsspec.callbacks import TqdmCallback
@@ -33,6 +33,8 @@ __all__ = ['Damaged', 'RemoteFolder', 'is_remote']
 
 # Seconds before each further attempt to open a folder: five minutes, as somebody may be looking.
 OPEN_PAUSES = (1., 2., 4., 8., 16., 30., 60., 60., 60., 60.)
+# Of a writer, whose teacher must not end with a night of the service: a day.
+WRITE_PAUSES = (*OPEN_PAUSES, *[60.] * 1440)
 # Transfers of a file that does not come as it should be.
 MAX_ATTEMPTS = 3
 COMMIT = re.compile('[0-9a-f]{40}')
@@ -128,7 +130,7 @@ class RemoteFolder:
     def name(self) -> str:
         """A name for it as a folder on this disk; of the Hub without the commit."""
         place = self.url.removeprefix('hf://datasets/').removesuffix(f'@{self.commit}')
-        return re.sub(r'[^\w.-]+', '--', place, flags=re.ASCII)
+        return re.sub(r'[^\w.-]+', '--', place, flags=re.ASCII)[-200:]
 
     def files(self) -> dict[str, dict[str, Any]]:
         """What its file system knows of each file, such as `size`, by its path within the folder.
@@ -161,7 +163,7 @@ class RemoteFolder:
                 return bool(system.info(f'{root}/{path}'))
             return False
 
-        return self._patiently(f'look at {path} of {self}', look)
+        return self._patiently(f'look at {path} of {self}', look, WRITE_PAUSES)
 
     def read(self, path: str, most: int | None = None) -> bytes | None:
         """The content of a file; None where there is none.
@@ -197,6 +199,34 @@ class RemoteFolder:
 
         return self._patiently(f'fetch {path} of {self}', read)
 
+    def write(self, path: str, content: bytes, is_new: bool = False) -> None:
+        """Put a file there, whole or not at all.
+
+        Args:
+            path: The file.
+            content: Its content.
+            is_new: Leave one that is there as it is: surely where the service has conditional puts, else as far as a
+                look can tell.
+
+        Raises:
+            InputError: It may not be written, or cannot be reached for a day.
+        """
+
+        def put() -> None:
+            system, root = self._open()
+            if is_new:
+                with suppress(FileExistsError):
+                    try:
+                        return system.pipe_file(f'{root}/{path}', content, mode='create')
+                    except (NotImplementedError, OSError, TypeError) as error:
+                        if getattr(error, 'errno', errno.ENOSYS) not in (errno.ENOSYS, errno.EINVAL):
+                            raise
+                if self.has(path):
+                    return
+            system.pipe_file(f'{root}/{path}', content)
+
+        self._patiently(f'write {path} to {self}', put, WRITE_PAUSES)
+
     def download(self, path: str, file: Path, size: int, check: Callable[[Path], None]) -> None:
         """Fetch a file once.
 
@@ -220,12 +250,13 @@ class RemoteFolder:
 
         write_atomic(file, get, check)
 
-    def _patiently(self, what: str, action: Callable[[], Result]) -> Result:
+    def _patiently(
+            self, what: str, action: Callable[[], Result], pauses: Sequence[float] | None = None) -> Result:
         def attempt() -> Result:
             with self._errors(what):
                 return action()
 
-        return retried(what, attempt, OPEN_PAUSES)
+        return retried(what, attempt, OPEN_PAUSES if pauses is None else pauses)
 
     def _open(self) -> tuple[fsspec.AbstractFileSystem, str]:
         return _open(self.url, os.getpid())

@@ -393,6 +393,11 @@ def folder(text: str) -> str:
     return text
 
 
+def folder_or_bucket(text: str) -> str:
+    """The type of an argument that names a store to fill."""
+    return folder(text) if text.startswith(('http', 'hf:', 'file:')) else text
+
+
 def view_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Entries of `ViewConfig` that were asked for, on the command line or in a recipe."""
     given = {entry: getattr(args, flag) for flag, entry in VIEW_FLAGS.items() if getattr(args, flag) is not None}

@@ -8,7 +8,7 @@ from .arguments import (
     FEATURE_DEFAULTS, STORE_DEFAULTS, ArgumentParser, add_data_arguments, add_image_arguments, add_keep_arguments,
     add_push_arguments, add_quiet, add_split_arguments, add_store_arguments, add_teacher_arguments, add_view_arguments,
     add_workers,
-    check_push_arguments, folder, parse_range, view_arguments,
+    check_push_arguments, folder, folder_or_bucket, parse_range, view_arguments,
 )
 from .timm_flags import REFUSED
 from .training import add_validation_data, create_parser
@@ -30,7 +30,8 @@ def add_fill_arguments(parser: ArgumentParser) -> None:
     add_view_arguments(parser)
     add_teacher_arguments(parser, required=True)
     group = add_store_arguments(parser)
-    group.add_argument('--logits', required=True, type=folder, metavar='DIR', help='folder of the store')
+    group.add_argument('--logits', required=True, type=folder_or_bucket, metavar='STORE',
+                       help='the store, a folder or a URL such as s3://BUCKET/NAME')
     group.add_argument('--epochs', required=True, type=parse_range, metavar='A:B',
                        help='epochs to fill: 10:30 for 10 to 29, 30 for 0 to 29')
     group.add_argument('--shards', type=parse_range, metavar='A:B', help='shards of each epoch to fill (default: all)')
@@ -42,6 +43,9 @@ def add_fill_arguments(parser: ArgumentParser) -> None:
 def _finish_filling(args: argparse.Namespace) -> argparse.Namespace:
     check_push_arguments(args)
     view_arguments(args)
+    if args.push_to_hub and '://' in args.logits:
+        raise InputError(f'--push-to-hub publishes a store in a folder, and {args.logits} is none; leave it out, and '
+                         f'publish a copy with timm-tinyvit store push')
     if args.push_to_hub and args.shards:
         raise InputError('--push-to-hub publishes whole epochs, and --shards fills parts of them; fill the others too, '
                          'and publish the store with timm-tinyvit store push')

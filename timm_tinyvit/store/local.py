@@ -11,7 +11,8 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from collections.abc import Iterable, Iterator
+from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -19,12 +20,15 @@ from ..base.errors import InputError
 from ..base.files import check_no_link, remove_leftovers, write_atomic
 from ..base.leases import Leases, exclusive
 from .digests import DIGESTS_FOLDER, digests_name, encode_digests
+from .keys import KeyIndex
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .projection import PROJECTION_NAME
 from .reader import ShardStore
 from .shard import shard_name
 
-__all__ = ['LogitStore']
+__all__ = ['LogitStore', 'check_joined']
+
+Item = TypeVar('Item')
 
 
 class LogitStore(ShardStore):
@@ -67,18 +71,9 @@ class LogitStore(ShardStore):
                     write_atomic(path / MANIFEST_NAME, manifest.to_json().encode(), check)
         store = cls.open(path)
         store.remove_leftovers()
-        differences = store.manifest.differences(manifest)
-        if differences:
-            raise InputError(
-                f'{path} is a store of something else ({"; ".join(differences[:4])}); name another '
-                f'folder, or give the same settings')
-        first_epoch = store.manifest.first_epoch
-        if manifest.first_epoch < first_epoch:
-            raise InputError(
-                f'{path} begins at epoch {first_epoch}, what is put into it at epoch {manifest.first_epoch}; give it a '
-                f'new folder, or --epochs from {first_epoch} on')
+        check_joined(store.manifest, manifest, path)
         if manifest.stored_epochs.stop > store.manifest.stored_epochs.stop:
-            store.extend(manifest.stored_epochs.stop - first_epoch)
+            store.extend(manifest.stored_epochs.stop - store.manifest.first_epoch)
         return store
 
     @classmethod
@@ -132,6 +127,14 @@ class LogitStore(ShardStore):
                 yield str(error)
         yield from super().verify(epochs)
 
+    def has_shard(self, epoch: int, shard: int) -> bool:
+        """Whether a shard is there just now."""
+        return self.shard_path(epoch, shard).exists()
+
+    def in_own_order(self, items: Sequence[Item]) -> list[Item]:
+        """In the order of all, as leases tell writers of each other."""
+        return list(items)
+
     def _stored(self, epoch: int) -> list[int]:
         folder = self.shard_path(epoch, 0).parent
         try:
@@ -177,8 +180,28 @@ class LogitStore(ShardStore):
             raise InputError(f'{path.parent} is a link; a store is written in its own folder alone, remove the link')
         self._write(path, [encode_digests(digests, self.manifest.identity)])
 
+    def write_keys(self, hashes: np.ndarray) -> None:
+        """Write the hashes, uint64 [num_samples], of the keys of all rows."""
+        KeyIndex.write(self.path, self.manifest, hashes)
+
     def _write(self, path: Path, parts: list[bytes | memoryview]) -> None:
         if not LogitStore.exists(self.path):
             # Else the folders would come back with a file and no manifest in them.
             raise InputError(f'the store {self.path} has vanished; bring it back, or make it again')
         write_atomic(path, parts)
+
+
+def check_joined(there: Manifest, manifest: Manifest, path: object) -> None:
+    """Refuse a store that is there for one of another manifest.
+
+    Raises:
+        InputError: It is another one, or begins at a later epoch.
+    """
+    if differences := there.differences(manifest):
+        raise InputError(
+            f'{path} is a store of something else ({"; ".join(differences[:4])}); name another '
+            f'folder, or give the same settings')
+    if manifest.first_epoch < there.first_epoch:
+        raise InputError(
+            f'{path} begins at epoch {there.first_epoch}, what is put into it at epoch {manifest.first_epoch}; give it '
+            f'a new folder, or --epochs from {there.first_epoch} on')

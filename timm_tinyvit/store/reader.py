@@ -76,6 +76,15 @@ class ShardStore(StoreReader):
             pairs += [(epoch, shard) for shard in range(self.manifest.num_shards) if shard not in stored]
         return pairs
 
+    def file_size(self, shard: int) -> int:
+        """Bytes of the file of a shard."""
+        return self._format.file_size(shard)
+
+    def has_keys(self) -> bool:
+        """Whether the keys of its samples are there."""
+        self._have(FILE_NAME)
+        return KeyIndex.exists(self.folder)
+
     def open_keys(self) -> KeyIndex:
         self._have(FILE_NAME)
         return KeyIndex.open(self.folder, self.manifest)

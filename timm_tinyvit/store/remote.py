@@ -37,6 +37,7 @@ def open_reader(
         location: str | Path,
         keep_epochs: int | None = None,
         cache_dir: str | Path | None = None,
+        kind: 'type[RemoteStore] | None' = None,
 ) -> ShardStore:
     """Open a store for reading, on disk or behind a URL, without a look at its views.
 
@@ -45,6 +46,7 @@ def open_reader(
         keep_epochs: Epochs of a store behind a URL that stay on disk, at least those in use; by default those in use
             and as many to come.
         cache_dir: Where they go; by default huggingface_hub's folder for assets, in HF_HOME.
+        kind: What to make of one behind a URL; by default a reader.
 
     Raises:
         InputError: There is no store, or its manifest is damaged, or it cannot be reached, or a folder of the cache is
@@ -55,14 +57,13 @@ def open_reader(
     source = RemoteFolder.resolve(str(location))
     places = Path(constants.HF_ASSETS_CACHE if cache_dir is None else cache_dir).expanduser().absolute()
     places = places / 'timm_tinyvit' / source.name
-    manifest = None
+    known = None
     if source.commit is not None:
         # What a commit holds stays as it is.
         with suppress(InputError, OSError):
             text = (places / source.commit / MANIFEST_NAME).read_text(errors='replace')
-            manifest = Manifest.from_json(text, f'{MANIFEST_NAME} of {source}')
-    if manifest is None:
-        manifest = read_manifest(source)
+            known = Manifest.from_json(text, f'{MANIFEST_NAME} of {source}')
+    manifest = known or read_manifest(source)
     folder = places / (source.commit or manifest.identity)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,10 +75,11 @@ def open_reader(
         check_no_link(each)
         remove_leftovers(each)
         leases.clear(each)
-    write_atomic(folder / MANIFEST_NAME, manifest.to_json().encode())
+    if known is None:
+        write_atomic(folder / MANIFEST_NAME, manifest.to_json().encode())
     if source.commit is None:
         (folder / LISTING_NAME).unlink(missing_ok=True)
-    return RemoteStore(source, folder, manifest, keep_epochs)
+    return (kind or RemoteStore)(source, folder, manifest, keep_epochs)
 
 
 def read_manifest(source: RemoteFolder) -> Manifest:
@@ -123,7 +125,7 @@ class RemoteStore(ShardStore):
         self._owner = os.getpid()
 
     def __reduce__(self) -> tuple:
-        return RemoteStore, (self.source, self.folder, self.manifest, self.keep_epochs, self._prefetches)
+        return type(self), (self.source, self.folder, self.manifest, self.keep_epochs, self._prefetches)
 
     def prefetch(self, epochs: Sequence[int], then: Sequence[int] = ()) -> None:
         self._notice_fork()

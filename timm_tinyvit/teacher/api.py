@@ -17,6 +17,8 @@ from ..config.arguments import STORE_DEFAULTS
 from ..data.sources import Source, as_split
 from ..data.view_config import ViewConfig
 from ..store.local import LogitStore
+from ..store.object_store import ObjectStore, store_class
+from ..store.remote import open_reader
 from .creating import create_store, grid_of, views_to_fill
 from .fill import fill_epochs
 from .teacher import Teacher
@@ -43,19 +45,19 @@ def fill_store(
         num_workers: int = 0,
         show_progress: bool = True,
         **settings: Any,
-) -> LogitStore:
+) -> LogitStore | ObjectStore:
     """Run a teacher once on every view of a data set, and keep what it says of each in a store.
 
     Ended at any moment, the same call fills just what is missing; processes of `torchrun` or `accelerate launch`, and
-    other machines that share the folder, fill it together. When it returns, all of it is on disk. The method is that of
-    TinyViT (ECCV 2022, arXiv 2207.10666).
+    other machines that share the folder or URL, fill it together. When it returns, all of it is there. The method is
+    that of TinyViT (ECCV 2022, arXiv 2207.10666).
 
     Args:
         teacher: Any module from normalised images [B, 3, H, W] to logits [B, C], or with `targets='features'` to
             vectors [B, D] or, with `feature_grid`, maps [B, D, H, W]; of a timm model its features are found. It is put
             in evaluation mode and frozen.
         dataset: The images: a `datasets.Dataset`, or its name or folder, see `load_split`.
-        path: The folder of the store, a new one or one that was made in the same way.
+        path: The folder or URL of the store, a new one or one that was made in the same way.
         views: How a view is made, of any size; by default as in the store that is there, or else `ViewConfig()`.
         epochs: How many epochs the store is to hold, or which of them to fill; by default those of the store that is
             there, or else 1.
@@ -92,7 +94,7 @@ def fill_store(
     if unknown:
         raise InputError(f'the teacher {name} does not say its {", ".join(unknown)}; give what it was trained with, as '
                          f'in mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), size=(224, 224)')
-    there = LogitStore.open(path).manifest.stored_epochs if LogitStore.exists(path) else range(1)
+    there = open_reader(path).manifest.stored_epochs if store_class(path).exists(path) else range(1)
     epochs = there if epochs is None else range(epochs) if isinstance(epochs, int) else epochs
     if not epochs:
         raise InputError(f'epochs is {epochs}; expected a number of epochs from 1, or a range of them')

@@ -12,6 +12,7 @@ import torch
 from ..base.console import info, warning
 from ..base.errors import InputError
 from ..base.leases import exclusive
+from ..base.remote_folder import is_remote
 from ..base.text import percent
 from ..config.arguments import FEATURE_DEFAULTS, FEATURE_SHARD_BYTES, STORE_DEFAULTS, amp_dtype, store_settings
 from ..data.classes import REMEDY, valid_names
@@ -24,10 +25,11 @@ from ..data.view_config import ViewConfig
 from ..data.views import Replay, library_versions
 from ..models.loading import create_pretrained
 from ..models.names import folder_name
-from ..store.keys import KeyIndex
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
+from ..store.object_store import ObjectStore, store_class
 from ..store.projection import PROJECTION_NAME
+from ..store.remote import open_reader
 from ..targets.codecs import create_codec, create_feature_codec
 from .fill import choose_shards
 from .projection import NUM_FITTED, fit_projection
@@ -93,7 +95,7 @@ def target_settings(path: str | Path, given: Mapping[str, Any]) -> dict[str, Any
     Raises:
         InputError: The store there holds the other kind of targets, or settings are of the other kind.
     """
-    there = store_settings(LogitStore.open(path).manifest) if LogitStore.exists(path) else {}
+    there = store_settings(open_reader(path).manifest) if store_class(path).exists(path) else {}
     given, kind = dict(given), given.get('targets', there.get('targets', 'classes'))
     if there and kind != there['targets']:
         raise InputError(f'the store {path} holds {there["targets"]}, and --targets {kind} asks for {kind}; give '
@@ -123,7 +125,7 @@ def create_store(
         shards: range | None = None,
         num_workers: int = 0,
         log: Callable[[str], None] = info,
-) -> tuple[LogitStore, Replay]:
+) -> tuple[LogitStore | ObjectStore, Replay]:
     """Make the store that is asked for, or open the one that is there if it is made the same way.
 
     Args:
@@ -144,7 +146,7 @@ def create_store(
     """
     there, first_epoch, first_sample = None, 0, 0
     settings = target_settings(path, given)
-    if LogitStore.exists(path):
+    if store_class(path).exists(path):
         there, replay = open_store(path, view, log)
         manifest = there.manifest
         first_epoch, first_sample = manifest.first_epoch, manifest.first_sample
@@ -176,7 +178,7 @@ def create_store(
     is_stream = isinstance(dataset, datasets.IterableDataset)
     if not settings['key'] and not is_stream:
         fingerprint = dataset_fingerprint(dataset, image_column, label_column)
-    elif there is not None and is_stream and KeyIndex.exists(there.path):
+    elif there is not None and is_stream and there.has_keys():
         fingerprint = there.manifest.dataset
     else:
         fingerprint, hashes = keyed_fingerprint(dataset, settings['key'], image_column)
@@ -212,6 +214,9 @@ def create_store(
         if is_stream:
             raise InputError('--feature-dim is fitted on views from all over the data, which a stream does not give; '
                              'leave --streaming or --feature-dim out')
+        if is_remote(path):
+            raise InputError(f'--feature-dim is fitted once for all launches, who have no folder in common at {path}; '
+                             f'leave it out, or fill a store in a folder')
         with exclusive(Path(path) / PROJECTION_NAME):
             if not LogitStore.exists(path):
                 data = SparseLogitDataset(
@@ -220,10 +225,10 @@ def create_store(
                 LogitStore.create(path, manifest)
         # Another launch may have fitted it meanwhile, on another device.
         manifest = replace(manifest, features=LogitStore.open(path).manifest.features)
-    store = LogitStore.create(path, manifest)
+    store = store_class(path).create(path, manifest)
     teacher.project(store.open_projection())
-    if hashes is not None and not KeyIndex.exists(store.path):
-        KeyIndex.write(store.path, store.manifest, hashes)
+    if hashes is not None and not store.has_keys():
+        store.write_keys(hashes)
     return store, replay
 
 
@@ -251,7 +256,7 @@ def _with_projection(
 
 
 def views_to_fill(
-        store: LogitStore,
+        store: LogitStore | ObjectStore,
         replay: Replay,
         dataset: Source,
         image_column: str | None = None,

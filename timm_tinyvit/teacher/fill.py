@@ -1,8 +1,9 @@
 """Filling a store: the teacher looks once at every view of the shards that are missing.
 
 Any number of processes and machines fill a store at the same time, and may join and leave: each leases the next missing
-shard when its loader asks for one. Teacher batches never cross a shard, so that a shard's bytes do not depend on who
-writes it.
+shard when its loader asks for one. Those who share no folder go through a store behind a URL in orders of their own,
+with leases among the processes of each machine. Teacher batches never cross a shard, so that a shard's bytes do not
+depend on who writes it.
 """
 
 import time
@@ -23,6 +24,7 @@ from ..data.dataset import EpochRow, SparseLogitDataset, collate
 from ..data.streaming import StreamedRows
 from ..store.local import LogitStore
 from ..store.manifest import Manifest
+from ..store.object_store import ObjectStore
 from .progress import StoreProgress
 from .teacher import Teacher
 
@@ -42,11 +44,12 @@ class _LeasedBatches:
 
     def __init__(
             self,
-            store: LogitStore,
+            store: LogitStore | ObjectStore,
             epochs: Sequence[int],
             shards: range,
             leases: Leases,
             waiting: Callable[[], None],
+            is_stream: bool = False,
     ):
         self.store = store
         self.shards = shards
@@ -54,7 +57,8 @@ class _LeasedBatches:
         self.waiting = waiting
         self.batch_size = store.manifest.teacher['batch_size']
         self.leased: deque[tuple[int, int]] = deque()
-        self.unfinished = list(epochs)
+        self.in_order = list if is_stream else store.in_own_order
+        self.unfinished = store.in_own_order(epochs)
 
     def __iter__(self) -> Iterator[list[EpochRow]]:
         found = self._acquire()
@@ -75,7 +79,7 @@ class _LeasedBatches:
         return -(-self.store.manifest.shard_rows(shard) // self.batch_size)
 
     def _acquire(self) -> tuple[int, int] | None:
-        """The next shard that is neither on disk nor leased by a living process, now leased by this one."""
+        """The next shard that is neither there nor leased by a living process, now leased by this one."""
         for epoch in list(self.unfinished):
             missing = [shard for _, shard in self.store.missing([epoch]) if shard in self.shards]
             if not missing:
@@ -83,19 +87,19 @@ class _LeasedBatches:
                 folder = self.store.shard_path(epoch, 0).parent
                 self.leases.clear(folder)
                 remove_leftovers(folder)
-            for shard in missing:
+            for shard in self.in_order(missing):
                 file = self.store.shard_path(epoch, shard)
                 if not self.leases.acquire(file):
                     continue
                 # Its writer may have finished it between the two looks.
-                if not file.exists():
+                if not self.store.has_shard(epoch, shard):
                     return epoch, shard
                 self.leases.release(file)
         return None
 
 
 def fill_shard(
-        store: LogitStore,
+        store: LogitStore | ObjectStore,
         teacher: Teacher,
         epoch: int,
         shard: int,
@@ -132,7 +136,12 @@ def fill_shard(
     store.write_shard(epoch, shard, np.concatenate(records))
 
 
-def _remember_images(store: LogitStore, shard: int, digests: np.ndarray, name_of: Callable[[int], str]) -> None:
+def _remember_images(
+        store: LogitStore | ObjectStore,
+        shard: int,
+        digests: np.ndarray,
+        name_of: Callable[[int], str],
+) -> None:
     """Write the digests of a shard's images, int64 [rows], or compare them with those of the epochs before.
 
     Raises:
@@ -163,7 +172,7 @@ def choose_shards(manifest: Manifest, shards: range | None, path: str | Path) ->
 
 
 def fill_epochs(
-        store: LogitStore,
+        store: LogitStore | ObjectStore,
         teacher: Teacher,
         data: SparseLogitDataset | StreamedRows,
         epochs: Sequence[int],
@@ -175,7 +184,7 @@ def fill_epochs(
 ) -> int:
     """Fill the shards that these epochs lack, together with whoever else fills this store.
 
-    When it returns, all of them are on disk.
+    When it returns, all of them are there.
 
     Args:
         store: The store.
@@ -204,7 +213,7 @@ def fill_epochs(
             progress.refresh()
             time.sleep(min(1., heartbeat))
 
-        batches = _LeasedBatches(store, epochs, chosen, leases, wait)
+        batches = _LeasedBatches(store, epochs, chosen, leases, wait, isinstance(data, StreamedRows))
         sampler = data.sampler(batches) if isinstance(data, StreamedRows) else batches
         loader = DataLoader(
             data, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate, worker_init_fn=init_worker,
@@ -219,4 +228,7 @@ def fill_epochs(
                 progress.finish()
                 leases.release(store.shard_path(epoch, shard))
                 num_views += manifest.shard_rows(shard)
+        if isinstance(store, ObjectStore):
+            # A launch that wanted fewer epochs may have had the last word on their number.
+            store.extend(manifest.epochs)
     return num_views

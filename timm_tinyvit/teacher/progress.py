@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..base.console import progress
 from ..base.text import readable_bytes
 from ..store.local import LogitStore
+from ..store.object_store import ObjectStore
 
 __all__ = ['StoreProgress']
 
@@ -15,7 +16,7 @@ REFRESH_SECONDS = 5.
 class StoreProgress:
     """A bar of views with a rate, the time left and the size on disk; a context manager.
 
-    It counts the shards that are on disk, whoever wrote them, and the views of the shard that this process has open.
+    It counts the shards that are there, whoever wrote them, and the views of the shard that this process has open.
 
     Args:
         store: The store.
@@ -24,7 +25,7 @@ class StoreProgress:
         show: Whether there is a bar at all; without one nothing is looked at.
     """
 
-    def __init__(self, store: LogitStore, epochs: Sequence[int], shards: range, show: bool = True):
+    def __init__(self, store: LogitStore | ObjectStore, epochs: Sequence[int], shards: range, show: bool = True):
         self.store = store
         self.open = 0
         self._missing = {epoch: set(shards) for epoch in epochs} if show else {}
@@ -65,7 +66,7 @@ class StoreProgress:
         for epoch in list(self._missing):
             for shard in self._finished(epoch):
                 views += self.store.manifest.shard_rows(shard)
-                size += self.store.shard_path(epoch, shard).stat().st_size
+                size += self.store.file_size(shard)
         self._grown = views, size
         self._bar.update(self._views + views + self.open - self._bar.n)
         if views:
