@@ -85,15 +85,14 @@ def open_or_fill(
             config if args.mixup_mode == 'pair' else unmixed, args.store_seed or STORE_DEFAULTS['store_seed'])
     num_epochs = args.epochs + args.cooldown_epochs
     if args.teacher:
-        teacher = create_teacher(args, accelerator.device, grid_of(args.logits[0], given_settings(args)))
+        path = args.logits[0]
+        teacher = create_teacher(args, accelerator.device, grid_of(path, given_settings(args)))
         # A teacher of other classes is refused before it works for days.
         resolve_classes(args, train_set, val_set, teacher)
         with accelerator.main_process_first():
-            known = num_epochs
-            if LogitStore.exists(args.logits[0]):
-                known = LogitStore.open(args.logits[0]).manifest.stored_epochs.stop
+            known = LogitStore.open(path).manifest.stored_epochs.stop if LogitStore.exists(path) else num_epochs
             store, replay = create_store(
-                args.logits[0], teacher, train_set, args.store_epochs or known, **new_store_arguments(args))
+                path, teacher, train_set, args.store_epochs or known, **new_store_arguments(args))
         needed = store.manifest.stored_epochs[:num_epochs]
         views = views_to_fill(store, replay, train_set, args.input_key, args.target_key)
         fill_epochs(store, teacher, views, needed, num_workers=args.workers)
