@@ -12,6 +12,7 @@ from timm_tinyvit.base.errors import InputError
 
 __all__ = ['plot', 'read_records', 'summaries', 'table']
 
+PROBES = ('knn', 'linear')
 DASH = '\N{EN DASH}'
 MINUS = '\N{MINUS SIGN}'
 
@@ -30,12 +31,13 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 def summaries(rows: Sequence[Any], records: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Accuracy of each row that has a finished run, and its difference to another row over the seeds that both have."""
-    scores = {
-        row.name: {record['seed']: record['top1'] for record in records.values() if record.get('row') == row.name}
-        for row in rows}
+    runs = {row.name: {record['seed']: record for record in records.values() if record.get('row') == row.name}
+            for row in rows}
+    scores = {name: {seed: record['top1'] for seed, record in found.items() if record['top1'] is not None}
+              for name, found in runs.items()}
     groups = list(dict.fromkeys(row.group for row in rows))
     for row in sorted(rows, key=lambda row: groups.index(row.group)):
-        if not scores[row.name]:
+        if not runs[row.name]:
             continue
         other = scores[row.against] if row.against in scores else {}
         store = records.get(f'store-{row.store}')
@@ -43,7 +45,9 @@ def summaries(rows: Sequence[Any], records: dict[str, dict[str, Any]]) -> Iterat
             'row': row.name, 'group': row.group, 'title': row.title, 'against': row.against,
             'top1': dict(sorted(scores[row.name].items())),
             'differences': [top1 - other[seed] for seed, top1 in sorted(scores[row.name].items()) if seed in other],
-            'bytes_per_view': store and store['store']['bytes_per_view']}
+            'bytes_per_view': store and store['store']['bytes_per_view'],
+            **{probe: {seed: record['probes'][probe] for seed, record in sorted(runs[row.name].items())}
+               for probe in (PROBES if row.is_probed else ())}}
 
 
 def spread(values: Sequence[float], sign: str = '') -> str:
@@ -71,7 +75,16 @@ def table(note: str, rows: Sequence[Any], records: dict[str, dict[str, Any]]) ->
                 f'| {row["title"]} | {spread([*plain["top1"].values()])} | {spread([*row["top1"].values()])} '
                 f'| {spread(row["differences"], "+")} | {len(row["differences"])} |')
         parts.append('\n'.join(lines))
-    others = [row for row in found.values() if row['group'] != 'student']
+    backbones = [row for row in found.values() if row['group'] == 'backbone']
+    if backbones:
+        lines = ['| learned from | nearest neighbours | linear probe | own classifier | seeds |',
+                 '|---|---|---|---|---|']
+        for row in backbones:
+            seeds = row.get('knn') or row['top1']
+            values = (spread([*row.get(name, {}).values()]) for name in (*PROBES, 'top1'))
+            lines.append(f'| {row["title"]} | {" | ".join(values)} | {len(seeds)} |')
+        parts.append('\n'.join(lines))
+    others = [row for row in found.values() if row['group'] not in ('student', 'backbone')]
     if others:
         lines = ['| changed | to | top-1 | difference | seeds | bytes per view |', '|---|---|---|---|---|---|']
         base = found.get(others[0]['against'])
@@ -95,7 +108,7 @@ def setting(runs: Sequence[dict[str, Any]], records: dict[str, dict[str, Any]]) 
     if stores:
         views = max(record['store']['views'] for record in stores)
         filled = [record['wall_seconds'] for record in stores if record['store']['views'] == views]
-        trained = [record['train_seconds'] for record in runs]
+        trained = [record['train_seconds'] for record in runs if record['settings']['epochs'] == flags['epochs']]
         words.append(f'A student sees {views:,} views and trained for {extent(trained)} s; a store of as many took '
                      f'{extent(filled)} s to fill.')
     machines = [record['machine'] for record in records.values()]

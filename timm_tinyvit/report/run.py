@@ -121,6 +121,9 @@ def _add_curves(page: Page, run: TrainedRun) -> None:
 def _add_evaluation(page: Page, run: TrainedRun) -> None:
     page.heading('Validation')
     evaluation = run.evaluation
+    if evaluation is None and run.column('eval_knn'):
+        page.paragraph('The student has no classifier; it is evaluated by the nearest neighbours of its features.')
+        return
     if evaluation is None:
         page.paragraph('There are no predictions: the run has not been evaluated yet, or by an earlier version. The '
                        'next evaluation writes them.')
