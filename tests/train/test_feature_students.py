@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from safetensors import safe_open
+from timm.layers import convert_sync_batchnorm
 from timm.task import FeatureDistillationTask, TrainingTask
 from torch.nn import functional as F
 
@@ -125,6 +126,7 @@ def test_a_student_learns_features_and_leaves_a_plain_model(stores, tmp_path, lo
     shared = np.array([len(one & other) / 20 for one, other in zip(*near)])
     assert found.num_nearest == 20 and found.epoch == 1 and abs(found.shared - shared).max() < 0.051
     page = (run / 'report.html').read_text()
+    assert ('it is evaluated by the nearest neighbours' in page) != has_classes
     assert f'teacher {100 * found.shared.mean():.1f}% are among the 20 nearest' in page and '21.1%.' in page
     assert f'was {table[-1]["feature_cosine"]:.3f} in the last epoch' in page
     if '--feature-loss' not in flags:
@@ -186,6 +188,27 @@ def test_a_sharded_run_ends_as_one_with_the_whole_model_on_each_process(start, s
         for key in one[name]:
             torch.testing.assert_close(one[name][key], two[name][key], rtol=1e-3, atol=1e-4)
     assert rows(tmp_path / 'sharded')[0]['loss'] == pytest.approx(rows(tmp_path / 'whole')[0]['loss'], rel=1e-4)
+
+
+def test_compiled_checkpointed_and_synchronised_students_are_the_same():
+    """On a CPU torch refuses to train synchronised batch norms; what is made of them gives the same features."""
+    views, found = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)), {}
+    for way in ('plain', 'compiled', 'checkpointed', 'synchronised'):
+        torch.manual_seed(0)
+        model = timm.create_model('test_efficientnet', num_classes=0)
+        if way == 'checkpointed':
+            model.set_grad_checkpointing()
+        student = FeatureStudent(convert_sync_batchnorm(model) if way == 'synchronised' else model, 8, 2, (64, 64))
+        if way == 'synchronised':
+            assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in student.modules())
+        student.train(way != 'synchronised')
+        task = torch.compile(student, backend='eager') if way == 'compiled' else student
+        task(views)[1].square().sum().backward()
+        found[way] = [weight.grad for weight in student.parameters()]
+    for way in ('compiled', 'checkpointed'):
+        for one, other in zip(found['plain'], found[way], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert [grad is None for grad in found['synchronised']] == [grad is None for grad in found['plain']]
 
 
 def test_weights_that_no_loss_reaches_are_frozen():
