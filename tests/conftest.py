@@ -39,8 +39,8 @@ LAUNCHING_FILES = {
     'test_train_distill'}
 # Files that look at the plots of runs; in the others there are none.
 PLOTTING_FILES = {
-    'test_figures', 'test_hostile_names', 'test_model_card', 'test_page', 'test_push_model', 'test_run_report',
-    'test_store_report', 'test_strangers', 'test_train_distill'}
+    'test_feature_stores', 'test_feature_students', 'test_figures', 'test_hostile_names', 'test_model_card',
+    'test_page', 'test_push_model', 'test_run_report', 'test_store_report', 'test_strangers', 'test_train_distill'}
 
 
 def pytest_collection_modifyitems(items):

@@ -33,6 +33,7 @@ def speaking():
     console.setup_console(is_first=True)
 
 
+@pytest.mark.launches
 def test_who_stops_reading_ends_a_program_in_peace(tmp_path):
     """As `head` does."""
     ended = subprocess.run(

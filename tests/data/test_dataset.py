@@ -283,7 +283,7 @@ def test_views_and_records_belong_together_through_loader_workers(real, replay, 
             assert torch.equal(batch['view'], collate(data.__getitems__(keys))['view'])
 
 
-@pytest.mark.parametrize('context', ['fork', 'spawn'])
+@pytest.mark.parametrize('context', ['fork', pytest.param('spawn', marks=pytest.mark.launches)])
 def test_a_batch_comes_out_of_a_loader_worker_as_it_is_made_without_one(real, replay, tmp_path, context):
     data = SparseLogitDataset(real, replay, make_store(tmp_path / 'store', real))
     keys = [(1, index) for index in range(48)]
