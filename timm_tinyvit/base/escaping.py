@@ -21,7 +21,8 @@ __all__ = [
 MAX_SENTENCE, MAX_NAME = 2000, 200
 # Joins letters of Persian and Hindi, and parts of emoji: invisible, and part of the spelling.
 JOINERS = '\u200c\u200d'
-SECRET_VARIABLES = ('HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY')
+SECRET_VARIABLES = (
+    'HF_TOKEN', 'HUGGING_FACE_HUB_TOKEN', 'WANDB_API_KEY', 'AWS_SECRET_ACCESS_KEY', 'AWS_SESSION_TOKEN')
 SECRETS = [(re.compile(pattern), instead) for pattern, instead in (
     # Tokens that are known by how they begin; a name as hf_datasets is none.
     (r'(?<![A-Za-z0-9])(hf|api_org)_(?=[a-z]{0,99}[A-Z0-9])[A-Za-z0-9]{8,}', r'\1_...'),
