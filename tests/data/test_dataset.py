@@ -277,7 +277,9 @@ def test_views_and_records_belong_together_through_loader_workers(real, replay, 
     loader = DataLoader(data, batch_sampler=sampler, num_workers=2, collate_fn=collate, persistent_workers=True)
     for epoch in range(3):
         sampler.set_epoch(epoch)
-        for keys, batch in zip(list(sampler), loader, strict=True):
+        batches = list(sampler)
+        sampler.set_epoch(epoch)
+        for keys, batch in zip(batches, loader, strict=True):
             ids = data.store.codec.decode(batch['record']).ids.tolist()
             assert ids == [[500 + epoch % 2, index] for _, index in keys]
             assert torch.equal(batch['view'], collate(data.__getitems__(keys))['view'])

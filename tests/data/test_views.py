@@ -208,6 +208,7 @@ def test_views_are_the_same_with_any_loader_over_several_epochs(workers, batch_s
         # Nothing but the keys tells persistent workers which epoch it is.
         sampler.set_epoch(epoch)
         keys = [key for batch in sampler for key in batch]
+        sampler.set_epoch(epoch)
         torch.rand(epoch)
         views = torch.cat([batch['view'] for batch in loader])
         assert torch.equal(views, torch.stack([expected[key] for key in keys]))
