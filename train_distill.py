@@ -284,8 +284,7 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
     set_seed(args.seed)
     student = create_student(args, classes.num, data.size, info)
     check_batch_norms(student, args, data.size, accelerator.num_processes)
-    if args.sync_bn:
-        student = convert_sync_batchnorm(student)
+    student = convert_sync_batchnorm(student) if args.sync_bn else student
     evaluator = Evaluator(args, student, data.size, val_set, classes, accelerator, folder, train_set)
     task = create_task(args, student, store, evaluator, classes, accelerator)
 

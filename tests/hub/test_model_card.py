@@ -103,7 +103,7 @@ def test_the_card_says_what_the_run_was(run):
     assert recipe['model'] == 'test_vit' and recipe['alpha'] == 0.75 and recipe['model_kwargs'] == ['img_size=32']
     assert '![Losses and accuracy by epoch](metrics.png)' in training
     teacher = Path(json.loads((run / 'run.json').read_text())['flags']['teacher']).name
-    assert f' of a teacher called `{teacher}`, stored in\n`logits`, and from their labels' in card.text
+    assert f' of a teacher called `test_resnet ({teacher})`, stored in\n`logits`, and from their labels' in card.text
     assert 'and, with weight 0.25, from the labels.' in training
     assert 'Not published: `logits`.\n' in training and 'Folders stand for data' in training
     assert 'The run was stopped' not in card.text

@@ -468,7 +468,8 @@ def _literal(text: str) -> Markdown:
 
 def _link(name: str, path: str | None) -> Markdown:
     """A link to what the Hub has at this path; the name alone where that is not known."""
-    return Markdown(f'[{for_markdown(name.removeprefix("hf-hub:"))}]({HUB}/{quote(path)})') if path else code_span(name)
+    text = name.removeprefix('hf-hub:').removeprefix('hf:')
+    return Markdown(f'[{for_markdown(text)}]({HUB}/{quote(path)})') if path else code_span(name)
 
 
 def _data_link(data: dict[str, Any]) -> Markdown:
