@@ -2,10 +2,10 @@
 
 from types import SimpleNamespace
 
+from huggingface_hub import HfApi
+
 from timm_tinyvit.base.errors import InputError
-from timm_tinyvit.base.hub_client import HubUrl
 from timm_tinyvit.data import opening
-from timm_tinyvit.store.cache import HubCommit
 
 URL = 'hf://datasets/org/logits'
 
@@ -14,11 +14,11 @@ def test_all_processes_of_a_launch_read_the_commit_that_the_first_one_found(monk
     """Two ranks in one process; what is sent from the first to the second is what accelerate would send."""
     asked, sent, opened, ranks = [], [], [], []
 
-    def resolve(url: HubUrl, file):
-        asked.append(url.repo_id)
-        if url.repo_id == 'org/none':
+    def dataset_info(api, repo_id, **options):
+        asked.append(repo_id)
+        if repo_id == 'org/none':
             raise InputError('there is no such repo')
-        return HubCommit(url.repo_id, f'{len(asked):040x}')
+        return SimpleNamespace(sha=f'{len(asked):040x}')
 
     def broadcast(objects):
         if ranks[-1]:
@@ -30,7 +30,7 @@ def test_all_processes_of_a_launch_read_the_commit_that_the_first_one_found(monk
         opened.append(location)
         return f'store {location}', 'replay'
 
-    monkeypatch.setattr(HubCommit, 'resolve', resolve)
+    monkeypatch.setattr(HfApi, 'dataset_info', dataset_info)
     monkeypatch.setattr(opening, 'broadcast_object_list', broadcast)
     monkeypatch.setattr(opening, 'open_store', open_store)
     monkeypatch.setattr(opening, 'Ensemble', list)
