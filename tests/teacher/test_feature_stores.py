@@ -255,6 +255,17 @@ def test_what_a_filling_refuses(stores, backbone, teacher, tmp_path, capsys, one
     assert not LogitStore.exists(new)
 
 
+@pytest.mark.parametrize('name, words', [
+    ('coat_lite_tiny', 'is no map of cells; choose another model, or leave --feature-grid out'),
+    ('crossvit_9_240', "'list' object")])
+def test_a_teacher_without_a_map_is_refused_where_a_grid_is_wanted_and_has_its_pooled_vector(name, words, refused):
+    """One whose tokens make no rectangle, and one whose features are those of two branches."""
+    model = timm.create_model(name, num_classes=0)
+    with refused(f'the teacher {name} has no such features', words):
+        Teacher(model, name, 'cpu', grid=2)
+    assert Teacher(model, name, 'cpu', grid=0).num_features == model.num_features
+
+
 def test_a_store_of_features_is_published_and_read_from_the_hub(stores, backbone, tmp_path, hub, hub_children):
     store = shutil.copytree(stores / 'projected', tmp_path / 'store')
     ended = hub_children.run(
