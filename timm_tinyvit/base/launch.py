@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import platform
 import signal
@@ -33,6 +34,9 @@ __all__ = [
 
 # A launcher kills half a minute after it has asked to stop.
 STOP_SECONDS = 30
+
+# What a loader worker that is not needed any more has to end by itself.
+EXIT_SECONDS = 0.5
 
 # Kinds of launches, by what accelerate's launcher sets for them.
 UNSUPPORTED_LAUNCHES = {
@@ -216,6 +220,26 @@ def init_worker(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=watch, name='master watch', daemon=True).start()
+
+
+def end_workers() -> None:
+    """End loader workers that are still there at exit; they would go on for a while where they are but asked to."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    for worker in workers:
+        worker.terminate()
+    end = time.monotonic() + EXIT_SECONDS
+    for worker in workers:
+        worker.join(max(0, end - time.monotonic()))
+        worker.kill()
+
+
+def _end_workers_at_exit(_: object = None) -> None:
+    # Before multiprocessing waits for its daemons, in this process and in those that are forked from it.
+    multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
+
+
+_end_workers_at_exit()
+multiprocessing.util.register_after_fork(init_worker, _end_workers_at_exit)
 
 
 @contextmanager
