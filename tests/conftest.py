@@ -34,9 +34,9 @@ from timm_tinyvit.models.saving import export_model
 # Fixtures that start processes, and files whose tests do by themselves.
 LAUNCHING = {'warm_processes', 'hub_children', 'start', 'hub'}
 LAUNCHING_FILES = {
-    'test_cli', 'test_convert', 'test_docs', 'test_evidence', 'test_export', 'test_feature_students', 'test_fill',
-    'test_distilling', 'test_gpu', 'test_loops', 'test_package', 'test_recipes', 'test_sharding', 'test_sparse_triton',
-    'test_train_distill'}
+    'test_checkpoint', 'test_cli', 'test_convert', 'test_docs', 'test_evidence', 'test_export', 'test_feature_students',
+    'test_fill', 'test_distilling', 'test_gpu', 'test_loops', 'test_model_card', 'test_package', 'test_recipes',
+    'test_run_report', 'test_sharding', 'test_sparse_triton', 'test_train_distill'}
 # Files that look at the plots of runs; in the others there are none.
 PLOTTING_FILES = {
     'test_feature_stores', 'test_feature_students', 'test_figures', 'test_hostile_names', 'test_model_card',

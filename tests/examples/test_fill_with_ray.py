@@ -30,4 +30,4 @@ def test_two_nodes_of_a_ray_cluster_fill_one_store(filled_store, teacher, tmp_pa
         cluster.shutdown()
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert len(set(re.findall(r'pid=(\d+)', ended.stdout))) == 2, ended.stdout
-    assert tree(tmp_path / 'logits') == tree(filled_store)
+    assert tree(tmp_path / 'logits', hidden=False) == tree(filled_store, hidden=False)

@@ -28,7 +28,7 @@ from timm_tinyvit.targets.sparse import SparseTargets
 
 SPECIFICATION = Path(__file__).resolve().parents[2] / 'docs' / 'format.md'
 NUM_SHARD_CASES = 8000
-NUM_MANIFEST_CASES = 3000
+NUM_MANIFEST_CASES = 1000
 TEACHER = dict(
     name='resnet50', weights='00ff', mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], input_size=[3, 224, 224],
     dtype='float32', batch_size=32, device='cpu')

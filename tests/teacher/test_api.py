@@ -44,7 +44,7 @@ def test_a_call_fills_the_very_bytes_of_the_program_and_goes_on_where_it_was_end
     store.shard_path(0, 0).unlink()
     fill_store(*arguments, epochs=4, **options)
     assert kept.stat().st_mtime_ns == before
-    assert tree(tmp_path / 'logits') == tree(filled_store)
+    assert tree(tmp_path / 'logits', hidden=False) == tree(filled_store, hidden=False)
 
 
 def test_any_module_with_logits_or_features_is_a_teacher(images, tmp_path, refused):
