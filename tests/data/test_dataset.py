@@ -313,6 +313,7 @@ def test_a_lack_of_shared_memory_ends_a_loader_with_one_sentence(real, refused):
         next(iter(loader))
 
 
+@pytest.mark.launches
 def test_a_data_set_travels_to_spawned_workers(real, replay, tmp_path):
     data = SparseLogitDataset(real, replay, make_store(tmp_path / 'store', real))
     there = pickle.loads(pickle.dumps(data))
@@ -391,6 +392,7 @@ def test_an_image_that_cannot_be_decoded_is_one_sentence_out_of_a_loader_worker_
         list(loader)
 
 
+@pytest.mark.launches
 def test_a_file_that_is_gone_is_named(tmp_path, real, replay, refused):
     path = tmp_path / 'there.png'
     real[0]['image'].save(path)
@@ -402,6 +404,7 @@ def test_a_file_that_is_gone_is_named(tmp_path, real, replay, refused):
         dataset_fingerprint(rows)
 
 
+@pytest.mark.launches
 def test_a_store_that_is_damaged_is_one_sentence_out_of_a_loader_worker_too(real, replay, tmp_path, refused):
     store = make_store(tmp_path / 'store', real)
     path = store.shard_path(0, 1)
@@ -428,6 +431,7 @@ def save_as_folder(rows, path):
     return order
 
 
+@pytest.mark.launches
 def test_a_fingerprint_is_the_same_in_every_format_and_cache_folder(fashion, tmp_path, monkeypatch):
     rows = fashion.select(range(300))
     order = save_as_folder(rows, tmp_path / 'images' / 'train')

@@ -278,6 +278,7 @@ def train(output, name, *flags):
     return load_file(output / name / 'last' / 'model.safetensors')
 
 
+@pytest.mark.launches
 def test_a_run_on_mixed_views_goes_on_from_the_middle_of_an_epoch_with_the_same_bits(filled, tmp_path):
     flags = ['--logits', str(filled[0]), '--recovery-interval', '1', '--checkpoint-hist', '20']
     whole = train(tmp_path, 'run', *flags)
@@ -290,6 +291,7 @@ def test_a_run_on_mixed_views_goes_on_from_the_middle_of_an_epoch_with_the_same_
     assert min(parts) > 0 and float(row['loss']) == pytest.approx(sum(parts) / 2, rel=1e-5)
 
 
+@pytest.mark.launches
 def test_a_plain_student_sees_the_mixed_views_of_a_distilled_one(filled, tmp_path):
     """With no weight on the teacher, both learn the same from the same views and labels."""
     distilled = train(tmp_path, 'distilled', '--logits', str(filled[0]), '--alpha', '0')
@@ -301,6 +303,7 @@ def test_a_plain_student_sees_the_mixed_views_of_a_distilled_one(filled, tmp_pat
     ([], SoftTargetCrossEntropy()), (['--bce-loss'], BinaryCrossEntropy()),
     (['--bce-loss', '--bce-sum', '--bce-target-thresh', '0.3'], BinaryCrossEntropy(
         target_threshold=0.3, sum_classes=True))], ids=['ce', 'bce', 'sum'])
+@pytest.mark.launches
 def test_the_label_loss_of_a_run_is_that_of_timms_mixed_targets(filled, tmp_path, flags, loss):
     """Of a student that learns nothing, so that it is known what it said."""
     rates = [text for name in ('lr', 'warmup-lr', 'min-lr') for text in (f'--{name}', '1e-30')]

@@ -143,6 +143,7 @@ def test_a_stream_gives_every_sample_of_the_map_style_data_set(name, folders, st
 
 
 @pytest.mark.parametrize('world_size', [2, 3])
+@pytest.mark.launches
 def test_ranks_and_workers_share_a_stream_between_them(world_size, folders, stores):
     expected = map_style(stores / 'cls', folders / 'cls', 1)
     seen = []
@@ -189,6 +190,7 @@ def test_ranks_have_as_many_batches_and_go_on_from_any_of_them(world_size, folde
 
 
 @pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.launches
 def test_what_was_seen_before_a_resumption_is_not_decoded_again(workers, folders, stores, monkeypatch):
     stream = stream_of(stores / 'cls', folders / 'cls', seed=1)
     # Workers with other numbers of rows, and more batches than one pass has.
@@ -209,6 +211,7 @@ def test_what_was_seen_before_a_resumption_is_not_decoded_again(workers, folders
     assert len(list(loader)) == 14
 
 
+@pytest.mark.launches
 def test_a_student_learns_from_a_stream_as_long_as_from_rows(folders, stores, tmp_path, capsys):
     train_distill.main([
         '--dataset', str(folders / 'cls'), '--streaming', '--val-dataset', str(folders / 'parquet'), '--val-split',
@@ -222,6 +225,7 @@ def test_a_student_learns_from_a_stream_as_long_as_from_rows(folders, stores, tm
     assert '--streaming needs a store with keys' in capsys.readouterr().err
 
 
+@pytest.mark.launches
 def test_a_stream_that_is_shared_out_otherwise_after_a_resumption_is_told(folders, stores, tmp_path, capsys):
     run = tmp_path / 'run'
     argv = ['--dataset', str(folders / 'cls'), '--val-dataset', str(folders / 'parquet'), '--val-split', 'train[:10]',
@@ -237,6 +241,7 @@ def test_a_stream_that_is_shared_out_otherwise_after_a_resumption_is_told(folder
     assert 'a stream is shared out over another number of processes or --workers' in capsys.readouterr().err
 
 
+@pytest.mark.launches
 def test_a_student_learns_from_the_labels_of_a_stream_too(folders, stores, tmp_path, capsys):
     command = [
         '--dataset', str(folders / 'cls'), '--streaming', '--val-dataset', str(folders / 'parquet'), '--val-split',

@@ -223,6 +223,7 @@ def test_views_of_many_epochs_may_stand_in_one_batch(view_of):
     assert all(torch.equal(sample['view'], expected[key]) for sample, key in zip(views, keys))
 
 
+@pytest.mark.launches
 def test_views_and_probes_are_the_same_in_a_fresh_process(hub_children):
     configs = {name: make_config(**arguments).to_dict() for name, arguments in CASES.items()}
     fresh = hub_children.run(print_view_digests, os.environ, configs, PHOTOGRAPH)

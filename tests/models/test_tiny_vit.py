@@ -135,6 +135,7 @@ def test_create_model_gives_this_packages_model_with_the_windows_of_its_size(nam
     assert model.pretrained_cfg['hf_hub_id'] == f'timm/{name}.dist_in22k_ft_in1k'
 
 
+@pytest.mark.launches
 def test_importing_changes_nothing_in_timm_but_the_five_models(hub_children):
     child = hub_children.run(registry_program.print_changes, os.environ)
     changed, added, same_names, caught, same_filters = json.loads(child.stdout)
@@ -856,6 +857,7 @@ def test_a_model_is_traced_with_gradients_too():
 
 
 @pytest.mark.parametrize('train', [False, True])
+@pytest.mark.launches
 def test_one_compiled_graph_serves_every_batch_size(train):
     torch._dynamo.reset()
     model = create_small(depths=(1, 1, 1, 1), drop_path_rate=0.).train(train)

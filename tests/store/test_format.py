@@ -432,6 +432,7 @@ def run_attack(attack, folder, num_cases, output):
 
 @pytest.mark.parametrize('attack, num_cases, least_refused', [
     (attack_shards, NUM_SHARD_CASES, 0.95), (attack_manifests, NUM_MANIFEST_CASES, 0.6)])
+@pytest.mark.launches
 def test_no_file_makes_a_reader_crash_take_much_memory_or_read_something_wrong(
         attack, num_cases, least_refused, warm_processes, tmp_path):
     if not Path('/proc/self/statm').exists():

@@ -476,6 +476,7 @@ def write_as_nobody(store):
             os._exit(7)
 
 
+@pytest.mark.launches
 def test_a_store_that_may_not_be_written_is_still_read(warm_processes):
     # Not in pytest's folder, which is closed to others.
     with tempfile.TemporaryDirectory() as folder:

@@ -91,6 +91,7 @@ def batch_of(path, data, epoch, positions):
 
 
 @pytest.mark.parametrize('name', ['placed', 'whole'])
+@pytest.mark.launches
 def test_copied_epochs_are_the_same_files_and_train_alike(name, stores, data, teachers, tmp_path):
     run('copy', stores / name, '--output', tmp_path / 'copy', '--epochs', '1:3')
     manifest = LogitStore.open(tmp_path / 'copy').manifest
@@ -284,6 +285,7 @@ def test_stores_with_keys_are_read_side_by_side_in_any_order_of_the_data(stores,
     assert torch.equal(two['record'], torch.cat([one['record'], one['record']], dim=1))
 
 
+@pytest.mark.launches
 def test_a_student_trains_from_two_stores(stores, data, tmp_path, capsys):
     looks = dataset_fingerprint.cache_info().misses
     train_distill.main([

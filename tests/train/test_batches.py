@@ -17,6 +17,7 @@ from timm_tinyvit.train.batches import worker_errors
 
 @pytest.mark.parametrize('looks', [True, False], ids=['before it is read', 'while it is read'])
 @pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.launches
 def test_a_shard_cut_short_under_a_worker_is_one_sentence(
         looks, workers, filled_store, fashion, tmp_path, monkeypatch, one_sentence):
     """Where a worker cannot see it coming, SIGBUS ends it, and the main process finds out which shard it was."""

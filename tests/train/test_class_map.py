@@ -33,6 +33,7 @@ def part(tmp_path_factory, keyed_store):
     return folder, [names[label] for label in chosen]
 
 
+@pytest.mark.launches
 def test_a_student_of_some_classes_learns_these_and_is_resumed_with_the_same(keyed_store, part, tmp_path, capsys):
     folder, names = part
     argv = ['--dataset', str(folder), '--logits', str(keyed_store[1]), '--model', 'test_resnet', '--epochs', '2', '-b',

@@ -58,6 +58,7 @@ def test_a_linear_classifier_is_as_good_as_the_best_there_is():
     assert linear_accuracy(train, val) == found
 
 
+@pytest.mark.launches
 def test_the_program_probes_a_trained_model_and_a_backbone(tmp_path, capsys):
     teacher, figures = Path(DATA) / 'teacher', {}
     torch.manual_seed(0)
