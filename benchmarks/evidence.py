@@ -147,9 +147,8 @@ FEATURES = (
     Row('features', 'backbone', "the teacher's features, no labels", '--num-classes 0', 'vectors', None,
         is_probed=True),
     Row('labels', 'backbone', 'labels, from random weights', '', None, None, is_probed=True),
-    # Weights that have learned something take smaller steps.
-    Row('finetuned', 'backbone', "labels, from those that learned the teacher's features", '--lr 0.0003', None,
-        'labels', start='features'))
+    Row('finetuned', 'backbone', "labels, from those that learned the teacher's features", '', None, 'labels',
+        start='features'))
 SMOKE = (
     Row('plain', 'student', 'ResNet of the tests', '--model test_resnet', None, None),
     Row('distilled', 'student', 'ResNet of the tests', '--model test_resnet', 'k3', 'plain'))
