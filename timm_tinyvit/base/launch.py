@@ -222,7 +222,7 @@ def init_worker(worker: int) -> None:
     threading.Thread(target=watch, name='master watch', daemon=True).start()
 
 
-def end_workers() -> None:
+def _end_workers() -> None:
     """End loader workers that are still there at exit; they would go on for a while where they are but asked to."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     for worker in workers:
@@ -235,7 +235,7 @@ def end_workers() -> None:
 
 def _end_workers_at_exit(_: object = None) -> None:
     # Before multiprocessing waits for its daemons, in this process and in those that are forked from it.
-    multiprocessing.util.Finalize(None, end_workers, exitpriority=100)
+    multiprocessing.util.Finalize(None, _end_workers, exitpriority=100)
 
 
 _end_workers_at_exit()
