@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -220,12 +220,10 @@ def compare_views(
         None where it was broken off.
     """
     model.eval()
-    device, start, seen = accelerator.device, time.monotonic(), 0
+    device = accelerator.device
     student, teacher, divergence = Recorder(), Recorder(), []
-    bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
-    for batch in batches:
+    for batch in _batches_to_compare(batches, num_batches, stopped):
         labels = batch['label'].to(device)
-        bar.total = _views_to_compare(len(labels), num_batches)
         if 'label2' in batch:
             # A mixed view has no one label.
             labels = labels.masked_fill(labels != batch['label2'].to(device), -1)
@@ -242,13 +240,8 @@ def compare_views(
         # A class without probability has no part in the sum.
         products = torch.where(probs > 0, probs * (teacher_log_probs - student_log_probs), 0.)
         divergence.append(products.sum(dim=1).float().cpu())
-        if stopped():
-            return None
-        bar.update(len(labels))
-        seen += len(labels)
-        if seen >= NUM_VIEWS or time.monotonic() - start > SECONDS:
-            break
-    bar.close()
+    if stopped():
+        return None
     return StoredViews(
         student.own(), teacher.own(), torch.cat(divergence).numpy(), epoch,
         _stored_epochs(store, epoch, views_per_image), weights)
@@ -278,24 +271,17 @@ def compare_features(
         None where it was broken off, or the views are too few to have neighbours.
     """
     model.eval()
-    start, seen, found = time.monotonic(), 0, {'student': [], 'teacher': []}
-    bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
-    for batch in batches:
+    found = {'student': [], 'teacher': []}
+    for batch in _batches_to_compare(batches, num_batches, stopped):
         views = normalize(batch['view'].to(accelerator.device))
-        bar.total = _views_to_compare(len(views), num_batches)
         with accelerator.autocast():
             features = model.forward_features(views)
             own = feature_vectors(model, features, tuple(views.shape[-2:]), grid)
         _, stored = split_targets(store.codec.decode(batch['record'].to(accelerator.device)))
         for name, vectors in (('student', own), ('teacher', stored.vectors)):
             found[name].append(nn.functional.normalize(vectors.float().mean(dim=1), dim=1))
-        if stopped():
-            return None
-        bar.update(len(views))
-        seen += len(views)
-        if seen >= NUM_VIEWS or time.monotonic() - start > SECONDS:
-            break
-    bar.close()
+    if stopped():
+        return None
     near = {}
     for name, parts in found.items():
         vectors = torch.cat(parts)
@@ -309,9 +295,24 @@ def compare_features(
         shared.cpu().numpy(), num_nearest, epoch, _stored_epochs(store, epoch, views_per_image), weights)
 
 
-def _views_to_compare(batch_size: int, num_batches: int | None) -> int:
-    """Those of whole batches, and no more than there are."""
-    return batch_size * min(-(-NUM_VIEWS // batch_size), num_batches or NUM_VIEWS)
+def _batches_to_compare(
+        batches: Iterable[dict[str, torch.Tensor]],
+        num_batches: int | None,
+        stopped: Callable[[], bool],
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches, with a bar, until their views or the time are enough, or the program is to stop."""
+    start, seen = time.monotonic(), 0
+    bar = progress(total=NUM_VIEWS, desc='student and teacher', unit='view', leave=False)
+    for batch in batches:
+        size = len(batch['view'])
+        # Whole batches, and no more than there are.
+        bar.total = size * min(-(-NUM_VIEWS // size), num_batches or NUM_VIEWS)
+        yield batch
+        bar.update(size)
+        seen += size
+        if stopped() or seen >= NUM_VIEWS or time.monotonic() - start > SECONDS:
+            break
+    bar.close()
 
 
 def _stored_epochs(store: StoreReader, epoch: int, views_per_image: int) -> list[int]:
