@@ -6,6 +6,7 @@ import signal
 
 import fsspec
 import pytest
+import s3fs
 
 from support.files import tree
 from support.flags import ROOT, SMALL_VIEWS, small_data
@@ -214,6 +215,19 @@ def test_writers_who_share_nothing_fill_one_store_and_a_killed_one_loses_its_ope
     assert 48 <= len(s3.seen('PUT .*/epoch')) < 48 + 8
     # As both began at once, and one put the manifest.
     assert len(s3.seen('PUT .*store.json')) >= 1 and len(s3.seen('PUT .*store.json', '200')) == 1
+
+
+def test_a_store_that_another_creates_while_a_writer_looks_whether_the_place_is_empty_is_joined(
+        s3, filled_store, local, monkeypatch):
+    listed = s3fs.S3FileSystem._lsdir
+
+    async def put_just_after(*args, **options):
+        there = await listed(*args, **options)
+        s3.client.put_object(Bucket='bucket', Key='both/store.json', Body=(filled_store / 'store.json').read_bytes())
+        return there
+
+    monkeypatch.setattr(s3fs.S3FileSystem, '_lsdir', put_just_after)
+    assert ObjectStore.create('s3://bucket/both', local.manifest).manifest == local.manifest
 
 
 @pytest.mark.parametrize('url, denied, words', [

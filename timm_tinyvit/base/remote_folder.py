@@ -146,7 +146,8 @@ class RemoteFolder:
             finally:
                 # Entries of a million files, each of them known by its name alone from now on.
                 system.invalidate_cache()
-            return {name[len(root):].lstrip('/'): info for name, info in found.items()}
+            # s3fs answers with the folder itself where the first file came just after the listing.
+            return {name[len(root):].lstrip('/'): info for name, info in found.items() if info['type'] == 'file'}
 
         return self._patiently(f'list the files of {self}', find)
 
