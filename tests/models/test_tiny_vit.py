@@ -39,11 +39,11 @@ TAGS = [
 ]
 
 
-def create_golden(build, **kwargs):
+def create_golden(build):
     """The model of a golden build with the golden weights, loaded from the official names."""
     golden = BUILDS[build]
     model = timm.create_model(
-        build.split()[0], num_classes=golden['num_classes'], window_sizes=golden['window_sizes'], **kwargs)
+        build.split()[0], num_classes=golden['num_classes'], window_sizes=golden['window_sizes'])
     model.load_state_dict(checkpoint_filter_fn({'model': official_state_dict(build)}, model))
     return model.eval()
 
@@ -91,11 +91,16 @@ def images(batch_size=2, size=64, seed=0, dtype=torch.float32):
 
 # The official code's figures
 
-@pytest.mark.parametrize('build', BUILDS)
-def test_logits_are_those_of_the_official_code(build):
+@pytest.fixture(scope='module')
+def golden_model(build):
+    return create_golden(build)
+
+
+@pytest.mark.parametrize('build', BUILDS, scope='module')
+def test_logits_are_those_of_the_official_code(build, golden_model):
     golden = BUILDS[build]
     with torch.inference_mode():
-        logits = create_golden(build)(golden_image(golden['img_size']))[0].double()
+        logits = golden_model(golden_image(golden['img_size']))[0].double()
     first = torch.tensor(golden['logits_first8'], dtype=torch.float64)
     assert relative_difference(logits[:8], first) <= 1e-4
     assert logits.norm().item() == pytest.approx(golden['logits_l2'], rel=1e-4)
@@ -103,12 +108,11 @@ def test_logits_are_those_of_the_official_code(build):
     assert logits.argmax().item() == golden['argmax']
 
 
-@pytest.mark.parametrize('build', BUILDS)
-def test_gradients_are_those_of_the_official_code(build):
+@pytest.mark.parametrize('build', BUILDS, scope='module')
+def test_gradients_are_those_of_the_official_code(build, golden_model):
     golden = BUILDS[build]
-    model = create_golden(build)
-    model(golden_image(golden['img_size'])).square().mean().backward()
-    grads = {name: param.grad for name, param in model.named_parameters()}
+    golden_model(golden_image(golden['img_size'])).square().mean().backward()
+    grads = {name: param.grad for name, param in golden_model.named_parameters()}
     for name, expected in rename_official(golden['grad_l2']).items():
         assert grads[name].norm().item() == pytest.approx(expected, rel=1e-3), name
 

@@ -48,7 +48,7 @@ def on_disk(store: RemoteStore) -> dict[int, int]:
     return {int(path.name[6:]): len(list(path.glob('shard-*'))) for path in store.folder.glob('epoch-*')}
 
 
-@pytest.mark.parametrize('protocol', ['memory', 's3', 'file'])
+@pytest.mark.parametrize('protocol', ['memory', pytest.param('s3', marks=pytest.mark.launches), 'file'])
 def test_a_store_behind_a_url_is_read_with_the_epochs_in_use_on_disk(
         protocol, request, filled_store, local, tmp_path, refused):
     url = f'{protocol}://bucket/in1k'

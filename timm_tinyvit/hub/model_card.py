@@ -5,6 +5,7 @@ time or the place of the rendering: the same run gives the same card. Metadata a
 that the Hub shows the results.
 """
 
+import functools
 import math
 import re
 import shlex
@@ -210,6 +211,19 @@ def evaluation_command(repo: str, dataset: str, split: str, *flags: str) -> str:
     return f'timm-tinyvit eval --pretrained --model hf-hub:{repo} \\\n    {data}'
 
 
+@functools.cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('timm_tinyvit.hub', 'cards'), trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, finalize=for_markdown)
+    environment.filters.update(
+        block=code_block, bytes=readable_bytes, code=code_span, counted=counted, data_flag=_data_flag,
+        data_link=_data_link, link=_link, listed=_listed, markdown=Markdown, model_link=_model_link,
+        number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate, repr=_literal,
+        standard_error=_standard_error, store_link=_store_link, store_name=_store_name)
+    return environment
+
+
 def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
     """A card, of a model or of a store, from a template of this package.
 
@@ -220,16 +234,8 @@ def render_card(template: str, metadata: CardData, /, **facts: Any) -> str:
         metadata: Of the Hub.
         facts: What the template asks for.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('timm_tinyvit.hub', 'cards'), trim_blocks=True, lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined, finalize=for_markdown)
-    environment.filters.update(
-        block=code_block, bytes=readable_bytes, code=code_span, counted=counted, data_flag=_data_flag,
-        data_link=_data_link, link=_link, listed=_listed, markdown=Markdown, model_link=_model_link,
-        number=lambda value: f'{value:,}', percent=lambda value: f'{value:.2f}%', rate=_rate, repr=_literal,
-        standard_error=_standard_error, store_link=_store_link, store_name=_store_name)
     head = printable(metadata.to_yaml(), lines=True)
-    text = environment.get_template(template).render(
+    text = _templates().get_template(template).render(
         card_data=Markdown(head), license=metadata.get('license_name') or metadata.get('license'),
         package=Markdown(f'[timm_tinyvit]({PACKAGE})'), **facts)
     # What is left out leaves blank lines.

@@ -6,6 +6,7 @@ what names the user (`escaping.for_page`), so that names from a data set may hol
 """
 
 import base64
+import functools
 import io
 import os
 import re
@@ -154,11 +155,7 @@ class Page:
 
     def html(self) -> str:
         """The page."""
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader('timm_tinyvit.report', ''), autoescape=True, trim_blocks=True,
-            lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=for_page)
-        environment.filters.update(short_percent=short_percent, whole=_whole)
-        return environment.get_template('page.html.j2').render(
+        return _template().render(
             title=self.title, subtitle=self.subtitle, contents=self._contents, parts=self._parts,
             version=__version__)
 
@@ -169,6 +166,15 @@ class Page:
             InputError: The disk is full, or may not be written.
         """
         write_atomic(Path(path), self.html().encode())
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('timm_tinyvit.report', ''), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, finalize=for_page)
+    environment.filters.update(short_percent=short_percent, whole=_whole)
+    return environment.get_template('page.html.j2')
 
 
 def check_output(path: str | Path | None) -> None:
