@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 
 import fsspec
 import pytest
@@ -16,6 +17,7 @@ from support.waiting import wait_until
 from timm_tinyvit import cli
 from timm_tinyvit.base import remote_folder
 from timm_tinyvit.base.errors import InputError
+from timm_tinyvit.base.remote_folder import RemoteFolder
 from timm_tinyvit.store import cache
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.object_store import ObjectStore
@@ -228,6 +230,18 @@ def test_a_store_that_another_creates_while_a_writer_looks_whether_the_place_is_
 
     monkeypatch.setattr(s3fs.S3FileSystem, '_lsdir', put_just_after)
     assert ObjectStore.create('s3://bucket/both', local.manifest).manifest == local.manifest
+
+
+def test_an_answer_that_never_comes_is_not_waited_for(s3, monkeypatch):
+    monkeypatch.setattr(remote_folder, 'ANSWER_SECONDS', 0.5)
+    folder = RemoteFolder.resolve('s3://bucket/silent')
+    for method, pattern in (('PUT', 'silent/notes'), ('HEAD', 'silent/notes'), ('GET', 'silent/notes')):
+        s3.fail(f'{method} /bucket/{pattern}', 'silent', 2)
+    start = time.monotonic()
+    folder.write('notes.txt', b'words')
+    assert folder.has('notes.txt') and folder.read('notes.txt') == b'words'
+    # Sooner than by the 15 s that s3fs waits for an answer.
+    assert time.monotonic() - start < 10 and all(fault.times == 0 for fault in s3.faults)
 
 
 @pytest.mark.parametrize('url, denied, words', [

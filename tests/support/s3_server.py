@@ -7,6 +7,7 @@
 """
 
 import re
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class S3Server:
         self.server.shutdown()
 
     def fail(self, pattern: str, how: str, times: float = 1, seconds: float = 0.) -> None:
-        """Break the next requests that begin like a pattern: with a status, or `cut`, `wrong-bytes` or `slow`."""
+        """Break the next requests that begin like a pattern: with a status, or `cut`, `wrong-bytes`, `slow` or `silent`."""
         self.faults.append(Fault(pattern, how, times, seconds))
 
     def forget(self) -> None:
@@ -115,9 +116,10 @@ class S3Server:
         start_response(status, headers)
         if how == 'cut':
             # Less than was announced; of a change all that was asked for is done, and nobody hears of it.
-            return [body[:len(body) // 2]] if environ['REQUEST_METHOD'] == 'GET' else _hang_up()
+            if environ['REQUEST_METHOD'] == 'GET':
+                return [body[:len(body) // 2]]
+            environ['werkzeug.socket'].shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError
+        if how == 'silent':
+            raise ConnectionAbortedError  # werkzeug keeps the connection, and says nothing
         return [body]
-
-
-def _hang_up():
-    raise ConnectionAbortedError

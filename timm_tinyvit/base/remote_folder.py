@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from collections.abc import Callable, Iterator, Sequence
 
 import fsspec
+from fsspec.asyn import sync
 from fsspec.callbacks import TqdmCallback
 from fsspec.core import url_to_fs
 from huggingface_hub import HfApi, constants
@@ -37,6 +38,9 @@ OPEN_PAUSES = (1., 2., 4., 8., 16., 30., 60., 60., 60., 60.)
 WRITE_PAUSES = (*OPEN_PAUSES, *[60.] * 1440)
 # Transfers of a file that does not come as it should be.
 MAX_ATTEMPTS = 3
+# Seconds until an answer is given up whose connection is dead, of which aiohttp's own timeouts miss some; and bytes a
+# second of a slow connection.
+ANSWER_SECONDS, LISTING_SECONDS, SLOW_RATE = 300., 3600., 1e5
 COMMIT = re.compile('[0-9a-f]{40}')
 # What file systems raise for good.
 LASTING = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.EMSGSIZE, getattr(errno, 'EREMCHG', -1))
@@ -142,7 +146,7 @@ class RemoteFolder:
         def find() -> dict[str, dict[str, Any]]:
             system, root = self._open()
             try:
-                found = system.find(root, detail=True)
+                found = _ask(system, 'find', root, detail=True, seconds=LISTING_SECONDS)
             finally:
                 # Entries of a million files, each of them known by its name alone from now on.
                 system.invalidate_cache()
@@ -161,7 +165,7 @@ class RemoteFolder:
         def look() -> bool:
             system, root = self._open()
             with suppress(FileNotFoundError):
-                return bool(system.info(f'{root}/{path}'))
+                return bool(_ask(system, 'info', f'{root}/{path}'))
             return False
 
         return self._patiently(f'look at {path} of {self}', look, WRITE_PAUSES)
@@ -180,7 +184,7 @@ class RemoteFolder:
         def read() -> bytes | None:
             system, root = self._open()
             try:
-                info = system.info(f'{root}/{path}')
+                info = _ask(system, 'info', f'{root}/{path}')
             except FileNotFoundError as error:
                 if error.__cause__ is not None:
                     raise  # there is no repo, or no bucket
@@ -192,7 +196,8 @@ class RemoteFolder:
             is_large, blob = bool(info.get('lfs')), info.get('blob_id')
             expected = info['lfs'].sha256 if is_large else blob
             for _ in range(MAX_ATTEMPTS):
-                content = system.cat_file(f'{root}/{path}', start=0, end=info['size'])
+                content = _ask(
+                    system, 'cat_file', f'{root}/{path}', start=0, end=info['size'], seconds=_seconds(info['size']))
                 if expected in (None, content_hash(content, is_large)):
                     return content
             raise InputError(f'{path} of {self} was fetched {MAX_ATTEMPTS} times, and never as it was pushed; see what '
@@ -215,16 +220,18 @@ class RemoteFolder:
 
         def put() -> None:
             system, root = self._open()
+            request = functools.partial(
+                _ask, system, 'pipe_file', f'{root}/{path}', content, seconds=_seconds(len(content)))
             if is_new:
                 with suppress(FileExistsError):
                     try:
-                        return system.pipe_file(f'{root}/{path}', content, mode='create')
+                        return request(mode='create')
                     except (NotImplementedError, OSError, TypeError) as error:
                         if getattr(error, 'errno', errno.ENOSYS) not in (errno.ENOSYS, errno.EINVAL):
                             raise
                 if self.has(path):
                     return
-            system.pipe_file(f'{root}/{path}', content)
+            request()
 
         self._patiently(f'write {path} to {self}', put, WRITE_PAUSES)
 
@@ -246,8 +253,8 @@ class RemoteFolder:
         def get(temporary: Path) -> None:
             with self._errors(f'fetch {path} of {self}'):
                 system, root = self._open()
-                system.get_file(f'{root}/{path}', str(temporary), callback=TqdmCallback(
-                    {'most': size}, tqdm_cls=_Meter))
+                _ask(system, 'get_file', f'{root}/{path}', str(temporary), seconds=_seconds(size),
+                     callback=TqdmCallback({'most': size}, tqdm_cls=_Meter))
 
         write_atomic(file, get, check)
 
@@ -287,6 +294,17 @@ class RemoteFolder:
 def _open(url: str, process: int) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL, and the path in it; its connections and threads are of this process alone."""
     return url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
+
+
+def _ask(system: fsspec.AbstractFileSystem, method: str, *args: Any, seconds: float | None = None, **options: Any) -> Any:
+    """What a method of a file system gives, within so many seconds."""
+    if not system.async_impl:
+        return getattr(system, method)(*args, **options)
+    return sync(system.loop, getattr(system, f'_{method}'), *args, timeout=seconds or ANSWER_SECONDS, **options)
+
+
+def _seconds(size: int) -> float:
+    return ANSWER_SECONDS + size / SLOW_RATE
 
 
 class _Meter:
