@@ -296,7 +296,9 @@ def _open(url: str, process: int) -> tuple[fsspec.AbstractFileSystem, str]:
     return url_to_fs(url, skip_instance_cache=True, use_listings_cache=False)
 
 
-def _ask(system: fsspec.AbstractFileSystem, method: str, *args: Any, seconds: float | None = None, **options: Any) -> Any:
+def _ask(
+        system: fsspec.AbstractFileSystem, method: str, *args: Any, seconds: float | None = None, **options: Any,
+) -> Any:
     """What a method of a file system gives, within so many seconds."""
     if not system.async_impl:
         return getattr(system, method)(*args, **options)
