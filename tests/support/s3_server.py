@@ -64,7 +64,7 @@ class S3Server:
         self.server.shutdown()
 
     def fail(self, pattern: str, how: str, times: float = 1, seconds: float = 0.) -> None:
-        """Break the next requests that begin like a pattern: with a status, `cut`, `wrong-bytes`, `slow` or `silent`."""
+        """Break the next requests that match a pattern: with a status, `cut`, `wrong-bytes`, `slow` or `silent`."""
         self.faults.append(Fault(pattern, how, times, seconds))
 
     def forget(self) -> None:
