@@ -1,5 +1,5 @@
 # Two commands: `make demo` runs the main job on the images in examples/, `make test` passes the tests.
-# Both make their own environment in .venv; PYTHON=python3.12 chooses the interpreter.
+# Both make their own environment in .venv, with uv where it is installed; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,8 +9,8 @@ DEMO_FLAGS ?=
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	uv pip install --quiet --python $(BIN)/python --editable '.[dev]' 2> /dev/null || \
+		($(BIN)/pip install --quiet --upgrade pip && $(BIN)/pip install --quiet --editable '.[dev]')
 	touch $@
 
 demo: .venv/installed

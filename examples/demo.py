@@ -99,7 +99,7 @@ def plot(runs: dict[str, list[dict[str, str]]], teacher: float, picture: Path) -
             [int(row['epoch']) + 1 for row in rows], [float(row['eval_top1']) for row in rows], marker='o',
             label=label, color=color)
     axes.axhline(teacher, color='tab:blue', linestyle='--', linewidth=1, label='teacher')
-    axes.set(xlabel='epoch', ylabel='top-1 accuracy (%)', title='TinyViT-5M, 500 images of Fashion-MNIST, 32 px')
+    axes.set(xlabel='epoch', ylabel='top-1 accuracy (%)', title='TinyViT-5M, 300 images of Fashion-MNIST, 32 px')
     axes.grid(alpha=0.3)
     axes.legend(loc='lower right')
     figure.savefig(picture, dpi=110)
