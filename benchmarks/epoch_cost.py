@@ -3,6 +3,7 @@
     python benchmarks/epoch_cost.py --dataset FOLDER
     python benchmarks/epoch_cost.py --dataset FOLDER --turns 8 --teachers convnext_large --amp
     python benchmarks/epoch_cost.py --dataset FOLDER --teachers vit_base_patch16_224 --targets features
+    python benchmarks/epoch_cost.py --dataset FOLDER --teachers --views-per-image 4 --model test_vit --batch-size 64
     python benchmarks/epoch_cost.py --dataset FOLDER --script --epochs 8 --train-split train[:256]
     python benchmarks/epoch_cost.py --dataset imagenet-1k --device cuda --batch-size 256 --amp --workers 16 --steps 20
 
@@ -11,6 +12,7 @@ All see the same views and end with an optimiser step of one and the same studen
 labels     cross-entropy to the labels
 control    the same once more, with `--control`: how far the figures can be trusted
 store      the sparse loss to records of a store, read and checked in the loader, decoded on the device
+repeated   the store with `--views-per-image` views of each decoded image in a batch, if it is more than 1
 online     timm's `LogitDistillationTask` with a teacher that looks at every batch, for each of `--teachers`
 
 With `--targets features` the store holds the pooled vectors of the one teacher, as int8; the student learns them with
@@ -86,6 +88,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument('--classes', type=int, default=1000)
     parser.add_argument('--k', type=int, default=10)
     parser.add_argument('--batch-size', type=int, default=16)
+    parser.add_argument('--views-per-image', type=int, default=1, metavar='N', help='measure this, too')
     parser.add_argument('--steps', type=int, default=1, help='steps of a turn')
     parser.add_argument('--turns', type=int, default=40, help='turns of labels and store')
     parser.add_argument('--online-turns', type=int, default=4, help='turns of store and teachers')
@@ -141,9 +144,10 @@ class Feed:
         start: Seconds until the first batch of each worker, which is not handed out.
     """
 
-    def __init__(self, data: SparseLogitDataset, args: argparse.Namespace):
+    def __init__(self, data: SparseLogitDataset, args: argparse.Namespace, views_per_image: int):
         self.start: list[float] = []
-        self._sampler = EpochBatchSampler(len(data), args.batch_size, seed=0, store_epochs=range(args.epochs))
+        self._sampler = EpochBatchSampler(
+            len(data), args.batch_size, seed=0, store_epochs=range(args.epochs), views_per_image=views_per_image)
         self._loader = DataLoader(
             data, batch_sampler=self._sampler, num_workers=args.workers, collate_fn=timed_collate,
             persistent_workers=True, pin_memory=args.device.startswith('cuda'))
@@ -174,7 +178,9 @@ class Bench:
         self.student.to(self.device)
         config = self.student.pretrained_cfg
         self.normalize = Normalize(config['mean'], config['std']).to(self.device)
-        self.losses = {'labels': self.from_labels, 'control': self.from_labels, 'store': self.from_store}
+        self.losses = {'labels': self.from_labels, 'store': self.from_store}
+        if args.control:
+            self.losses['control'] = self.from_labels
         trained, Task = [self.student], LogitDistillationTask
         if features := store.manifest.features:
             size, Task = (args.img_size, args.img_size), FeatureDistillationTask
@@ -190,7 +196,11 @@ class Bench:
             self.losses[f'online {name}'] = self.online(task)
         # What a loss does not reach has no gradient, and is left as it is.
         self.optimizer = create_optimizer_v2(nn.ModuleList(trained), 'adamw', lr=1e-4, weight_decay=0.05)
-        self.feeds = {name: Feed(self.data['store' if name == 'store' else 'labels'], args) for name in self.losses}
+        if args.views_per_image > 1:
+            self.losses['repeated'] = self.losses['store']
+        self.feeds = {
+            name: Feed(self.data['store' if name in ('store', 'repeated') else 'labels'], args,
+                       args.views_per_image if name == 'repeated' else 1) for name in self.losses}
         self.batches = {name: iter(feed) for name, feed in self.feeds.items()}
 
     def from_labels(self, views: torch.Tensor, batch: dict[str, Any]) -> torch.Tensor:
@@ -279,13 +289,15 @@ def ratio(values: np.ndarray, others: np.ndarray) -> dict[str, float]:
 def of_turns(bench: Bench, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The figures of all ways to train, step by step."""
     online = [name for name in bench.losses if name.startswith('online')]
-    spent = bench.turns(['labels', 'store', *(['control'] if args.control else [])], args.turns)
+    spent = bench.turns(
+        ['labels', 'store', *(name for name in ('control', 'repeated') if name in bench.feeds)], args.turns)
     beside = bench.turns(['store', *online], args.online_turns) if online else {}
     # An accelerator does not wait for a loader that keeps up.
     columns = slice(0, 2 if bench.device.type == 'cpu' else 1)
 
     def times(name: str, peer: str, found: dict[str, np.ndarray]) -> dict[str, float]:
         return ratio(found[name][:, columns].sum(1), found[peer][:, columns].sum(1)) | {
+            'loader': float(np.median(found[name][:, 1] / found[peer][:, 1])),
             'clock': float(np.median(found[name][:, 2] / found[peer][:, 2]))}
 
     step = np.median(spent['labels'][:, columns].sum(1))
@@ -339,7 +351,8 @@ def report(figure: dict[str, Any]) -> str:
         for peer in ('labels', 'store'):
             if found := figure.get(f'times_{peer}', {}).get(name):
                 line += ', {times:.3f} times {0} ({low:.3f} to {high:.3f}, {pairs} pairs)'.format(peer, **found)
-                line += f', {found["clock"]:.3f} by the clock' if 'clock' in found else ''
+                line += ', {loader:.3f} in the loader, {clock:.3f} by the clock'.format(**found) if 'clock' in found \
+                    else ''
         lines.append(line)
     if not figure['script']:
         parts = ', '.join(f'{name} {value:.2f}' for name, value in figure['milliseconds_of_batch'].items())
@@ -366,7 +379,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = of_script(store, args, folder) if args.script else \
             of_turns(Bench(dataset, store, replay, args), args, folder)
     settings = {name: getattr(args, name) for name in (
-        'threads', 'model', 'img_size', 'batch_size', 'classes', 'k', 'targets', 'workers', 'amp', 'script')}
+        'threads', 'model', 'img_size', 'batch_size', 'views_per_image', 'classes', 'k', 'targets', 'workers', 'amp',
+        'script')}
     figure = dict(
         benchmark='epoch_cost', machine=machine, load=os.getloadavg()[0], torch=torch.__version__,
         timm=timm.__version__, **settings, **found)

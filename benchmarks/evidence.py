@@ -8,6 +8,7 @@ full      all 60,000 images, 30 epochs, three seeds of everything: for a GPU
 reduced   2,500 images, 6 epochs, one seed where --table does not say otherwise: hours of two CPU cores
 whole     all 60,000 images, 3 epochs, TinyViT-5M: an hour of two CPU cores
 features  2,500 images, 4 epochs, TinyViT-5M taught by stored features, without labels: half an hour of one CPU core
+repeated  10,000 images, 4 epochs, TinyViT-5M, with one view and with four of each decoded image: half an hour likewise
 probes    how the setting of `reduced` was chosen, on held-out training images and with the demo's teacher
 smoke     seconds, to see that all runs
 
@@ -147,8 +148,12 @@ FEATURES = (
     Row('features', 'backbone', "the teacher's features, no labels", '--num-classes 0', 'vectors', None,
         is_probed=True),
     Row('labels', 'backbone', 'labels, from random weights', '', None, None, is_probed=True),
-    Row('finetuned', 'backbone', "labels, from those that learned the teacher's features", '', None, 'labels',
-        start='features'))
+    Row('finetuned', 'backbone', "labels, from those that learned the teacher's features", '--lr 0.0003', None,
+        'labels', start='features'))
+REPEATED = (
+    Row('plain', 'student', 'TinyViT-5M', '', None, None),
+    Row('distilled', 'student', 'TinyViT-5M', '', 'k10', 'plain'),
+    Row('distilled-views4', 'views per image', '4 views per image', '--views-per-image 4', 'k10', 'distilled'))
 SMOKE = (
     Row('plain', 'student', 'ResNet of the tests', '--model test_resnet', None, None),
     Row('distilled', 'student', 'ResNet of the tests', '--model test_resnet', 'k3', 'plain'))
@@ -180,6 +185,12 @@ GRIDS = {
         'features are the pooled vectors, of 224 numbers, codec int8; the student learns them by their cosine.',
         teacher='examples/fashion_mnist/teacher',
         probed='--train-split train[:2500] --val-split test --crop-pct 1.0 -b 500 --workers 0 --quiet'),
+    'repeated': Grid(
+        '--train-split train[:10000] --epochs 4', f'{STUDENT} --batch-size 48 --val-split test --val-interval 4 '
+        f'--lr 0.001 --warmup-epochs 0.5 --workers 1 {TINY_5M}', {'k10': '--topk 10'}, plan(REPEATED, (0, 1)),
+        'TinyViT-5M on 10,000 of the 60,000 training images, of which the teacher has learned from all. The store '
+        'keeps all epochs, k = 10, codec compact.',
+        teacher='examples/fashion_mnist/teacher'),
     'probes': Grid(
         '--train-split train[:5000] --epochs 2', f'{STUDENT} --val-split train[55000:] --val-interval 100 --lr 0.001 '
         '--warmup-epochs 0.4 --workers 1', {'5000': '', '1000': '--train-split train[:1000] --epochs 10'},
