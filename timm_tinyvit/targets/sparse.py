@@ -98,6 +98,19 @@ class SparseTargets:
             log_rest=None if self.log_rest is None else self.log_rest.to(**move),
         )
 
+    def soften(self, temperature: float | torch.Tensor) -> 'SparseTargets':
+        """The targets at a temperature, or at one for each row [B]."""
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature[:, None]
+        scaled = self.log_probs / temperature
+        if self.log_rest is None:
+            return replace(self, log_probs=scaled.log_softmax(dim=1))
+        # Each of the other classes has this log-probability.
+        log_num_rest = math.log(self.num_classes - self.k)
+        scaled = torch.cat([scaled, (self.log_rest[:, None] - log_num_rest) / temperature + log_num_rest], dim=1)
+        scaled = scaled.log_softmax(dim=1)
+        return replace(self, log_probs=scaled[:, :-1], log_rest=scaled[:, -1])
+
     def densify(self, temperature: float = 1.0) -> torch.Tensor:
         """The dense target [B, C] that these targets stand for, at a temperature."""
         delta, rest = _split(self.log_probs, self.log_rest, self.num_classes, _check_temperature(temperature))
