@@ -44,6 +44,7 @@ from timm_tinyvit.report.run import write_run_report
 from timm_tinyvit.report.run_folder import STORED_VIEWS
 from timm_tinyvit.store.base import StoreReader
 from timm_tinyvit.store.local import LogitStore
+from timm_tinyvit.targets.losses import DistillLoss
 from timm_tinyvit.teacher.creating import create_store, create_teacher, grid_of, target_settings, views_to_fill
 from timm_tinyvit.teacher.fill import fill_store
 from timm_tinyvit.train.batches import TrainBatches, worker_errors
@@ -134,7 +135,8 @@ def create_task(
     if args.bce_loss:
         label_loss = BinaryCrossEntropy(args.smoothing, args.bce_target_thresh, sum_classes=args.bce_sum)
     task = SparseLogitTask(
-        student, store and store.codec, evaluator.normalize, args.alpha, args.temperature, label_loss, args.smoothing,
+        student, store and store.codec, evaluator.normalize, args.alpha,
+        DistillLoss(args.distill_loss, args.temperature, args.standardize, args.remainder), label_loss, args.smoothing,
         mixup, args.channels_last, args.freeze_bn, accelerator.autocast, accelerator.device, args.feature_loss,
         args.feature_weight)
     if args.model_ema:

@@ -110,6 +110,14 @@ def others(few: int) -> tuple[Row, ...]:
         Row('one-epoch', 'stored epochs', '1 epoch stored', TINY_5M, 'one-epoch'))
 
 
+LOSSES = (
+    Row('reverse-kl', 'loss', 'reverse KL', f'{TINY_5M} --distill-loss reverse-kl', 'k10'),
+    Row('dkd', 'loss', 'DKD', f'{TINY_5M} --distill-loss dkd', 'k10'),
+    Row('dist', 'loss', 'DIST', f'{TINY_5M} --distill-loss dist', 'k10'),
+    Row('standardize', 'loss', 'standardised logits', f'{TINY_5M} --standardize', 'k10'),
+    Row('ghost', 'loss', 'k = 3, ghost class', f'{TINY_5M} --remainder ghost', 'k3', 'k3'))
+
+
 def stores(few: int) -> dict[str, str]:
     """The flags of each store of a grid, beside the data's and the views'."""
     return {
@@ -146,7 +154,7 @@ GRIDS = {
         '--train-split train[:2500] --epochs 6', f'{STUDENT} --val-split test --val-interval 6 --lr 0.001 '
         '--warmup-epochs 1 --workers 1', stores(few=2),
         plan(MAIN, (0,)) + plan(NUM_CLASSES, (0,)) + plan(MAIN, (1, 2)) + plan(others(2), (0,))
-        + plan((*NUM_CLASSES, *others(2)), (1, 2)),
+        + plan((*NUM_CLASSES, *others(2)), (1, 2)) + plan(LOSSES, (0, 1, 2)),
         'A reduced grid for a CPU: students see 2,500 of the 60,000 training images, their teacher has learned from '
         f'all of them. {UNLESS_CHANGED}', teacher='examples/fashion_mnist/teacher'),
     'whole': Grid(

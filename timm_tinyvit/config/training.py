@@ -78,6 +78,13 @@ def add_arguments(parser: ArgumentParser) -> None:
                        help='of a store of features: from the student\'s features to the teacher\'s')
     group.add_argument('--temperature', '--kd-temperature', type=float, default=1., metavar='T',
                        help='temperature that softens teacher and student')
+    group.add_argument('--distill-loss', default='cross-entropy',
+                       choices=('cross-entropy', 'reverse-kl', 'dkd', 'dist'),
+                       help='loss from the store; dkd also needs the labels')
+    group.add_argument('--standardize', action='store_true',
+                       help='divide the logits of teacher and student by their standard deviation over the classes')
+    group.add_argument('--remainder', default='share', choices=('share', 'ghost'),
+                       help='mass outside the stored classes: shared by all others, or compared as that of one class')
     group = _add_model(parser)
     group.add_argument('--initial-checkpoint', '--pretrained-path', metavar='FILE',
                        help='start from these weights, a file or a folder')
@@ -321,7 +328,8 @@ def _finish(args: argparse.Namespace) -> argparse.Namespace:
     if (args.mixup or args.cutmix or args.cutmix_minmax) and args.batch_size % 2:
         raise InputError(f'--batch-size is {args.batch_size}; --mixup and --cutmix need an even one')
     idle = [f'--{name.replace("_", "-")}' for name, usual in (
-        ('alpha', 1), ('temperature', 1), ('feature_loss', 'cosine'), ('feature_weight', 1), ('projector', 'linear'),
+        ('alpha', 1), ('temperature', 1), ('distill_loss', 'cross-entropy'), ('standardize', False),
+        ('remainder', 'share'), ('feature_loss', 'cosine'), ('feature_weight', 1), ('projector', 'linear'),
         ('teacher_checkpoint', None), ('store_epochs', None), ('keep_epochs', None), ('store_cache', None),
     ) if getattr(args, name) != usual]
     if idle and not args.logits:

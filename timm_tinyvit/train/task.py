@@ -17,7 +17,8 @@ from torch import nn
 from ..data.pairing import mixed_cross_entropy, mixed_target
 from ..models.loading import Normalize
 from ..targets.features import FeatureTargets, feature_loss
-from ..targets.sparse import SparseTargets, ensemble_loss
+from ..targets.losses import DistillLoss
+from ..targets.sparse import SparseTargets
 from .features import FeatureStudent
 from .sharding import ModelEma, prepare_student
 from .student import freeze_batch_norm
@@ -43,7 +44,7 @@ class SparseLogitTask(TrainingTask):
         codec: Decodes the records of a store on the device, as `store.codec` does; None to learn from labels alone.
         normalize: Makes of uint8 views [B, 3, H, W] what the student takes; None where the loader has done it.
         alpha: Weight of the distillation loss; without a codec it is 0.
-        temperature: Softens teacher and student.
+        distill_loss: Of logits and the stored targets, with the temperature that softens both; the paper's by default.
         label_loss: Of logits [B, C] and labels: int64 [B], or what `mixup` makes of them. Where two labels share a
             view, that of timm's dense target if it is a `BinaryCrossEntropy`, and else cross-entropy.
         smoothing: Label smoothing where two labels share a view.
@@ -67,7 +68,7 @@ class SparseLogitTask(TrainingTask):
             codec: Any | None = None,
             normalize: Normalize | None = None,
             alpha: float = 1.,
-            temperature: float = 1.,
+            distill_loss: DistillLoss | None = None,
             label_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
             smoothing: float = 0.,
             mixup: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
@@ -88,7 +89,7 @@ class SparseLogitTask(TrainingTask):
         self.normalize = nn.Identity() if normalize is None else normalize.to(self.device)
         self.codec = codec
         self.alpha = 0. if codec is None else alpha
-        self.temperature = temperature
+        self.distill_loss = distill_loss or DistillLoss()
         self.label_loss = label_loss or nn.CrossEntropyLoss()
         self.smoothing = smoothing
         self.mixup = mixup
@@ -203,8 +204,8 @@ class SparseLogitTask(TrainingTask):
             if self.has_features:
                 targets, features = split_targets(targets)
             if targets:
-                distill_loss = ensemble_loss(logits, targets, self.temperature)
-        loss = (1 - self.alpha) * label_loss + self.alpha * self.temperature ** 2 * distill_loss
+                distill_loss = self.distill_loss(logits, targets, labels)
+        loss = (1 - self.alpha) * label_loss + self.alpha * self.distill_loss.temperature ** 2 * distill_loss
         losses = {'label_loss': label_loss, 'distill_loss': distill_loss}
         if self.has_features:
             losses['feature_loss'] = feature_loss(vectors, features, self.feature_kind)
