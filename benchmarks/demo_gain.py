@@ -2,7 +2,7 @@
 
     python benchmarks/demo_gain.py [--seeds 0 1 2] [--output runs/demo_gain] [--json]
 
-The recipe is `make demo`'s (timm_tinyvit/config/recipes/demo.yaml), the training images are the demo's 500, and
+The recipe is `make demo`'s (timm_tinyvit/config/recipes/demo.yaml), the training images are the demo's, and
 accuracy is that of the last epoch on all 10,000 test images of Fashion-MNIST, read from the Hub or from the folder of
 the Debian package. The runs are resumed where they stopped.
 """
