@@ -44,7 +44,8 @@ def students(grid: str) -> list[tuple[evidence.Row, argparse.Namespace]]:
 
 
 @pytest.mark.parametrize('grid, first', [
-    ('reduced', '| TinyViT-5M |'), ('whole', '| TinyViT-5M |'), ('features', '| random weights |')])
+    ('reduced', '| TinyViT-5M |'), ('whole', '| TinyViT-5M |'), ('features', '| random weights |'),
+    ('repeated', '| TinyViT-5M |')])
 def test_the_tables_of_the_results_are_those_of_the_committed_runs(capsys, grid, first):
     evidence.main(['--grid', grid, '--table'])
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
