@@ -223,7 +223,7 @@ def test_a_store_is_filled_and_pushed_in_one_command_and_its_sample_is_what_data
     there = published(hub)
     # The recipe is the trainer's; what it says of the views and the store counts.
     manifest = json.loads(there['store.json'])
-    assert (manifest['k'], manifest['shard_size'], manifest['recipe']['re_prob']) == (3, 500, 0.25)
+    assert (manifest['k'], manifest['shard_size'], manifest['recipe']['re_prob']) == (3, 300, 0.25)
     card = DatasetCard(there['README.md'].decode())
     assert card.data.license == 'cc-by-nc-4.0'
     assert '| Top-1 accuracy |' in card.text and '](views.png)' in card.text
