@@ -8,18 +8,7 @@ import time
 
 import pytest
 
-PROGRAM = """
-import sys, time
-from timm_tinyvit.base.errors import reports_input_errors
-@reports_input_errors
-def main(argv):
-    try:
-        print('begun', flush=True)
-        time.sleep(60)
-    finally:
-        print('in order', flush=True)
-main([])
-"""
+from support import fresh_programs
 
 
 @pytest.mark.launches
@@ -33,7 +22,8 @@ def test_each_signal_to_stop_unwinds_a_program_and_is_its_exit_status(name, is_i
         signal.signal(number, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
 
     process = subprocess.Popen(
-        [sys.executable, '-c', PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+        [sys.executable, fresh_programs.__file__, 'wait_for_a_signal'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, preexec_fn=prepare)
     assert process.stdout.readline() == 'begun\n'
     process.send_signal(number)
     if is_ignored:

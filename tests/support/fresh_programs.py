@@ -38,6 +38,7 @@ def help_from(site: str) -> None:
 
 def print_lines() -> None:
     """Print more lines than anybody reads, the first when its reader may have left."""
+    sys.argv = ['timm-tinyvit']  # so that importing the package imports no torch
     from timm_tinyvit.base.errors import reports_input_errors
 
     @reports_input_errors
@@ -45,6 +46,24 @@ def print_lines() -> None:
         time.sleep(0.5)
         for _ in range(100_000):
             print('a line', flush=True)
+
+    main([])
+
+
+def wait_for_a_signal() -> None:
+    """Say what happens, for a minute."""
+    sys.argv = ['timm-tinyvit']
+    from timm_tinyvit.base.errors import reports_input_errors
+
+    @reports_input_errors
+    def main(argv: list[str]) -> None:
+        try:
+            print('begun', flush=True)
+            # In short pieces: a signal that comes just before a sleep is handled after it.
+            for _ in range(600):
+                time.sleep(0.1)
+        finally:
+            print('in order', flush=True)
 
     main([])
 
