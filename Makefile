@@ -18,7 +18,7 @@ demo: .venv/installed
 
 # Tests wait for processes half of the time: with two at a time on each of two cores, a file's together, none is idle.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What needs no launched process: two minutes on two cores.
 test-fast: .venv/installed

@@ -2,8 +2,8 @@
 
 import argparse
 import json
+import os
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -23,13 +23,12 @@ def official():
     return official_state_dict('tiny_vit_5m_224')
 
 
-def run(*args):
-    return subprocess.run(
-        [sys.executable, '-m', 'timm_tinyvit', 'convert', *map(str, args)],
-        capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run(hub_children):
+    return lambda *args: hub_children.start(['-m', 'timm_tinyvit', 'convert', *args], os.environ).wait()
 
 
-def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(official, logits_in_plain_timm, tmp_path):
+def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(run, official, logits_in_plain_timm, tmp_path):
     torch.save({'model': official}, tmp_path / 'official.pth')
     result = run(tmp_path / 'official.pth', '--model', 'tiny_vit_5m_224', '--output', tmp_path / 'out')
     assert result.returncode == 0, result.stderr
@@ -178,7 +177,7 @@ def test_a_folder_in_use_is_left_alone(official, tmp_path, refused):
     assert before == {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
 
 
-def test_the_command_fails_without_a_traceback(tmp_path, one_sentence):
+def test_the_command_fails_without_a_traceback(run, tmp_path, one_sentence):
     (tmp_path / 'checkpoint.pth').write_text('Not Found')
     result = run(tmp_path / 'checkpoint.pth', '--model', 'tiny_vit_5m_224', '--output', tmp_path / 'out')
     assert result.returncode != 0 and not (tmp_path / 'out').exists()

@@ -1,5 +1,6 @@
 """`timm-tinyvit`: what is answered before torch is imported, and what importing the package does."""
 
+import os
 import subprocess
 import sys
 
@@ -72,9 +73,10 @@ def test_a_launched_filling_parses_its_arguments_as_early():
     # A program of somebody else, run as a module that imports this one in its package.
     'import sys; sys.argv, sys.orig_argv = ["-m", "x"], ["python", "-m", "tool.main", "x"]; import timm_tinyvit',
 ])
-def test_importing_the_package_registers_the_models(run):
+def test_importing_the_package_registers_the_models(run, hub_children):
+    """In a process that has imported neither this package nor timm, only torch."""
     code = f'{run}; import timm; print(type(timm.create_model("tiny_vit_5m_224", device="meta")).__module__)'
-    said = subprocess.run([sys.executable, '-W', 'error::UserWarning', '-c', code], capture_output=True, text=True)
+    said = hub_children.run(fresh_programs.run_code, os.environ, code)
     assert (said.stdout, said.stderr) == ('timm_tinyvit.models.tiny_vit\n', '')
 
 

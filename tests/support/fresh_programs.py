@@ -5,6 +5,7 @@ import os
 import runpy
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,12 @@ def run_light(module: str, *arguments: str) -> None:
     # As Python has them while it looks for the module.
     sys.argv, sys.orig_argv = ['-m', *arguments], ['python', '-m', module, *arguments]
     runpy.run_module(module, run_name='__main__', alter_sys=True)
+
+
+def run_code(code: str) -> None:
+    """Run Python code, to which a warning is an error."""
+    warnings.simplefilter('error', UserWarning)
+    exec(code, {})
 
 
 def help_from(site: str) -> None:
