@@ -215,13 +215,14 @@ def test_a_run_is_measured_by_its_last_epoch(tmp_path):
         'images_per_second': 300., 'settings': {'lr': 0.1}}.items()
 
 
-def test_a_stopped_grid_goes_on_and_does_not_run_again_what_is_finished(tmp_path, capsys):
+def test_a_stopped_grid_goes_on_and_does_not_run_again_what_is_finished(
+        hub_children, tmp_path, capsys, monkeypatch):
     """Two real runs and a real store; SIGTERM comes when the first run is finished."""
     output, metrics = tmp_path / 'runs', tmp_path / 'metrics'
     flags = ['--grid', 'smoke', '--only', '*-0', '--output', str(output), '--metrics', str(metrics)]
     first = metrics / 'smoke' / 'plain-0.json'
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [hub_children.python, str(SCRIPT), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not first.exists() and process.poll() is None:
             time.sleep(0.1)
@@ -233,6 +234,7 @@ def test_a_stopped_grid_goes_on_and_does_not_run_again_what_is_finished(tmp_path
     assert [file.name for file in (metrics / 'smoke').iterdir() if file.suffix == '.json'] == ['plain-0.json']
     before = os.stat(first).st_mtime_ns, os.stat(output / 'smoke' / 'plain-0' / 'metrics.csv').st_mtime_ns
 
+    monkeypatch.setattr(sys, 'executable', hub_children.python)
     evidence.main(flags)
     said = capsys.readouterr().out
     assert '1/2 plain-0' in said and '2/2 distilled-0' in said

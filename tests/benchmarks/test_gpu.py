@@ -23,7 +23,8 @@ def printed(capsys, *flags):
 
 
 @pytest.mark.launches
-def test_every_part_runs_at_toy_size_and_is_shown_and_not_run_again(tmp_path, capsys):
+def test_every_part_runs_at_toy_size_and_is_shown_and_not_run_again(hub_children, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'executable', hub_children.python)
     flags = ['--device', 'cpu', '--output', str(tmp_path)]
     gpu.main(['--toy', *flags])
     for part, count in PARTS.items():

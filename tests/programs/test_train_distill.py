@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import weakref
 from copy import deepcopy
 from pathlib import Path
@@ -28,6 +27,7 @@ import train_distill
 from support import programs
 from support.files import flip_bit
 from support.flags import DATA, ROOT, SMALL_VIEWS
+from support.launches import free_port
 from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.base.machine import machine_name
 from timm_tinyvit.data.sources import load_split
@@ -159,26 +159,14 @@ def test_without_logits_it_is_a_plain_trainer(tmp_path):
     assert float(row['distill_loss']) == 0 and float(row['loss']) == float(row['label_loss']) > 0
 
 
-def launch(*arguments: str, processes: int = 1, **kwargs) -> subprocess.Popen:
-    """The script under accelerate's own launcher, on the CPU, in a process group of its own."""
-    launcher = ['--multi_gpu' if processes > 1 else '--cpu', '--num_processes', str(processes)]
-    port = str(29500 + os.getpid() % 2000)
-    command = [
-        sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', *launcher, '--num_machines', '1',
-        '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', port,
-        str(ROOT / 'train_distill.py'), *arguments]
-    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        **kwargs)
-
-
-def test_two_processes_fill_the_same_store_and_train_together(distilled, teacher, tmp_path):
-    process = launch(
-        *SMALL, '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--topk', '3', '--shard-size', '40',
-        '--output', str(tmp_path), '--experiment', 'run', '-b', '8', processes=2)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+def test_two_processes_fill_the_same_store_and_train_together(distilled, teacher, hub_children, tmp_path):
+    """Under accelerate's own launcher, on the CPU."""
+    said = hub_children.run([
+        '-m', 'accelerate.commands.accelerate_cli', 'launch', '--multi_gpu', '--num_processes', '2', '--num_machines',
+        '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(free_port()),
+        ROOT / 'train_distill.py', *SMALL, '--teacher', teacher, '--logits', tmp_path / 'logits', '--topk', '3',
+        '--shard-size', '40', '--output', tmp_path, '--experiment', 'run', '-b', '8',
+    ], os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}).stdout
     assert '6 steps of 16 an epoch, learning rate 0.001, 2 process(es) on cpu' in said
     assert said.count('finished:') == 1
     one, two = (sorted(file for file in folder.rglob('*') if file.is_file())

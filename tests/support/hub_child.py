@@ -1,7 +1,8 @@
 """Processes with an environment of their own that need not import torch: forked from a parent that did nothing else.
 
 huggingface_hub reads its environment when it is imported, so the parent has everything slow in it but that. `Children`
-is the tests' side, this file run as a program the parent's.
+is the tests' side, this file run as a program the parent's. `Children.python` is for what starts programs by
+`sys.executable`, as launchers do.
 """
 
 import gc
@@ -27,7 +28,31 @@ TESTS = Path(__file__).resolve().parents[1]
 # huggingface_hub 2 comes with an httpx of its own.
 HTTPX = '2' if importlib.util.find_spec('httpx2') else ''
 SLOW_MODULES = ('torch', 'torch._dynamo', 'torchvision.transforms', 'numpy', 'pandas', 'pyarrow.parquet', 'PIL.Image',
-                'yaml', f'httpx{HTTPX}', f'httpcore{HTTPX}', 'filelock', 'safetensors.torch', 'tqdm.auto')
+                'yaml', f'httpx{HTTPX}', f'httpcore{HTTPX}', 'filelock', 'safetensors.torch', 'tqdm.auto',
+                'matplotlib.figure', 'matplotlib.backends.backend_agg', 'multiprocessing.spawn')
+
+
+# A signal is handed on; a child whose command is killed is killed by its parent.
+PYTHON = """
+import json, os, signal, socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(os.path.join(os.path.dirname(__file__), 'socket'))
+lines = connection.makefile('rw')
+json.dump(dict(
+    words=[word for word in sys.argv[1:] if word != '-u'], arguments=None, environment=dict(os.environ),
+    folder=os.getcwd(), out=[f'/proc/{os.getpid()}/fd/{number}' for number in (1, 2)], max_sleep=None,
+    python=os.path.abspath(__file__)), lines)
+lines.write('\\n')
+lines.flush()
+child = int(lines.readline())
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, frame: os.kill(child, number))
+status = int(lines.readline())
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+sys.exit(status)
+"""
 
 
 @dataclass
@@ -51,6 +76,16 @@ class Children:
 
     def __enter__(self) -> 'Children':
         return self
+
+    @property
+    def python(self) -> str:
+        """A command that takes what Python's command line takes, a module or a file, and runs it in a child."""
+        file = Path(self.folder.name, 'python')
+        if not file.exists():
+            self.parent.stdout.readline()  # it is ready
+            file.write_text(f'#!{sys.executable} -IS\n{PYTHON}')
+            file.chmod(0o755)
+        return str(file)
 
     def __exit__(self, *_) -> None:
         self.parent.stdin.close()
@@ -77,15 +112,14 @@ class Children:
             max_sleep: Its longest sleep in seconds, so that pauses before further attempts take no time; None for
                 sleeps as they are.
         """
-        if not os.path.exists(self.address):
-            self.parent.stdout.readline()
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self.address)
         out = Path(tempfile.mkdtemp(dir=self.folder.name))
         is_function = callable(program)
         words = [program.__module__, program.__name__] if is_function else [str(word) for word in program]
         request = dict(words=words, arguments=arguments if is_function else None, environment=dict(environment),
-                       folder=folder or os.getcwd(), out=out, max_sleep=max_sleep)
+                       folder=folder or os.getcwd(), out=[out / 'stdout', out / 'stderr'], max_sleep=max_sleep,
+                       python=self.python)
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.address)
         connection.sendall(json.dumps(request, default=str).encode() + b'\n')
         return Child(connection, out)
 
@@ -158,6 +192,10 @@ def attend(connection: socket.socket) -> None:
             be_child(**request)
         stream.write(f'{pid}\n')
         stream.flush()
+        # Who asked for the child has gone, or it has ended.
+        ended = os.pidfd_open(pid)
+        if ended not in select.select([connection, ended], [], [])[0]:
+            os.kill(pid, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         try:
             stream.write(f'{status}\n')
@@ -168,17 +206,19 @@ def attend(connection: socket.socket) -> None:
 
 
 def be_child(
-        words: list[str], arguments: list | None, environment: dict, folder: str, out: str, max_sleep: float | None,
+        words: list[str], arguments: list | None, environment: dict, folder: str, out: list[str],
+        max_sleep: float | None, python: str,
 ) -> None:
     """Become the process that was asked for; never returns."""
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, name in ((1, 'stdout'), (2, 'stderr')):
-        os.dup2(os.open(f'{out}/{name}', os.O_WRONLY | os.O_CREAT), number)
+    for number, file in enumerate(out, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    sys.path[0] = ''
+    sys.path[0] = '' if words[0] == '-m' or arguments is not None else os.path.dirname(os.path.abspath(words[0]))
+    sys.executable = python
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # As in a process that was started anew.
     random.seed()

@@ -5,7 +5,6 @@ import csv
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 
@@ -40,21 +39,18 @@ TWO = ['-b', '8', '--grad-accum-steps', '2']
 
 
 @pytest.fixture(scope='module')
-def launched(tmp_path_factory):
+def launched(tmp_path_factory, hub_children):
     """A finished run of two epochs by accelerate's own launcher and configuration file: (folder, what it said)."""
     folder = tmp_path_factory.mktemp('launched')
     config = folder / 'fsdp.yaml'
     config.write_text(yaml.safe_dump({
         'compute_environment': 'LOCAL_MACHINE', 'distributed_type': 'FSDP', 'mixed_precision': 'no', 'num_machines': 1,
         'num_processes': 2, 'machine_rank': 0, 'main_process_port': free_port(), 'fsdp_config': FSDP}))
-    command = [
-        sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--config_file', str(config),
-        str(ROOT / 'train_distill.py'), *RUN, *TWO, '--output', str(folder), '--experiment', 'run', '--checkpoint-hist',
-        '9']
-    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout
-    return folder / 'run', done.stdout
+    done = hub_children.run([
+        '-m', 'accelerate.commands.accelerate_cli', 'launch', '--config_file', config, ROOT / 'train_distill.py', *RUN,
+        *TWO, '--output', folder, '--experiment', 'run', '--checkpoint-hist', '9',
+    ], os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
+    return folder / 'run', done.stdout + done.stderr
 
 
 @pytest.fixture
