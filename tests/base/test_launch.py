@@ -1,10 +1,15 @@
-"""Flags of training steps that the host reads late."""
+"""Flags of training steps that the host reads late, settings of a launch, and a launcher that is gone."""
+
+import os
+import signal
+import time
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from timm_tinyvit.base import launch
 from timm_tinyvit.base.launch import StepFlags, create_accelerator
 
 
@@ -54,3 +59,21 @@ def test_what_a_launch_sets_changes_no_gradient(name, value, words, monkeypatch,
     assert torch.equal(*gradients) and gradients[0].tolist() == [[2., 2., 2.]]
     said = capsys.readouterr().err
     assert words in said and said.count('warning') == bool(words)
+
+
+@pytest.mark.parametrize('is_own, is_launched, stops', [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_launcher_that_is_gone_before_all_is_imported_stops_its_program(is_own, is_launched, stops, monkeypatch):
+    """But not a program without a launcher, nor one that was forked from the one that had it."""
+    came = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        monkeypatch.setattr(launch, 'STARTED_BY', (os.getpid() if is_own else os.getppid(), 2 ** 22 + 1))
+        if is_launched:
+            monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', 'no')
+        launch.stop_with_launcher(0.01 if stops else 1)
+        end = time.monotonic() + (10 if stops else 0.1)
+        while not came and time.monotonic() < end:
+            time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [signal.SIGTERM] * stops

@@ -564,6 +564,8 @@ def test_two_launches_share_a_store_and_end_with_their_launchers(arguments, job,
         for launch in launches:
             launch.kill()
             launch.wait(PATIENCE)
+        # What a failure leaves without its launcher ends by itself.
+        wait_until(lambda: all(map(is_dead, lessees(path))))
     assert hidden(path) == []
     for number in range(2):
         assert 'the same command goes on' in (tmp_path / f'{number}.txt').read_text()

@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from .escaping import sentence
 
 __all__ = [
-    'Diverged', 'InputError', 'STOP_SIGNALS', 'Terminated', 'reports_input_errors', 'stop_by', 'stop_signals_to',
+    'Diverged', 'InputError', 'STARTED_BY', 'STOP_SIGNALS', 'Terminated', 'reports_input_errors', 'stop_by',
+    'stop_signals_to',
 ]
 
 # What asks a program to stop: Ctrl-C, whoever ends it, a terminal that closes, and a scheduler some time before the end
 # of a job. Not every system has all of them.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGUSR2') if hasattr(signal, name))
+# This process and who started it, looked at before the slow imports: a launcher may be gone when they are done.
+STARTED_BY = os.getpid(), os.getppid()
 # Of paths that no system takes.
 BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP)
 

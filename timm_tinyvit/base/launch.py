@@ -25,7 +25,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .console import warning
-from .errors import STOP_SIGNALS, InputError, stop_by, stop_signals_to
+from .errors import STARTED_BY, STOP_SIGNALS, InputError, stop_by, stop_signals_to
 
 __all__ = [
     'StepFlags', 'all_reduce_sum', 'caller_settings', 'catch_stop_signals', 'create_accelerator', 'device_name',
@@ -183,7 +183,9 @@ def stop_with_launcher(seconds: float = 1.) -> None:
     """
     if not {'ACCELERATE_MIXED_PRECISION', 'TORCHELASTIC_RUN_ID'} & set(os.environ):
         return
-    launcher = os.getppid()
+    process, launcher = STARTED_BY
+    if process != os.getpid():  # forked since
+        launcher = os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
