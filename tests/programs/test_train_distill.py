@@ -37,9 +37,11 @@ from timm_tinyvit.train.optimization import clip_gradients
 
 VIEWS = [*SMALL_VIEWS, '--reprob', '0.25']
 SPLITS = ['--train-split', 'train[:96]', '--val-split', 'test[:64]']
+TINY_VIT = ['embed_dims=[16,32,64,80]', 'depths=[1,1,2,1]', 'num_heads=[1,2,4,5]']
 SMALL = [
-    '--dataset', DATA, *VIEWS, *SPLITS, '--model', 'tiny_vit_5m_224', '--epochs', '2', '-b', '16', '--lr', '1e-3',
-    '--warmup-epochs', '1', '--drop-path', '0.2', '-j', '0', '--crop-pct', '1']
+    '--dataset', DATA, *VIEWS, *SPLITS, '--model', 'tiny_vit_5m_224', '--model-kwargs', *TINY_VIT, '--epochs', '2',
+    '-b', '16', '--lr', '1e-3', '--warmup-epochs', '1', '--drop-path', '0.2', '-j', '0', '--crop-pct', '1']
+OTHER = ['--model', 'test_resnet', '--model-kwargs']
 message_of = functools.partial(programs.refusal, train_distill.main)
 
 
@@ -214,7 +216,7 @@ def test_of_a_sharded_model_one_whole_copy_is_there_at_a_time(tmp_path, monkeypa
         return copied
 
     monkeypatch.setattr('timm_tinyvit.train.task.prepare_student', lambda *args: (*prepare(*args)[:2], whole_model))
-    train_distill.main([*SMALL, '--model', 'test_resnet', '--model-ema', '--output', str(tmp_path)])
+    train_distill.main([*SMALL, *OTHER, '--model-ema', '--output', str(tmp_path)])
     assert most == [1] * 4
 
 
@@ -289,7 +291,7 @@ def test_what_the_launcher_does_not_do_is_told(monkeypatch, capsys):
 @pytest.mark.parametrize('model', ['tiny_vit_5m_224', 'test_resnet', 'test_vit'])
 def test_gradient_checkpointing_trains_the_same_weights_and_statistics(model, tmp_path):
     flags = [*SMALL, '--train-split', 'train[:48]', '--model', model, '--drop', '0.2', '--model-kwargs', *(
-        ['img_size=32'] if model == 'test_vit' else []), '--output', str(tmp_path)]
+        {'test_vit': ['img_size=32'], 'tiny_vit_5m_224': TINY_VIT}.get(model, [])), '--output', str(tmp_path)]
     train_distill.main([*flags, '--experiment', 'plain'])
     train_distill.main([*flags, '--experiment', 'again', '--grad-checkpointing'])
     plain, again = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('plain', 'again'))
@@ -318,14 +320,14 @@ def test_the_binary_cross_entropy_of_labels_is_timms(smoothing, mixup):
 
 
 def test_epochs_that_are_all_warm_up_are_told(tmp_path, capsys):
-    flags = [*SMALL, '--model', 'test_resnet', '--output', str(tmp_path)]
+    flags = [*SMALL, *OTHER, '--output', str(tmp_path)]
     train_distill.main([*flags, '--epochs', '1', '--warmup-epochs', '1'])
     assert 'all of 1 epochs are warm-up' in capsys.readouterr().err
 
 
 def test_cooldown_epochs_are_filled_too(teacher, tmp_path):
     train_distill.main([
-        *SMALL, '--model', 'test_resnet', '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '1',
+        *SMALL, *OTHER, '--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '1',
         '--teacher', teacher, '--logits', str(tmp_path / 'logits'), '--output', str(tmp_path)])
     assert LogitStore.open(tmp_path / 'logits').manifest.epochs == 2
 
