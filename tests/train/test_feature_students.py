@@ -34,8 +34,7 @@ TRAIN = ['--dataset', DATA, '--train-split', 'train[:96]']
 FILL = [*TRAIN, '--epochs', '2', '--img-size', '64', '--mixup', '0.5', '--shard-size', '32', '--workers', '0',
         '--quiet']
 STUDENT = [*TRAIN, '--model', 'test_efficientnet', '--lr', '1e-2', '--warmup-epochs', '0', '--epochs', '2', '-b', '8',
-           '-j', '0']
-VAL = ['--val-split', 'test[:16]']
+           '-j', '0', '--val-split', 'test[:16]']
 
 
 @pytest.fixture(scope='module')
@@ -79,11 +78,11 @@ def vectors_of(model, views, size, grid):
 
 
 @pytest.mark.parametrize('logits, flags, has_classes', [
-    (['pooled'], VAL, False),
-    (['grid'], ['--num-classes', '0', '--projector', 'mlp', *VAL, '--feature-loss', 'smooth-l1', '--model-ema'], False),
-    (['pooled'], ['--alpha', '0.5', '--feature-weight', '2', *VAL], True),
-    (['classes', 'grid'], ['--feature-loss', 'mse', '--grad-accum-steps', '2', *VAL], True),
-    (['pooled', 'classes'], ['--alpha', '0.7', '--projector', 'mlp', *VAL], True)])
+    (['pooled'], [], False),
+    (['grid'], ['--num-classes', '0', '--projector', 'mlp', '--feature-loss', 'smooth-l1', '--model-ema'], False),
+    (['pooled'], ['--alpha', '0.5', '--feature-weight', '2'], True),
+    (['classes', 'grid'], ['--feature-loss', 'mse', '--grad-accum-steps', '2'], True),
+    (['pooled', 'classes'], ['--alpha', '0.7', '--projector', 'mlp'], True)])
 def test_a_student_learns_features_and_leaves_a_plain_model(stores, tmp_path, logits, flags, has_classes):
     train_distill.main([*STUDENT, '--logits', *[str(stores / name) for name in logits], '--output', str(tmp_path),
                         '--experiment', 'run', *flags])
@@ -177,7 +176,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bits(start, stores, tmp
 
 def test_a_sharded_run_ends_as_one_with_the_whole_model_on_each_process(start, stores, tmp_path):
     argv = [*STUDENT, '--logits', stores / 'classes', stores / 'grid', '--model-ema', '-b', '4', '--epochs', '1',
-            '--opt-eps', '1e-2', '--lr', '1e-4', *VAL]
+            '--opt-eps', '1e-2', '--lr', '1e-4']
     said = finish(start([*argv, '--experiment', 'sharded'], 2, launcher=SHARDED), tmp_path)
     assert 'the student is sharded over 2 process(es)' in said
     finish(start([*argv, '--experiment', 'whole'], 2), tmp_path)
@@ -231,7 +230,7 @@ def test_a_backbone_starts_from_a_classifiers_weights_and_a_classifier_from_a_ba
                         '--initial-checkpoint', str(classifier)])
     capsys.readouterr()
     train_distill.main([*common, '--img-size', '64', '--experiment', 'tuned', '--initial-checkpoint',
-                        str(tmp_path / 'backbone' / 'last'), *VAL])
+                        str(tmp_path / 'backbone' / 'last')])
     assert 'it has no classifier, the student 10; it starts from zero' in capsys.readouterr().out
 
 
