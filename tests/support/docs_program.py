@@ -48,8 +48,8 @@ SMALL_VALUES = {'--epochs': '2', '--samples': '0:8', '--shards': '0:1', '--img-s
 SMALL_FEATURES = {'sam_encoder': '--feature-grid 1', 'backbone': '--feature-dim 8'}
 SMALL_STORE = '--img-size 32 --workers 0 --teacher-batch-size 8 --shard-size 32'
 SMALL_RUN = (
-    '--model tiny_vit_5m_224 --img-size 32 --epochs 2 --warmup-epochs 0 --batch-size 8 --workers 0 --crop-pct 1 '
-    '--validation-batch-size 8')
+    '--model tiny_vit_5m_224 --model-kwargs embed_dims=[16,32,64,80] depths=[1,1,2,1] num_heads=[1,2,4,5] '
+    '--img-size 32 --epochs 2 --warmup-epochs 0 --batch-size 8 --workers 0 --crop-pct 1 --validation-batch-size 100')
 
 
 def main(page: str) -> None:
