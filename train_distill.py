@@ -28,7 +28,7 @@ import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.base.console import best_effort, info, print_result, progress, setup_console
 from timm_tinyvit.base.errors import Diverged, InputError, reports_input_errors
 from timm_tinyvit.base.launch import (
-    StepFlags, all_reduce_sum, catch_stop_signals, create_accelerator, make_deterministic, start_trackers,
+    StepFlags, all_reduce_sum, catch_stop_signals, create_accelerator, end_training, make_deterministic, start_trackers,
     stop_with_launcher,
 )
 from timm_tinyvit.config.arguments import (
@@ -258,6 +258,9 @@ def train(args: argparse.Namespace) -> Path:
     check_launch(args, accelerator)
     with own_run_folder(folder, accelerator.is_main_process) as check_owner:
         train_in(folder, args, accelerator, check_owner)
+        end_training(accelerator)
+        if args.push_to_hub and accelerator.is_main_process:
+            push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)
     return folder
 
 
@@ -334,9 +337,6 @@ def train_in(folder: Path, args: argparse.Namespace, accelerator: Accelerator, c
     (best, _), what = state.best('student'), 'top-1' if classes.num else 'nearest neighbours'
     print_result(f'finished: {folder}' + (f', best {what} {best:.2f}%' if best >= 0 else '') + (
         f'; see {folder / REPORT}' if (folder / REPORT).is_file() else ''), bold='finished:')
-    accelerator.end_training()
-    if args.push_to_hub and show:
-        push_finished_run(folder, args.push_to_hub, args.hub_private, args.hub_license)
 
 
 @reports_input_errors

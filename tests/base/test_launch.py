@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import weakref
 
 import pytest
 import torch
@@ -77,3 +78,15 @@ def test_a_launcher_that_is_gone_before_all_is_imported_stops_its_program(is_own
     finally:
         signal.signal(signal.SIGTERM, before)
     assert came == [signal.SIGTERM] * stops
+
+
+def test_models_are_gone_before_the_process_group_ends(monkeypatch):
+    accelerator, found = create_accelerator(), []
+    model = accelerator.prepare(torch.nn.Linear(1, 1))
+    model.children_of = [model]
+    reference = weakref.ref(model)
+    del model
+    monkeypatch.setattr(type(accelerator), 'num_processes', 2)
+    monkeypatch.setattr(type(accelerator.state), 'destroy_process_group', lambda state: found.append(reference()))
+    launch.end_training(accelerator)
+    assert found == [None]

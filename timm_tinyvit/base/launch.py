@@ -1,6 +1,7 @@
 """The processes of one launch, as accelerate made them: who works together, and how they end together."""
 
 import argparse
+import gc
 import multiprocessing.connection
 import multiprocessing.util
 import os
@@ -29,7 +30,7 @@ from .errors import STARTED_BY, STOP_SIGNALS, InputError, stop_by, stop_signals_
 
 __all__ = [
     'StepFlags', 'all_reduce_sum', 'caller_settings', 'catch_stop_signals', 'create_accelerator', 'device_name',
-    'init_worker', 'make_deterministic', 'start_trackers', 'stop_with_launcher',
+    'end_training', 'init_worker', 'make_deterministic', 'start_trackers', 'stop_with_launcher',
 ]
 
 # A launcher kills half a minute after it has asked to stop.
@@ -163,6 +164,18 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: P
         flags = {name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()}
         accelerator.init_trackers('timm_tinyvit', flags, {
             'wandb': dict(name=folder.name, dir=str(folder)), 'trackio': dict(name=folder.name)})
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """End the trackers and the process group, once nothing but `accelerator` refers to a model that it has prepared.
+
+    A model in parallel owns the process group too. As its last owner it would end the group's threads with Python's
+    lock held, for which one of these may wait: now and then a rank would never end.
+    """
+    if accelerator.num_processes > 1:
+        accelerator.free_memory()
+        gc.collect()  # models in cycles
+    accelerator.end_training()
 
 
 def make_deterministic() -> None:
