@@ -16,7 +16,8 @@ DEMO_FLAGS ?=
 demo: .venv/installed
 	$(BIN)/python examples/demo.py $(DEMO_FLAGS)
 
-# Tests wait for processes half of the time: with two at a time on each of two cores, a file's together, none is idle.
+# Tests wait for processes some of the time: with two at a time on each of two cores, a file's together, none is idle.
+# Those that launch come first, as conftest.py sorts them.
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -25,7 +25,7 @@ def official():
 
 @pytest.fixture
 def run(hub_children):
-    return lambda *args: hub_children.start(['-m', 'timm_tinyvit', 'convert', *args], os.environ).wait()
+    return lambda *args: hub_children.start(['-m', 'timm_tinyvit', 'convert', *args], os.environ).wait(300)
 
 
 def test_a_converted_checkpoint_gives_the_official_logits_in_plain_timm(run, official, logits_in_plain_timm, tmp_path):

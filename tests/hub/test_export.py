@@ -97,7 +97,7 @@ def test_the_command_exports_at_another_size(model, hub_children, tmp_path):
     save_for_hf(model, tmp_path / 'saved')
     result = hub_children.run(
         ['-m', 'timm_tinyvit', 'export', '--model', tmp_path / 'saved', '--format', 'torch', '--img-size', '48', '80',
-         '--output', tmp_path / 'model.pt2'], os.environ)
+         '--output', tmp_path / 'model.pt2'], os.environ, timeout=300)
     assert '[batch, 3, 48, 80]' in result.stdout
     program = torch.export.load(tmp_path / 'model.pt2')
     assert program.module()(torch.randn(2, 3, 48, 80)).shape == (2, 10)

@@ -26,7 +26,7 @@ from timm.utils import dispatch_clip_grad
 import train_distill
 from support import programs
 from support.files import flip_bit
-from support.flags import DATA, ROOT, SMALL_VIEWS
+from support.flags import DATA, ROOT, SMALL_TINY_VIT, SMALL_VIEWS
 from support.launches import free_port
 from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.base.machine import machine_name
@@ -37,10 +37,9 @@ from timm_tinyvit.train.optimization import clip_gradients
 
 VIEWS = [*SMALL_VIEWS, '--reprob', '0.25']
 SPLITS = ['--train-split', 'train[:96]', '--val-split', 'test[:64]']
-TINY_VIT = ['embed_dims=[16,32,64,80]', 'depths=[1,1,2,1]', 'num_heads=[1,2,4,5]']
 SMALL = [
-    '--dataset', DATA, *VIEWS, *SPLITS, '--model', 'tiny_vit_5m_224', '--model-kwargs', *TINY_VIT, '--epochs', '2',
-    '-b', '16', '--lr', '1e-3', '--warmup-epochs', '1', '--drop-path', '0.2', '-j', '0', '--crop-pct', '1']
+    '--dataset', DATA, *VIEWS, *SPLITS, '--model', 'tiny_vit_5m_224', '--model-kwargs', *SMALL_TINY_VIT, '--epochs',
+    '2', '-b', '16', '--lr', '1e-3', '--warmup-epochs', '1', '--drop-path', '0.2', '-j', '0', '--crop-pct', '1']
 OTHER = ['--model', 'test_resnet', '--model-kwargs']
 message_of = functools.partial(programs.refusal, train_distill.main)
 
@@ -168,7 +167,7 @@ def test_two_processes_fill_the_same_store_and_train_together(distilled, teacher
         '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(free_port()),
         ROOT / 'train_distill.py', *SMALL, '--teacher', teacher, '--logits', tmp_path / 'logits', '--topk', '3',
         '--shard-size', '40', '--output', tmp_path, '--experiment', 'run', '-b', '8',
-    ], os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}).stdout
+    ], os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}, timeout=300).stdout
     assert '6 steps of 16 an epoch, learning rate 0.001, 2 process(es) on cpu' in said
     assert said.count('finished:') == 1
     one, two = (sorted(file for file in folder.rglob('*') if file.is_file())
@@ -291,7 +290,7 @@ def test_what_the_launcher_does_not_do_is_told(monkeypatch, capsys):
 @pytest.mark.parametrize('model', ['tiny_vit_5m_224', 'test_resnet', 'test_vit'])
 def test_gradient_checkpointing_trains_the_same_weights_and_statistics(model, tmp_path):
     flags = [*SMALL, '--train-split', 'train[:48]', '--model', model, '--drop', '0.2', '--model-kwargs', *(
-        {'test_vit': ['img_size=32'], 'tiny_vit_5m_224': TINY_VIT}.get(model, [])), '--output', str(tmp_path)]
+        {'test_vit': ['img_size=32'], 'tiny_vit_5m_224': SMALL_TINY_VIT}.get(model, [])), '--output', str(tmp_path)]
     train_distill.main([*flags, '--experiment', 'plain'])
     train_distill.main([*flags, '--experiment', 'again', '--grad-checkpointing'])
     plain, again = (load_file(tmp_path / name / 'last' / 'model.safetensors') for name in ('plain', 'again'))

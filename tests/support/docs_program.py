@@ -20,6 +20,7 @@ from pathlib import Path
 
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
+from flags import SMALL_TINY_VIT  # beside this program
 
 from timm_tinyvit import cli
 from timm_tinyvit.config.training import settings
@@ -48,7 +49,7 @@ SMALL_VALUES = {'--epochs': '2', '--samples': '0:8', '--shards': '0:1', '--img-s
 SMALL_FEATURES = {'sam_encoder': '--feature-grid 1', 'backbone': '--feature-dim 8'}
 SMALL_STORE = '--img-size 32 --workers 0 --teacher-batch-size 8 --shard-size 32'
 SMALL_RUN = (
-    '--model tiny_vit_5m_224 --model-kwargs embed_dims=[16,32,64,80] depths=[1,1,2,1] num_heads=[1,2,4,5] '
+    f'--model tiny_vit_5m_224 --model-kwargs {" ".join(SMALL_TINY_VIT)} '
     '--img-size 32 --epochs 2 --warmup-epochs 0 --batch-size 8 --workers 0 --crop-pct 1 --validation-batch-size 100')
 
 

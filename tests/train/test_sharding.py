@@ -49,7 +49,7 @@ def launched(tmp_path_factory, hub_children):
     done = hub_children.run([
         '-m', 'accelerate.commands.accelerate_cli', 'launch', '--config_file', config, ROOT / 'train_distill.py', *RUN,
         *TWO, '--output', folder, '--experiment', 'run', '--checkpoint-hist', '9',
-    ], os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'})
+    ], os.environ | {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}, timeout=300)
     return folder / 'run', done.stdout + done.stderr
 
 
