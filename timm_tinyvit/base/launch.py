@@ -1,6 +1,7 @@
 """The processes of one launch, as accelerate made them: who works together, and how they end together."""
 
 import argparse
+import ctypes
 import gc
 import multiprocessing.connection
 import multiprocessing.util
@@ -51,6 +52,9 @@ UNSUPPORTED_SHARDING = {
     'ignored_modules': 'their gradients would differ from process to process',
     'offload_params': 'batch norms have statistics on the device',
 }
+
+# Parameters of glibc's mallopt.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 PRECISIONS = {None: 'no', 'bfloat16': 'bf16', 'float16': 'fp16'}
 
@@ -104,7 +108,20 @@ def create_accelerator(
         accelerator.state.fsdp_plugin = plugin
     if 'ACCELERATE_MIXED_PRECISION' in os.environ:
         _warn_of_launcher(accelerator)
+    if accelerator.device.type == 'cpu':
+        _keep_freed_memory()
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the tensors to come.
+
+    It gives large tensors back to the system, which clears all of their pages when the next step asks for them again: a
+    sixth of a training step on a CPU.
+    """
+    if hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_MAX, 0)
 
 
 @contextmanager
