@@ -2,10 +2,11 @@
 # Both make their own environment in .venv, with uv where it is installed; PYTHON=python3.12 chooses the interpreter.
 
 PYTHON ?= python3
+PYTHON_FLOOR ?= python3.10
 BIN := .venv/bin
 DEMO_FLAGS ?=
 
-.PHONY: demo test test-fast lint docs dist clean
+.PHONY: demo test test-fast test-floor lint docs dist clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,16 @@ test: .venv/installed
 test-fast: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not launches'
 
+# The suite on the oldest versions that are meant to work, in an environment of their own.
+.venv-floor/installed: pyproject.toml tests/floor.txt
+	$(PYTHON_FLOOR) -m venv .venv-floor
+	.venv-floor/bin/pip install --quiet --constraint tests/floor.txt --editable '.[export,jpeg,plots,s3,tracking]' \
+		'moto[s3,server]>=5.2' 'pytest>=9.2' 'pytest-xdist>=3.8'
+	touch $@
+
+test-floor: .venv-floor/installed
+	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 
@@ -39,4 +50,4 @@ dist: .venv/installed
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf .venv runs build dist site *.egg-info
+	rm -rf .venv .venv-floor runs build dist site *.egg-info

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import multiprocessing.spawn  # which notes `sys.executable`, before a test puts another one there
 import os
 import signal
 import traceback

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'benchmarks'))
@@ -15,6 +16,8 @@ import gpu  # noqa: E402  a script, not a part of the package
 PARTS = {
     'models': 6, 'compiled': 1, 'loss': 4, 'decode': 10, 'guard': 3, 'step': 1, 'resume': 1, 'fsdp': 2, 'loader': 4,
     'profile': 4, 'evidence': 1}
+if torch.__version__ < '2.11':  # FSDP is refused, and what 2.7 compiles for so small images damages the heap
+    del PARTS['compiled'], PARTS['fsdp']
 
 
 def printed(capsys, *flags):
@@ -25,7 +28,7 @@ def printed(capsys, *flags):
 @pytest.mark.launches
 def test_every_part_runs_at_toy_size_and_is_shown_and_not_run_again(hub_children, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'executable', hub_children.python)
-    flags = ['--device', 'cpu', '--output', str(tmp_path)]
+    flags = ['--device', 'cpu', '--output', str(tmp_path), '--part', *PARTS]
     gpu.main(['--toy', *flags])
     for part, count in PARTS.items():
         *figures, end = [json.loads(line) for line in (tmp_path / f'{part}.jsonl').read_text().splitlines()]

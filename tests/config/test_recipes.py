@@ -113,7 +113,7 @@ def test_every_parameter_has_the_official_weight_decay_and_scale(stage):
     assert len(groups) == len(official) == 215
     for name, (weight_decay, lr_scale) in official.items():
         assert groups[name] == (weight_decay, pytest.approx(lr_scale, rel=1e-9)), name
-    assert {(group['betas'], group['eps']) for group in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
+    assert {(tuple(group['betas']), group['eps']) for group in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
 
 
 def test_without_lr_all_rates_grow_with_the_images_of_an_update_and_with_lr_none():

@@ -4,13 +4,15 @@ What counts is what reaches the student, so that is looked at: its inputs, in wh
 or shared out the loader.
 """
 
-import lightning
 import pytest
 import torch
 
 from support.flags import DATA, ROOT
 from timm_tinyvit import LogitStore, SparseLogitDataset, TinyVit, create_loader, load_split
 from timm_tinyvit.models import Normalize
+
+lightning = pytest.importorskip('lightning')
+pytest.importorskip('transformers')
 
 LOOPS = sorted(file.name for file in ROOT.glob('examples/loops/*.py'))
 # Of the examples, made small.

@@ -1,10 +1,10 @@
 """The notebook, at toy size, in a kernel of its own."""
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from support.flags import ROOT
+
+nbclient, nbformat = pytest.importorskip('nbclient'), pytest.importorskip('nbformat')
 
 SMALL = {'train[:500]': 'train[:40]', 'test[:500]': 'test[:40]', 'EPOCHS = 10': 'EPOCHS = 3', '=50': '=20'}
 
@@ -21,7 +21,7 @@ def test_the_notebook_fills_a_store_shows_its_views_and_trains(tmp_path, monkeyp
     folder.mkdir()
     (folder / 'fashion_mnist').symlink_to(ROOT / 'examples' / 'fashion_mnist')
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
-    NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(folder)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=300, resources={'metadata': {'path': str(folder)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get('outputs', [])]
     shown = [kind for output in outputs for kind in output.get('data', {})]
     # Pictures of views and the plot of the run; bars, of the filling at least, are widgets.

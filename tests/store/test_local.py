@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from accelerate.utils import compare_versions
 
 from support.files import tree
 from timm_tinyvit.base.errors import InputError
@@ -272,8 +273,9 @@ def test_datasets_and_pyarrow_open_a_shard_on_their_own(tmp_path):
     path = store.shard_path(1, 2)
     assert str(path.relative_to(store.path)) == 'epoch-00001/shard-00002.arrow'
     expected = [record.tobytes() for record in make_records(store.manifest, 1)[8:]]
-    rows = datasets.Dataset.from_file(str(path))
-    assert rows.column_names == ['record'] and rows.with_format('arrow')[:]['record'].to_pylist() == expected
+    if compare_versions('datasets', '>=', '5.2'):  # those before know no binary values of a fixed size
+        rows = datasets.Dataset.from_file(str(path))
+        assert rows.column_names == ['record'] and rows.with_format('arrow')[:]['record'].to_pylist() == expected
     for source in (pa.memory_map(str(path)), pa.OSFile(str(path))):
         stream = pa.ipc.open_stream(source)
         table = stream.read_all()

@@ -1,4 +1,4 @@
-"""A small server of the Hub's HTTP interface on 127.0.0.1, for the real clients of the tests.
+"""A small server of the Hub's HTTP interface on this machine, for the real clients of the tests.
 
     with HubServer() as hub:
         hub_children.run([...], hub.environment(tmp_path))     # see hub_child.py
@@ -173,7 +173,7 @@ class Fault:
 
 
 class HubServer:
-    """The Hub and its storage, each on a port of its own; a context manager.
+    """The Hub and its storage, each at a name of its own; a context manager.
 
     Args:
         token: May read and write everything.
@@ -205,8 +205,10 @@ class HubServer:
         self.lock = threading.RLock()
         self.closing = threading.Event()
         self.key = secrets.token_bytes(16)
+        # Two names, not only two ports: huggingface_hub 1 takes one host for one server, and goes there with the token.
         self.servers = [_Server(self, name) for name in ('hub', 'storage')]
-        self.endpoint, self.storage = (f'http://127.0.0.1:{server.server_port}' for server in self.servers)
+        self.endpoint, self.storage = (
+            f'http://{host}:{server.server_port}' for host, server in zip(('127.0.0.1', 'localhost'), self.servers))
         self.threads = [
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True) for server in self.servers]
 

@@ -10,12 +10,15 @@ import sys
 import time
 from contextlib import contextmanager
 
+import pytest
 import torch
+from accelerate.utils import compare_versions
 from safetensors.torch import load_file
 
 import train_distill
 from support.runs import leave_plots_out
 from support.waiting import wait_until
+from timm_tinyvit.base.launch import SHARDING_NEEDS
 
 try:
     import resource
@@ -26,6 +29,9 @@ FSDP = {'fsdp_version': 2, 'fsdp_auto_wrap_policy': 'TRANSFORMER_BASED_WRAP'}
 # What accelerate's launcher makes of it.
 SHARDED = {'ACCELERATE_USE_FSDP': 'true', **{name.upper(): str(value) for name, value in FSDP.items()},
            'FSDP_CPU_RAM_EFFICIENT_LOADING': 'true', 'FSDP_SYNC_MODULE_STATES': 'true'}
+needs_sharding = pytest.mark.skipif(
+    any(compare_versions(name, '<', oldest) for name, oldest in SHARDING_NEEDS.items()),
+    reason=f'FSDP needs {SHARDING_NEEDS}')
 
 
 def train(environment, argv, out, file_limit=None):

@@ -24,7 +24,9 @@ def differences(logits: torch.Tensor, targets: SparseTargets, temperature: float
     found = []
     for function in (SparseSoftTargetCrossEntropy, _SparseSoftTargetCrossEntropy):
         leaf = logits.clone().requires_grad_()
-        loss = function.apply(leaf, targets.ids, targets.log_probs, targets.log_rest, temperature, reduction)
+        # The reference gathers by them, which torch 2.7 does by ids of 64 bits only.
+        ids = targets.ids.long() if function is _SparseSoftTargetCrossEntropy else targets.ids
+        loss = function.apply(leaf, ids, targets.log_probs, targets.log_rest, temperature, reduction)
         upstream = torch.linspace(-1, 2, len(logits)) if reduction == 'none' else torch.tensor(0.3)
         found.append((loss, torch.autograd.grad(loss, leaf, upstream)[0].float()))
     (loss, grad), (expected, expected_grad) = found

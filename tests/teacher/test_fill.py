@@ -24,6 +24,7 @@ import timm
 import torch
 
 from support.files import tree
+from support.launches import free_port
 from support.waiting import wait_until
 from timm_tinyvit import save_logits
 from timm_tinyvit.base import files as aside_module
@@ -543,7 +544,7 @@ def test_two_launches_share_a_store_and_end_with_their_launchers(arguments, job,
     for number, flags in enumerate((['--num_processes', '1'], ['--multi_gpu', '--num_processes', '2'])):
         command = [
             sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', *flags, '--num_machines', '1',
-            '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0',
+            '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(free_port()),
             '-m', 'timm_tinyvit.save_logits', *arguments(path, 1000)]
         with open(tmp_path / f'{number}.txt', 'wb') as output:
             launches.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))

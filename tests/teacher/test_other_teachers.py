@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from support.flags import DATA, ROOT, small_data
@@ -23,6 +22,8 @@ from timm_tinyvit.models.saving import export_model
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.teacher.teacher import Teacher
 from timm_tinyvit.teacher.zero_shot import ZeroShotClassifier
+
+transformers = pytest.importorskip('transformers')
 
 CPU, NAMES = torch.device('cpu'), ['coat', 'bag', 'boot']
 

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 import train_distill
 from support.flags import DATA
-from support.launches import SHARDED, assert_same, checkpoints, finish, kill_at_random_steps, launches, weights
+from support.launches import (
+    SHARDED, assert_same, checkpoints, finish, kill_at_random_steps, launches, needs_sharding, weights,
+)
 from support.programs import refusal
 from timm_tinyvit import save_logits
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
@@ -174,6 +176,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bits(start, stores, tmp
     assert [row['loss'] for row in rows(tmp_path / 'peace')] == [row['loss'] for row in rows(folder)]
 
 
+@needs_sharding
 def test_a_sharded_run_ends_as_one_with_the_whole_model_on_each_process(start, stores, tmp_path):
     argv = [*STUDENT, '--logits', stores / 'classes', stores / 'grid', '--model-ema', '-b', '4', '--epochs', '1',
             '--opt-eps', '1e-2', '--lr', '1e-4']

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from support.flags import ROOT, small_data
 from support.launches import (
-    FSDP, SHARDED, assert_same, checkpoints, finish, free_port, kill, launches, wait_for, weights,
+    FSDP, SHARDED, assert_same, checkpoints, finish, free_port, kill, launches, needs_sharding, wait_for, weights,
 )
+from timm_tinyvit.base import launch
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.launch import create_accelerator
 from timm_tinyvit.train.checkpoint import is_finite, what_changes
@@ -85,6 +86,7 @@ def assert_close(one, two, limit):
             assert (one[name] - two[name]).abs().max() <= limit, name
 
 
+@needs_sharding
 def test_a_sharded_run_killed_at_random_steps_ends_with_the_same_bits(launched, start, tmp_path):
     """As the same run in peace by accelerate's launcher and configuration."""
     run, said = launched
@@ -107,6 +109,7 @@ def test_a_sharded_run_killed_at_random_steps_ends_with_the_same_bits(launched, 
         assert [row[key] for row in rows(run)] == [row[key] for row in rows(folder)]
 
 
+@needs_sharding
 def test_a_sharded_run_ends_as_one_with_the_whole_model_on_each_process(launched, start, tmp_path):
     run, _ = launched
     said = finish(start([*RUN, *TWO, '--experiment', 'whole'], sharded=False), tmp_path)
@@ -120,6 +123,7 @@ def test_a_sharded_run_ends_as_one_with_the_whole_model_on_each_process(launched
             [float(row[key]) for row in rows(tmp_path / 'whole')], rel=1e-3)
 
 
+@needs_sharding
 def test_what_a_sharded_run_leaves_is_whole(launched):
     """Checkpoints as of one process, and models for plain timm."""
     run, _ = launched
@@ -137,6 +141,7 @@ def test_what_a_sharded_run_leaves_is_whole(launched):
     assert len({group['lr_scale'] for group in state['optimizer']['param_groups']}) > 2
 
 
+@needs_sharding
 def test_a_run_goes_on_in_another_kind_of_launch(start, tmp_path):
     """Where nothing is drawn and no statistics are those of a batch, all kinds give the same weights to rounding."""
     steady = [*RUN, '--drop', '0', '--drop-path', '0', '--mixup', '0', '--freeze-bn', '--checkpoint-hist', '9']
@@ -168,6 +173,7 @@ def test_a_model_that_is_no_longer_sharded_is_told():
     assert 'was whole on each process and is sharded' in what_changes(state, 2, 8, True)
 
 
+@needs_sharding
 def test_one_process_alone_takes_the_configuration_too(start, tmp_path):
     said = finish(start([*RUN, '-b', '32', '--epochs', '1', '--experiment', 'run', '--channels-last', '--freeze-bn',
                          '--amp-dtype', 'bfloat16', '--compile', 'eager'], 1), tmp_path)
@@ -318,6 +324,7 @@ def check_refusals(accelerator):
             prepare_student(accelerator, student, create_optimizer_v2(student, name, lr=1e-3))
 
 
+@needs_sharding
 def test_parts_on_two_ranks_are_trained_as_the_whole(warm_processes, tmp_path):
     """Gradients of TinyViT, all optimisers that are allowed, the average, clipping and the guard."""
     out, port = tmp_path / 'out.txt', free_port()
@@ -327,6 +334,14 @@ def test_parts_on_two_ranks_are_trained_as_the_whole(warm_processes, tmp_path):
     for process in ranks:
         process.join(300)
         assert process.exitcode == 0, out.read_text()
+
+
+def test_versions_that_shard_otherwise_are_refused(monkeypatch, refused):
+    for name, value in (('ACCELERATE_USE_FSDP', 'true'), ('FSDP_VERSION', '2')):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, 'SHARDING_NEEDS', {'torch': '2.7', 'accelerate': '99.1'})
+    with refused('FSDP needs accelerate 99.1 or newer; upgrade', '--multi_gpu'):
+        create_accelerator()
 
 
 def test_units_are_the_blocks_of_timm():
@@ -342,7 +357,8 @@ def test_units_are_the_blocks_of_timm():
     ({**SHARDED, 'FSDP_ACTIVATION_CHECKPOINTING': 'true'}, ('fsdp_activation_checkpointing', 'leave it out')),
     ({**SHARDED, 'FSDP_OFFLOAD_PARAMS': 'true'}, ('fsdp_offload_params', 'leave it out')),
     ({**SHARDED, 'FSDP_IGNORED_MODULES': 'head'}, ('fsdp_ignored_modules', 'leave it out')),
-    ({**SHARDED, 'FSDP_RESHARD_AFTER_FORWARD': 'FULL_SHARD'}, ('full_shard', 'correct them')),
+    pytest.param(
+        {**SHARDED, 'FSDP_RESHARD_AFTER_FORWARD': 'FULL_SHARD'}, ('full_shard', 'correct them'), marks=needs_sharding),
 ])
 def test_other_ways_to_share_a_model_out_are_refused(monkeypatch, refused, environment, words):
     for name, value in environment.items():
@@ -351,6 +367,7 @@ def test_other_ways_to_share_a_model_out_are_refused(monkeypatch, refused, envir
         create_accelerator()
 
 
+@needs_sharding
 def test_a_clip_mode_that_needs_whole_weights_is_refused(start, tmp_path, one_sentence):
     said = finish(start([*RUN, *TWO, '--clip-mode', 'agc'], 1), tmp_path, status=2)
     one_sentence(said.strip().splitlines()[-1], '--clip-mode agc', 'norm or value', '--multi_gpu')

@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import yaml
 from huggingface_hub import (
-    CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard, constants, get_token, parse_hf_uri,
+    CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, parse_hf_uri,
 )
 from huggingface_hub.errors import (
     EntryNotFoundError, GatedRepoError, HfHubHTTPError, HfUriError, HFValidationError, LocalEntryNotFoundError,
     OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile, RepoFolder
-from huggingface_hub.utils import get_session, httpx, parse_ratelimit_headers, validate_repo_id
+from huggingface_hub.utils import (
+    get_session, hf_raise_for_status, httpx, parse_ratelimit_headers, validate_repo_id,
+)
 
 from ..version import __version__
 from .errors import InputError
@@ -221,14 +223,15 @@ def check_license(name: str | None, repo_type: str = 'model') -> None:
     """
     if name is None:
         return
-    card = RepoCard(f'---\n{yaml.safe_dump({"license": name})}---\n')
+    card = f'---\n{yaml.safe_dump({"license": name})}---\n'
 
     def is_known() -> bool:
-        try:
-            card.validate(repo_type)
-        except ValueError:
-            return False
-        return True
+        # `RepoCard.validate`, which asks the public Hub before huggingface_hub 2 whatever HF_ENDPOINT says.
+        answer = get_session().post(
+            f'{constants.ENDPOINT}/api/validate-yaml', json={'repoType': repo_type, 'content': card})
+        if answer.status_code != 400:
+            hf_raise_for_status(answer)
+        return answer.status_code != 400
 
     if not retried('ask the Hub for its licences', is_known):
         raise InputError(f'{name!r} is no licence that the Hub knows; see https://huggingface.co/docs/hub/'

@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedType, FullyShardedDataParallelPlugin, GradientAccumulationPlugin, InitProcessGroupKwargs,
+    compare_versions,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -52,6 +53,9 @@ UNSUPPORTED_SHARDING = {
     'ignored_modules': 'their gradients would differ from process to process',
     'offload_params': 'batch norms have statistics on the device',
 }
+
+# Before these, parts are trained otherwise than the whole, or blocks are no units unless the launch names them.
+SHARDING_NEEDS = {'torch': '2.11', 'accelerate': '1.15'}
 
 # Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -166,6 +170,9 @@ def _fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     for flag, reason in UNSUPPORTED_SHARDING.items():
         if os.environ.get(f'FSDP_{flag.upper()}', 'false').lower() not in ('false', ''):
             raise InputError(f'the launch sets fsdp_{flag}, which is not supported here: {reason}; leave it out')
+    if lacking := [name for name, oldest in SHARDING_NEEDS.items() if compare_versions(name, '<', oldest)]:
+        needed = ' and '.join(f'{name} {SHARDING_NEEDS[name]}' for name in lacking)
+        raise InputError(f'FSDP needs {needed} or newer; upgrade, or launch it with --multi_gpu')
     try:
         # Autocast decides what is computed in half precision, as under DDP: batch norms want their weights and
         # statistics of one type. The other setting is meant for models of transformers.

@@ -27,6 +27,8 @@ from ..models.loading import create_pretrained, look_at_zeros, set_image_size
 
 __all__ = ['FORMATS', 'export', 'export_pretrained']
 
+# Any, but torch 2.7 takes an unbounded size for none where a model's own reshaping asks whether it is the largest.
+BATCH = torch.export.Dim('batch', max=(1 << 31) - 1)
 # float32 rounding in another order of summation
 TOLERANCE = 1e-4
 
@@ -34,7 +36,7 @@ Runner = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _export_program(model: nn.Module, images: torch.Tensor) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    return torch.export.export(model, (images,), dynamic_shapes=({0: BATCH},))
 
 
 def export_torch(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
@@ -46,6 +48,8 @@ def export_torch(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
 
 
 def export_aotinductor(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
+    if torch.__version__ < '2.9':  # the library that 2.7 makes writes beyond its memory
+        raise InputError(f'aotinductor needs torch 2.9 or newer, but this is {torch.__version__}: pip install -U torch')
     torch._inductor.aoti_compile_and_package(_export_program(model, images), package_path=str(path))
     return torch._inductor.aoti_load_package(str(path))
 
@@ -58,7 +62,7 @@ def export_onnx(model: nn.Module, images: torch.Tensor, path: Path) -> Runner:
 
     torch.onnx.export(
         model, (images,), path, dynamo=True, external_data=False, verbose=False, input_names=['images'],
-        output_names=['logits'], dynamic_shapes=({0: torch.export.Dim('batch')},))
+        output_names=['logits'], dynamic_shapes=({0: BATCH},))
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
