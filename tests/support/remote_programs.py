@@ -238,7 +238,7 @@ def read_beside_another(folder, name, other):
     """Three epochs, in step with the other process."""
     store = remote()
     for epoch in range(3):
-        store.prefetch([epoch], [epoch + 1])
+        store.prefetch([epoch], [epoch + 1][:2 - epoch])  # nobody waits for what comes after the last
         assert store.wait()
         # Records that were never read before come from disk, whatever the others did meanwhile.
         assert same(store, epoch)
