@@ -123,7 +123,7 @@ def _keep_freed_memory() -> None:
     It gives large tensors back to the system, which clears all of their pages when the next step asks for them again: a
     sixth of a training step on a CPU.
     """
-    if hasattr(libc := ctypes.CDLL(None), 'mallopt'):
+    if sys.platform == 'linux' and hasattr(libc := ctypes.CDLL(None), 'mallopt'):
         libc.mallopt(M_TRIM_THRESHOLD, -1)
         libc.mallopt(M_MMAP_MAX, 0)
 
