@@ -5,6 +5,7 @@ PYTHON ?= python3
 PYTHON_FLOOR ?= python3.10
 BIN := .venv/bin
 DEMO_FLAGS ?=
+PARALLEL := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-floor lint docs dist clean
 
@@ -20,7 +21,7 @@ demo: .venv/installed
 # Tests wait for processes some of the time: with two at a time on each of two cores, a file's together, none is idle.
 # Those that launch come first, as conftest.py sorts them.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 # What needs no launched process: two minutes on two cores.
 test-fast: .venv/installed
@@ -34,7 +35,7 @@ test-fast: .venv/installed
 	touch $@
 
 test-floor: .venv-floor/installed
-	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv-floor/bin/python -m pytest $(PARALLEL)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

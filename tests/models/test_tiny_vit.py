@@ -260,7 +260,8 @@ def test_attention_biases_are_interpolated_as_in_the_official_code():
     table = torch.arange(9, dtype=torch.float32).square().view(1, 9)
     larger = resize_attention_biases(table, 5)[0]
     assert larger[[0, 1, 2, 7, 12, 24]].tolist() == pytest.approx(
-        [-0.904704, -0.874015, -0.439999, 4.444011, 16., 69.239319], abs=3e-5)
+        [-0.904704, -0.874015, -0.439999, 4.444011, 16., 69.239319],
+        abs=1e-5 if torch.__version__ >= '2.11' else 3e-5)  # older ones round otherwise
     smaller = resize_attention_biases(table, 2)[0]
     assert smaller.tolist() == pytest.approx([1.430756, 6.522369, 32.397369, 53.180756], abs=1e-5)
     assert resize_attention_biases(table.half(), 2).dtype == torch.float16

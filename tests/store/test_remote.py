@@ -197,7 +197,7 @@ def test_processes_share_out_the_fetching_and_nobody_loses_an_epoch_that_it_read
         result = rank.wait()
         assert result.returncode == 0 and result.stdout == '', result.stderr
     # Both ranks needed all of it, and every shard came once.
-    assert len(shards_fetched(hub)) == len(set(shards_fetched(hub))) == 18
+    assert len(shards_fetched(hub)) == len(set(shards_fetched(hub))) == 24
 
 
 def test_trainings_that_are_at_different_epochs_leave_each_other_theirs(run, hub, pushed):
