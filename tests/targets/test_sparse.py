@@ -222,6 +222,27 @@ def test_half_precision_students_are_computed_in_float32_and_get_gradients_of_th
     torch.testing.assert_close(grad.double(), expected_grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+def test_a_loss_scale_saves_float16_gradients_that_are_too_small_without_it():
+    targets, scale = make_targets(5, 1000, 512, torch.float32), 2. ** 16
+    student = make_logits(512, 1000, torch.float16, seed=2).requires_grad_()
+    exact = student.detach().double().requires_grad_()
+    (sparse_soft_target_cross_entropy(student, targets) * scale).backward()
+    (dense_loss(exact, targets).mean() * scale).backward()
+    assert (exact.grad / scale).abs().median() < torch.finfo(torch.float16).smallest_normal
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=torch.finfo(torch.float16).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+def test_a_second_backward_pass_through_the_same_loss_gives_the_same_gradient(reduction):
+    targets, student = make_targets(5), make_logits(7, 30, seed=2).requires_grad_()
+    loss = sparse_soft_target_cross_entropy(student, targets, reduction=reduction)
+    loss.backward(retain_graph=True)
+    once = student.grad.clone()
+    loss.backward(retain_graph=True)
+    (loss * 3).backward()
+    torch.testing.assert_close(student.grad, 5 * once, rtol=1e-12, atol=0)
+
+
 def test_a_student_under_autocast_gets_the_float32_loss_of_its_bfloat16_logits():
     torch.manual_seed(0)
     head, features = torch.nn.Linear(16, 30), torch.randn(7, 16)

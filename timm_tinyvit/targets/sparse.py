@@ -141,7 +141,10 @@ def _scaled(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> tor
 
 
 class _SparseSoftTargetCrossEntropy(torch.autograd.Function):
-    """-sum_c t_c log softmax(z / T)_c of every row, where t is `rest` everywhere plus `delta` at `ids`."""
+    """-sum_c t_c log softmax(z / T)_c of every row, where t is `rest` everywhere plus `delta` at `ids`.
+
+    The gradient is made on the way forward, from the log-probabilities that the loss has just left in the cache.
+    """
 
     @staticmethod
     def forward(ctx, logits, ids, log_probs, log_rest, temperature, reduction):
@@ -149,29 +152,34 @@ class _SparseSoftTargetCrossEntropy(torch.autograd.Function):
         delta, rest = _split(log_probs, log_rest, logits.shape[1], temperature)
         delta, rest = delta.to(dtype), rest.to(dtype)
         loss = torch.empty_like(rest)
+        grad = None
+        if ctx.needs_input_grad[0]:  # float16 has no digits for it before the loss scale, which comes with the backward
+            grad = torch.empty_like(logits, dtype=dtype if logits.dtype == torch.float16 else logits.dtype)
+        scale = 1 / temperature / (max(1, len(logits)) if reduction == 'mean' else 1)
+        scaled_delta, scaled_rest = -scale * delta, -scale * rest[:, None]
         for part in _passes(logits):
-            log_probs = _scaled(logits[part], temperature, dtype).log_softmax(dim=1)  # [b, C]
+            out = grad[part] if grad is not None and grad.dtype == dtype else None
+            log_probs = torch.log_softmax(_scaled(logits[part], temperature, dtype), dim=1, out=out)  # [b, C]
             listed = (delta[part] * log_probs.gather(1, ids[part])).sum(dim=1)
             loss[part] = -rest[part] * log_probs.sum(dim=1) - listed
-        ctx.save_for_backward(logits, ids, delta, rest)
-        ctx.temperature, ctx.reduction = temperature, reduction
+            if grad is not None:
+                probs = log_probs.exp_()
+                torch.add(scaled_rest[part], probs, alpha=scale, out=probs).scatter_add_(1, ids[part], scaled_delta[part])
+                if out is None:
+                    grad[part] = probs
+        ctx.save_for_backward(grad)
+        ctx.dtype = logits.dtype
         return loss if reduction == 'none' else loss.mean() if reduction == 'mean' else loss.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        logits, ids, delta, rest = ctx.saved_tensors
-        scale = grad_output / ctx.temperature / (len(logits) if ctx.reduction == 'mean' else 1)
-        scale = scale.expand(len(logits))[:, None]
-        delta, rest = -delta * scale, rest[:, None] * scale
-        grad = torch.empty_like(logits)
-        for part in _passes(logits):
-            out = grad[part] if grad.dtype == delta.dtype else None
-            probs = torch.softmax(_scaled(logits[part], ctx.temperature, delta.dtype), dim=1, out=out)
-            probs.mul_(scale[part]).sub_(rest[part]).scatter_add_(1, ids[part], delta[part])
-            if out is None:
-                grad[part] = probs
-        return grad, None, None, None, None, None
+        grad, = ctx.saved_tensors
+        if grad_output.ndim:
+            grad_output = grad_output[:, None]
+        elif grad_output.device.type == 'cpu' and not torch.compiler.is_compiling() and grad_output == 1:
+            return grad.to(ctx.dtype), None, None, None, None, None  # a look at it waits for any other device
+        return (grad * grad_output).to(ctx.dtype), None, None, None, None, None
 
 
 def _function(logits: torch.Tensor, k: int) -> type[torch.autograd.Function]:
