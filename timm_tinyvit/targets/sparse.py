@@ -164,7 +164,8 @@ class _SparseSoftTargetCrossEntropy(torch.autograd.Function):
             loss[part] = -rest[part] * log_probs.sum(dim=1) - listed
             if grad is not None:
                 probs = log_probs.exp_()
-                torch.add(scaled_rest[part], probs, alpha=scale, out=probs).scatter_add_(1, ids[part], scaled_delta[part])
+                torch.add(scaled_rest[part], probs, alpha=scale, out=probs)
+                probs.scatter_add_(1, ids[part], scaled_delta[part])
                 if out is None:
                     grad[part] = probs
         ctx.save_for_backward(grad)
