@@ -31,6 +31,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 
+from timm_tinyvit.base.launch import device_name
 from timm_tinyvit.targets.bitfields import FieldReader
 from timm_tinyvit.targets.codec import Codec
 from timm_tinyvit.targets.compact import CompactCodec
@@ -248,9 +249,10 @@ def main() -> None:
             print(line, flush=True)
 
     versions = f'Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}'
+    machine = device_name('cpu')
     report(
-        f'{views} views, {num_classes} classes; {platform.machine()}, {os.cpu_count()} cores, {versions}',
-        views=views, classes=num_classes, machine=platform.machine(), cores=os.cpu_count(), versions=versions)
+        f'{views} views, {num_classes} classes; {machine}, {os.cpu_count()} cores, {versions}',
+        views=views, classes=num_classes, machine=machine, cores=os.cpu_count(), versions=versions)
     for teacher, scale in (('as it is', 1), ('sharp', 2)):
         log_probs = (logits * scale).log_softmax(dim=1)
         measure_fidelity(report, teacher, log_probs, ks)

@@ -11,13 +11,14 @@ import argparse
 import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+
+from timm_tinyvit.base.launch import device_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / 'examples' / 'fashion_mnist' / 'teacher'
@@ -59,7 +60,7 @@ def main() -> None:
             if args.json:
                 print(json.dumps({'benchmark': 'demo_gain', 'run': name, 'seed': seed, **found[-1]}), flush=True)
     gains = [b['top1'] - a['top1'] for a, b in zip(*results.values())]
-    machine = f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}'
+    machine = f'{device_name("cpu")}, {os.cpu_count()} cores, torch {torch.__version__}'
     if args.json:
         print(json.dumps({
             'benchmark': 'demo_gain', 'mean_gain': mean(gains), 'gains': gains, 'machine': machine,

@@ -33,7 +33,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -57,6 +56,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 import timm_tinyvit  # noqa: F401  registers the models
 from timm_tinyvit.base.errors import reports_input_errors
+from timm_tinyvit.base.launch import device_name
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate, read_records
 from timm_tinyvit.data.fingerprint import dataset_fingerprint
 from timm_tinyvit.data.sampler import EpochBatchSampler
@@ -372,7 +372,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     datasets.disable_progress_bars()
     dataset = load_split(args.dataset, args.train_split, is_training=True)
-    machine = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else platform.machine()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         store, replay = make_store(folder / 'store', dataset, args)
@@ -382,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         'threads', 'model', 'img_size', 'batch_size', 'views_per_image', 'classes', 'k', 'targets', 'workers', 'amp',
         'script')}
     figure = dict(
-        benchmark='epoch_cost', machine=machine, load=os.getloadavg()[0], torch=torch.__version__,
+        benchmark='epoch_cost', machine=device_name(args.device), load=os.getloadavg()[0], torch=torch.__version__,
         timm=timm.__version__, **settings, **found)
     print(json.dumps(figure) if args.json else report(figure))
 

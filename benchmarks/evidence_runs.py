@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import torch
 
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.base.files import write_atomic
+from timm_tinyvit.base.launch import device_name
 from timm_tinyvit.base.leases import exclusive
 from timm_tinyvit.data.views import library_versions
 from timm_tinyvit.store.local import LogitStore
@@ -184,10 +184,11 @@ class Experiment:
 
     def described(self, name: str, program: str, seconds: float) -> dict[str, Any]:
         """What every file has: the command, the seconds of the launch that finished it, and what it ran on."""
+        device = 'cuda' if torch.cuda.is_available() else 'cpu'
         return {
             'run': name, 'grid': self.name, 'command': f'accelerate launch {program}',
             'wall_seconds': round(seconds, 1),
-            'machine': {'device': device_name(), 'cores': os.cpu_count(), 'load': round(os.getloadavg()[0], 1)},
+            'machine': {'device': device_name(device), 'cores': os.cpu_count(), 'load': round(os.getloadavg()[0], 1)},
             'versions': library_versions()}
 
     def measured(self, name: str, program: str, folder: Path, seconds: float) -> dict[str, Any]:
@@ -205,12 +206,3 @@ class Experiment:
             'images_per_second': round(mean(speeds), 1),
             'weights_sha256': hashlib.sha256((ROOT / folder / 'last' / 'model.safetensors').read_bytes()).hexdigest(),
             'settings': {key: value for key, value in settings.items() if value is not None and value is not False}}
-
-
-def device_name() -> str:
-    """The accelerator, or else the processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpus = Path('/proc/cpuinfo')
-    names = [line for line in cpus.read_text().splitlines() if line.startswith('model name')] if cpus.exists() else []
-    return names[0].partition(':')[2].strip() if names else platform.processor() or platform.machine()

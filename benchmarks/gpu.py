@@ -161,7 +161,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--toy', action='store_true', help='tiny batches and images, to test the benchmark itself')
     args = parser.parse_args(argv)
     if args.output is None:
-        args.output = FOLDER / 'results' / re.sub(r'\W+', '-', device_name(torch.device(args.device)).lower())
+        args.output = FOLDER / 'results' / re.sub(r'\W+', '-', device_name(args.device).lower())
     return args
 
 
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         print(tables(args.output))
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    where = dict(device=device_name(torch.device(args.device)), torch=torch.__version__, timm=timm.__version__)
+    where = dict(device=device_name(args.device), torch=torch.__version__, timm=timm.__version__)
     failed = []
     with tempfile.TemporaryDirectory() as scratch:
         args.scratch = Path(scratch)

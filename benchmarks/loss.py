@@ -20,18 +20,17 @@ the largest gradient.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import timm
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch.profiler import ProfilerActivity, profile
 
+from timm_tinyvit.base.launch import device_name
 from timm_tinyvit.targets.sparse import SparseTargets, _SparseSoftTargetCrossEntropy, sparse_soft_target_cross_entropy
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -119,15 +118,6 @@ def peak_bytes(step: Callable[[], torch.Tensor], device: torch.device) -> int:
     return peak
 
 
-def machine(device: torch.device) -> str:
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line] \
-        if cpuinfo.exists() else []
-    return names[0] if names else platform.machine()
-
-
 def measure(args: argparse.Namespace, device: torch.device, shape: tuple[int, int, int], dtype: str) -> list[dict]:
     """The figures of every implementation at one shape and type, the dense one first."""
     batch_size, classes, k = shape
@@ -171,7 +161,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     facts = dict(
-        benchmark='loss', machine=machine(device), threads=args.threads, torch=torch.__version__, timm=timm.__version__)
+        benchmark='loss', machine=device_name(device), threads=args.threads, torch=torch.__version__,
+        timm=timm.__version__)
     if not args.json:
         print(f'{facts["machine"]}, {args.threads} CPU threads, torch {torch.__version__}')
     for shape in args.shapes:

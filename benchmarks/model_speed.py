@@ -22,11 +22,9 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
@@ -36,6 +34,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_tinyvit.base.launch import device_name
 from timm_tinyvit.models.tiny_vit import Attention
 
 MATRIX = 1536  # rows and columns of the matrix product
@@ -61,15 +60,9 @@ def parse_args() -> argparse.Namespace:
 
 def machine(args: argparse.Namespace) -> dict[str, str]:
     """What the figures belong to."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        names = [line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line]
-        name = names[0] if names else name
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else name
     return dict(
-        device=device, cpu_capability=torch.backends.cpu.get_cpu_capability(), torch=torch.__version__,
-        timm=timm.__version__)
+        device=device_name(args.device), cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        torch=torch.__version__, timm=timm.__version__)
 
 
 def size_of(name: str) -> dict[str, float]:

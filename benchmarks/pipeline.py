@@ -24,7 +24,6 @@ stand beside, and mean little if other work runs on the machine.
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -45,6 +44,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_loader, create_transform
 from torch.utils.data import DataLoader, Dataset
 
+from timm_tinyvit.base.launch import device_name
 from timm_tinyvit.data.dataset import SparseLogitDataset, collate
 from timm_tinyvit.data.sampler import EpochBatchSampler
 from timm_tinyvit.data.view_config import ViewConfig
@@ -222,7 +222,7 @@ def main() -> None:
                 make_large_images(Path(args.images), folder, args.large_views)
             lengths = [file.stat().st_size for file in folder.rglob('*.jpg')]
             figure = dict(
-                benchmark='pipeline', machine=platform.machine(), cores=os.cpu_count(), load=os.getloadavg()[0],
+                benchmark='pipeline', machine=device_name('cpu'), cores=os.cpu_count(), load=os.getloadavg()[0],
                 torch=torch.__version__, timm=timm.__version__, images=size,
                 mean_kilobytes=statistics.mean(lengths) / 1e3, **measure(folder, args))
         if args.json:

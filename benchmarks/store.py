@@ -37,6 +37,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from timm_tinyvit.base.launch import device_name
 from timm_tinyvit.store.local import LogitStore
 from timm_tinyvit.store.manifest import Manifest
 from timm_tinyvit.targets.codecs import create_codec
@@ -252,11 +253,8 @@ def run(function: Callable, *args: Any) -> Any:
 
 
 def machine() -> str:
-    cpuinfo = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in cpuinfo.read_text().splitlines() if 'model name' in line] \
-        if cpuinfo.exists() else []
     return (
-        f'{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python '
+        f'{device_name("cpu")}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python '
         f'{platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}')
 
 

@@ -304,8 +304,9 @@ def all_reduce_sum(accelerator: Accelerator, *values: float) -> list[float]:
     return accelerator.reduce(torch.tensor(values, dtype=torch.float32, device=accelerator.device), 'sum').tolist()
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: torch.device | str) -> str:
     """What a device is called by its maker."""
+    device = torch.device(device)
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
     try:
