@@ -7,6 +7,7 @@ from typing import Any
 from collections.abc import Callable, Mapping
 
 import datasets
+import numpy as np
 import torch
 
 from ..base.console import info, warning
@@ -30,6 +31,7 @@ from ..store.manifest import Manifest
 from ..store.object_store import ObjectStore, store_class
 from ..store.projection import PROJECTION_NAME
 from ..store.remote import open_reader
+from ..targets.codec import Codec
 from ..targets.codecs import create_codec, create_feature_codec
 from .fill import choose_shards
 from .projection import NUM_FITTED, fit_projection
@@ -153,18 +155,7 @@ def create_store(
     if there is None:
         replay = Replay(ViewConfig(**view), settings['store_seed'])
     check_no_mixing_with_keys(replay, settings['key'])
-    features = {}
-    if settings['targets'] == 'features':
-        features = {'dim': settings['feature_dim'] or teacher.num_features, 'grid': settings['feature_grid'],
-                    'projection': '', 'variance': 1.0} | ({} if there is None else {
-                        name: there.manifest.features[name] for name in ('projection', 'variance')})
-    try:
-        codec = (create_feature_codec(settings['codec'], features['dim'], features['grid']) if features else
-                 create_codec(settings['codec'], teacher.num_classes, settings['topk']))
-    except ValueError as error:
-        flags = '--codec' if features else \
-            f'--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes'
-        raise InputError(f'{error} ({flags})')
+    codec, features = _codec_and_features(settings, teacher, there)
     if features and there is None and 'shard_size' not in given:
         settings['shard_size'] = _fitting_shard_size(codec.width)
     for name, low, high in (('shard_size', 1, 1 << 32), ('teacher_batch_size', 1, 1 << 32),
@@ -174,18 +165,7 @@ def create_store(
     if epochs <= first_epoch:
         raise InputError(f'the store {path} begins at epoch {first_epoch}: there is nothing to fill before '
                          f'epoch {epochs}')
-    hashes = None
-    is_stream = isinstance(dataset, datasets.IterableDataset)
-    if not settings['key'] and not is_stream:
-        fingerprint = dataset_fingerprint(dataset, image_column, label_column)
-    elif there is not None and is_stream and there.has_keys():
-        fingerprint = there.manifest.dataset
-    else:
-        fingerprint, hashes = keyed_fingerprint(dataset, settings['key'], image_column)
-        if there is not None and there.manifest.key and fingerprint != there.manifest.dataset:
-            raise InputError(
-                f'the store {path} was made from other samples ({len(hashes)} here, {there.manifest.num_samples} '
-                f'there) or from the same in another order; fill it from the data set that it was begun with')
+    fingerprint, hashes = _fingerprint(path, dataset, settings['key'], there, image_column, label_column)
     if not fingerprint['num_samples']:
         raise InputError('the training data are empty; name another --train-split')
     names = [] if features else stored_names(teacher, dataset, label_column)
@@ -211,20 +191,8 @@ def create_store(
     )
     choose_shards(manifest, shards, path)
     if there is None and settings['feature_dim']:
-        if is_stream:
-            raise InputError('--feature-dim is fitted on views from all over the data, which a stream does not give; '
-                             'leave --streaming or --feature-dim out')
-        if is_remote(path):
-            raise InputError(f'--feature-dim is fitted once for all launches, who have no folder in common at {path}; '
-                             f'leave it out, or fill a store in a folder')
-        with exclusive(Path(path) / PROJECTION_NAME):
-            if not LogitStore.exists(path):
-                data = SparseLogitDataset(
-                    dataset, replay, None, image_column, label_column, manifest.key, manifest.first_sample)
-                manifest = _with_projection(path, manifest, teacher, data, num_workers, log)
-                LogitStore.create(path, manifest)
-        # Another launch may have fitted it meanwhile, on another device.
-        manifest = replace(manifest, features=LogitStore.open(path).manifest.features)
+        manifest = _with_projection(
+            path, manifest, replay, teacher, dataset, image_column, label_column, num_workers, log)
     store = store_class(path).create(path, manifest)
     teacher.project(store.open_projection())
     if hashes is not None and not store.has_keys():
@@ -237,22 +205,93 @@ def _fitting_shard_size(width: int) -> int:
     return min(FEATURE_DEFAULTS['shard_size'], 1 << max(1, FEATURE_SHARD_BYTES // width).bit_length() - 1)
 
 
+def _codec_and_features(
+        settings: Mapping[str, Any],
+        teacher: Teacher,
+        there: LogitStore | ObjectStore | None,
+) -> tuple[Codec, dict[str, Any]]:
+    """The codec of a store, and what its manifest says of features: nothing where it holds classes.
+
+    Raises:
+        InputError: The codec cannot hold what is asked for.
+    """
+    features = {}
+    if settings['targets'] == 'features':
+        fitted = {'projection': '', 'variance': 1.0} if there is None else {
+            name: there.manifest.features[name] for name in ('projection', 'variance')}
+        features = {'dim': settings['feature_dim'] or teacher.num_features, 'grid': settings['feature_grid']} | fitted
+    try:
+        if features:
+            return create_feature_codec(settings['codec'], features['dim'], features['grid']), features
+        return create_codec(settings['codec'], teacher.num_classes, settings['topk']), features
+    except ValueError as error:
+        flags = '--codec' if features else \
+            f'--topk, --codec; the teacher {teacher.name} has {teacher.num_classes} classes'
+        raise InputError(f'{error} ({flags})')
+
+
+def _fingerprint(
+        path: str | Path,
+        dataset: Source,
+        key: str,
+        there: LogitStore | ObjectStore | None,
+        image_column: str | None,
+        label_column: str | None,
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The fingerprint of a data set, and the hashes of its keys where samples are known by them and all were read.
+
+    Raises:
+        InputError: The store that is there was made from other samples.
+    """
+    is_stream = isinstance(dataset, datasets.IterableDataset)
+    if not key and not is_stream:
+        return dataset_fingerprint(dataset, image_column, label_column), None
+    if there is not None and is_stream and there.has_keys():
+        return there.manifest.dataset, None
+    fingerprint, hashes = keyed_fingerprint(dataset, key, image_column)
+    if there is not None and there.manifest.key and fingerprint != there.manifest.dataset:
+        raise InputError(
+            f'the store {path} was made from other samples ({len(hashes)} here, {there.manifest.num_samples} '
+            f'there) or from the same in another order; fill it from the data set that it was begun with')
+    return fingerprint, hashes
+
+
 def _with_projection(
         path: str | Path,
         manifest: Manifest,
+        replay: Replay,
         teacher: Teacher,
-        data: SparseLogitDataset,
+        dataset: Source,
+        image_column: str | None,
+        label_column: str | None,
         num_workers: int,
         log: Callable[[str], None],
 ) -> Manifest:
-    """The manifest of a new store once the projection of its features is fitted and written."""
+    """The manifest of a new store whose features are projected: with the projection that is fitted and written here, or
+    by another launch meanwhile, on another device.
+
+    Raises:
+        InputError: There is nothing to fit it on, or no place where all launches find it.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        raise InputError('--feature-dim is fitted on views from all over the data, which a stream does not give; '
+                         'leave --streaming or --feature-dim out')
+    if is_remote(path):
+        raise InputError(f'--feature-dim is fitted once for all launches, who have no folder in common at {path}; '
+                         f'leave it out, or fill a store in a folder')
     dim, num = manifest.features['dim'], teacher.num_features
-    projection, share = fit_projection(
-        teacher, data, manifest.first_epoch, dim, manifest.teacher['batch_size'], num_workers)
-    log(f'the projection of {num:,} numbers to {dim:,} keeps {percent(share)} of their variance, on '
-        f'{min(NUM_FITTED, len(data)):,} views')
-    projection.write(Path(path))
-    return replace(manifest, features=manifest.features | {'projection': projection.hash, 'variance': share})
+    with exclusive(Path(path) / PROJECTION_NAME):
+        if not LogitStore.exists(path):
+            data = SparseLogitDataset(
+                dataset, replay, None, image_column, label_column, manifest.key, manifest.first_sample)
+            projection, share = fit_projection(
+                teacher, data, manifest.first_epoch, dim, manifest.teacher['batch_size'], num_workers)
+            log(f'the projection of {num:,} numbers to {dim:,} keeps {percent(share)} of their variance, on '
+                f'{min(NUM_FITTED, len(data)):,} views')
+            projection.write(Path(path))
+            fitted = {'projection': projection.hash, 'variance': share}
+            LogitStore.create(path, replace(manifest, features=manifest.features | fitted))
+    return replace(manifest, features=LogitStore.open(path).manifest.features)
 
 
 def views_to_fill(
