@@ -94,14 +94,58 @@ def load_split(
             label := find_column(rows, label_column, is_image=False)) else np.zeros(len(rows), dtype=np.int64)
         is_held_out = hold_out(labels, float(found['share']))
         return rows.select(np.flatnonzero(is_held_out == (found['part'] == 'held-out')))
-    where, config = f'the data set {name}', None
+    given, config = name, None
     if repo := HUB_REPO.fullmatch(name):
         name = repo[1]
     if ':' in name and '://' not in name and not Path(name).expanduser().exists():
         name, _, config = name.rpartition(':')
     local = Path(name).expanduser()
     name = name.removeprefix('hfds/')
-    notes: dict[str, list[str]] = {}
+    splits, notes = _open_splits(given, name, local, config, split, is_training, streaming)
+    split = _usual_split(splits, is_training) if split is None else split
+    flag = f'--{"train" if is_training else "val"}-split'
+    if streaming and split not in splits:
+        raise InputError(f'the data set {name} has no split {split} to stream, only {", ".join(splits)}; name one of '
+                         f'them with {flag}, without a slice')
+    try:
+        # The library's own reading of `train[:10%]`, `train[100:]+validation` and the like.
+        parts = [] if split in splits else datasets.ReadInstruction.from_spec(split).to_absolute(
+            {key: len(rows) for key, rows in splits.items()})
+    except (AssertionError, ValueError):
+        raise InputError(f'the data set {name} has no split {split}, only {", ".join(splits)}; name one with {flag}')
+    for key in {part.splitname: None for part in parts} or [split]:
+        for line in notes.get(key, ()):
+            log(line)
+    chosen = [
+        rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
+        for part in parts for rows in [splits[part.splitname]]
+    ] or [splits[split]]
+    # Tables know the split that they once were, or none; and of the names that they have, not all are taken.
+    called = datasets.NamedSplit(split if parts else re.sub(r'\W+', '_', split))
+    rows = splits[split] if streaming else datasets.concatenate_datasets(chosen, split=called)
+    # Whatever is derived from the rows keeps where they are at home, below which alone they may name files.
+    rows.info.homepage = (local.resolve() if local.is_dir() else Path(HF_HUB_CACHE)).as_uri()
+    return rows
+
+
+def _open_splits(
+        given: str,
+        name: str,
+        local: Path,
+        config: str | None,
+        split: str | None,
+        is_training: bool,
+        streaming: bool,
+) -> tuple[dict[str, Source], dict[str, list[str]]]:
+    """The splits of a data set by their names, and lines on what is left out of each.
+
+    Args:
+        given: The whole name, for messages; `name`, `local` and `config` are what it says.
+
+    Raises:
+        InputError: They cannot be loaded.
+    """
+    where, notes = f'the data set {given}', {}
     try:
         if (local / 'dataset_dict.json').is_file() or (local / 'state.json').is_file():
             check_saved(local)
@@ -131,30 +175,7 @@ def load_split(
         if 'Invalid string class label' in reason:
             reason += ': the classes of images are lost in a zip file; unpack it'
         raise InputError(f'{where} cannot be loaded: {reason}')
-    split = _usual_split(splits, is_training) if split is None else split
-    flag = f'--{"train" if is_training else "val"}-split'
-    if streaming and split not in splits:
-        raise InputError(f'the data set {name} has no split {split} to stream, only {", ".join(splits)}; name one of '
-                         f'them with {flag}, without a slice')
-    try:
-        # The library's own reading of `train[:10%]`, `train[100:]+validation` and the like.
-        parts = [] if split in splits else datasets.ReadInstruction.from_spec(split).to_absolute(
-            {key: len(rows) for key, rows in splits.items()})
-    except (AssertionError, ValueError):
-        raise InputError(f'the data set {name} has no split {split}, only {", ".join(splits)}; name one with {flag}')
-    for key in {part.splitname: None for part in parts} or [split]:
-        for line in notes.get(key, ()):
-            log(line)
-    chosen = [
-        rows if (part.from_, part.to) == (0, len(rows)) else rows.select(range(part.from_, part.to))
-        for part in parts for rows in [splits[part.splitname]]
-    ] or [splits[split]]
-    # Tables know the split that they once were, or none; and of the names that they have, not all are taken.
-    called = datasets.NamedSplit(split if parts else re.sub(r'\W+', '_', split))
-    rows = splits[split] if streaming else datasets.concatenate_datasets(chosen, split=called)
-    # Whatever is derived from the rows keeps where they are at home, below which alone they may name files.
-    rows.info.homepage = (local.resolve() if local.is_dir() else Path(HF_HUB_CACHE)).as_uri()
-    return rows
+    return splits, notes
 
 
 def hold_out(labels: np.ndarray, share: float) -> np.ndarray:
