@@ -29,6 +29,7 @@ from support.hub_server import HubServer
 from support.runs import leave_plots_out
 
 from timm_tinyvit import save_logits
+from timm_tinyvit.base import console
 from timm_tinyvit.base.errors import InputError
 from timm_tinyvit.models.saving import export_model
 
@@ -69,6 +70,13 @@ def plots_where_they_are_looked_at(request):
         if request.path.stem not in PLOTTING_FILES:
             leave_plots_out(monkeypatch.setattr)
         yield
+
+
+@pytest.fixture(autouse=True)
+def speaking_console(monkeypatch):
+    """Programs that a test calls in this process settle what it says, `--quiet` for one; the next begins as new."""
+    monkeypatch.setattr(console, '_is_quiet', False)
+    monkeypatch.setattr(console, '_speaks', True)
 
 
 @pytest.fixture(scope='session')

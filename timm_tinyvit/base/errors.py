@@ -108,9 +108,10 @@ def reports_input_errors(main: Callable[[Sequence[str] | None], None]) -> Callab
     def wrapper(argv: Sequence[str] | None = None) -> None:
 
         def stop(number: int, frame: FrameType | None) -> None:
-            # Launchers repeat themselves; a second signal must not break into what the first one has set off.
+            # Launchers repeat themselves; a second signal must not break into what the first one has set off. It is not
+            # SIG_IGN, which programs that are started meanwhile would inherit.
             for other in STOP_SIGNALS:
-                signal.signal(other, signal.SIG_IGN)
+                signal.signal(other, lambda *_: None)
             raise stop_by(number)
 
         try:
