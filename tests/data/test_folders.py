@@ -396,6 +396,19 @@ def test_a_link_in_a_tar_is_refused_and_no_sample_is_lost(kind, streaming, tmp_p
         list(load_split(str(tmp_path), None, True, streaming))
 
 
+@pytest.mark.parametrize('size', [0, 3, 400, -1])
+def test_a_parquet_file_that_is_cut_short_is_named(size, tmp_path, refused, capfd):
+    for number in range(2):
+        write_files('parquet', tmp_path / 'set', f'train-{number}')
+    assert len(load_split(str(tmp_path / 'set'), None, True)) == 12
+    file = tmp_path / 'set' / 'train-1.parquet'
+    file.write_bytes(file.read_bytes()[:size])
+    capfd.readouterr()
+    with refused('train-1.parquet', 'cut short', 'copy'):
+        load_split(str(tmp_path / 'set'), None, True)
+    assert capfd.readouterr().err == ''
+
+
 def test_arrow_files_that_are_cut_between_their_batches_are_refused(tmp_path, refused):
     write_files('arrow', tmp_path / 'set', 'train')
     assert len(load_split(str(tmp_path / 'set'), None, True)) == 6
@@ -414,15 +427,11 @@ def test_arrow_files_that_are_cut_between_their_batches_are_refused(tmp_path, re
         load_split(str(tmp_path / 'disk'), None, True)
 
 
-@pytest.mark.parametrize('name', ['train.parquet', 'train.zip'])
-def test_other_files_that_are_cut_are_refused(name, tmp_path, refused):
-    if name == 'train.parquet':
-        write_files('parquet', tmp_path, 'train')
-    else:
-        with zipfile.ZipFile(tmp_path / name, 'w') as file:
-            for number in range(9):
-                file.writestr(f'{number % 3}/{number}.png', picture(number))
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-60])
+def test_a_zip_that_is_cut_short_is_refused(tmp_path, refused):
+    with zipfile.ZipFile(tmp_path / 'train.zip', 'w') as file:
+        for number in range(9):
+            file.writestr(f'{number % 3}/{number}.png', picture(number))
+    (tmp_path / 'train.zip').write_bytes((tmp_path / 'train.zip').read_bytes()[:-60])
     with refused(str(tmp_path), 'cannot be loaded'):
         load_split(str(tmp_path), None, True)
 

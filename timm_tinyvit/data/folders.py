@@ -46,8 +46,9 @@ FILE_ENDINGS = {'.arrow': 'arrow', '.parquet': 'parquet', '.tar': 'webdataset'}
 METADATA = ('metadata.csv', 'metadata.jsonl', 'metadata.parquet')
 SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 SEPARATORS = '[-._ 0-9]+'
-# The last bytes of whole files: tar's two empty blocks; the end of a stream of Arrow, or of a file of it.
-ENDS = {'.tar': (bytes(1024),), '.arrow': (b'\xff\xff\xff\xff\0\0\0\0', b'ARROW1')}
+# The last bytes of whole files: tar's two empty blocks; the end of a stream of Arrow, or of a file of it; of a plain
+# parquet file, or of an encrypted one.
+ENDS = {'.tar': (bytes(1024),), '.arrow': (b'\xff\xff\xff\xff\0\0\0\0', b'ARROW1'), '.parquet': (b'PAR1', b'PARE')}
 ZSTANDARD = b'\x28\xb5\x2f\xfd'
 COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', ZSTANDARD)
 
@@ -206,7 +207,8 @@ def check_saved(root: Path) -> None:
 
 
 def check_whole(path: str) -> None:
-    """Refuse a tar or Arrow file without its end, which readers take for a whole one of fewer samples.
+    """Refuse a file without its end: one of tar or Arrow readers take for a whole one of fewer samples, and of parquet
+    they do not say which one it is.
 
     Raises:
         InputError: It has none.
@@ -247,7 +249,7 @@ def _open_files(root: str, files: list[str], kind: str) -> Folder:
     counts = Counter(path for paths in splits.values() for path in paths)
     is_address = '://' in root
     for path in counts:
-        if '.arrow' in path and not is_address:
+        if kind != 'webdataset' and not is_address:
             check_whole(f'{root}/{path}')
     data_files = {split: [glob.escape(f'{root}/{path}') for path in paths] for split, paths in splits.items()}
     folder = Folder(builder=load_builder(kind if is_address else root, data_files=data_files))
