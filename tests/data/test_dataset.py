@@ -623,7 +623,7 @@ def test_a_folder_that_is_missing_or_holds_no_data_is_refused(tmp_path, refused)
         load_split(str(tmp_path / 'empty'), None, True)
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'train.parquet').write_bytes(b'PAR1 and then no more')
-    with refused(str(tmp_path / 'broken'), 'cannot be loaded'):
+    with refused(str(tmp_path / 'broken' / 'train.parquet'), 'cut short'):
         load_split(str(tmp_path / 'broken'), None, True)
     (tmp_path / 'odd').mkdir()
     (tmp_path / 'odd' / 'state.json').write_text('{')
