@@ -143,7 +143,8 @@ def _scaled(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> tor
 class _SparseSoftTargetCrossEntropy(torch.autograd.Function):
     """-sum_c t_c log softmax(z / T)_c of every row, where t is `rest` everywhere plus `delta` at `ids`.
 
-    The gradient is made on the way forward, from the log-probabilities that the loss has just left in the cache.
+    The gradient is made on the way forward, from the log-probabilities that the loss has just left in the cache. Where
+    the loss is scaled, the way back takes as much memory again.
     """
 
     @staticmethod
