@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 import weakref
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from support import fresh_programs
 from timm_tinyvit.base import launch
 from timm_tinyvit.base.launch import StepFlags, create_accelerator
 
@@ -115,3 +117,10 @@ def test_large_tensors_get_the_memory_of_those_before(warm_processes):
     process.join(60)
     # An aligned tensor may not fit where another of its size was.
     assert process.exitcode == 0 and 0 < one <= twenty < 4 * one
+
+
+@pytest.mark.launches
+def test_workers_that_are_still_busy_at_exit_end_without_a_word():
+    done = subprocess.run(
+        [sys.executable, fresh_programs.__file__, 'leave_a_busy_worker'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'leaving\n', '')

@@ -75,5 +75,29 @@ def wait_for_a_signal() -> None:
     main([])
 
 
+class OneAndThenNone:
+    """A data set whose first sample is there at once, and the others after a minute."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(60 * (index > 0))
+        return index
+
+
+def leave_a_busy_worker() -> None:
+    """End while loader workers make samples."""
+    from torch.utils.data import DataLoader
+
+    from timm_tinyvit.base.launch import init_worker
+
+    batches = iter(DataLoader(OneAndThenNone(), num_workers=4, worker_init_fn=init_worker))
+    next(batches)
+    print('leaving', flush=True)
+    # As an error that a program ends by would, whose traceback holds the loader.
+    sys.batches = batches
+
+
 if __name__ == '__main__':
     globals()[sys.argv[1]](*sys.argv[2:])

@@ -264,6 +264,9 @@ def init_worker(worker: int) -> None:
 def _end_workers() -> None:
     """End loader workers that are still there at exit; they would go on for a while where they are but asked to."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, 'SIGCHLD'):
+        # torch's handler would raise an error for each worker that is killed here.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.terminate()
     end = time.monotonic() + EXIT_SECONDS
