@@ -92,6 +92,7 @@ def leave_a_busy_worker() -> None:
 
     from timm_tinyvit.base.launch import init_worker
 
+    warnings.simplefilter('ignore')  # more workers than cores
     batches = iter(DataLoader(OneAndThenNone(), num_workers=4, worker_init_fn=init_worker))
     next(batches)
     print('leaving', flush=True)
